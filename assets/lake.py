@@ -1,0 +1,132 @@
+"""Delta tables: read as of a version, replace a part atomically.
+
+Belongs here: where a table lies, how it is written and read back. Does not: what a table means (the stages say that).
+Timestamps are naive UTC in code and ``timestamp[us, UTC]`` on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from typing import Any
+
+import deltalake
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from deltalake.exceptions import TableNotFoundError
+
+_UTC = pa.timestamp("us", tz="UTC")
+_NAIVE = pa.timestamp("us")
+
+
+class TableMissing(LookupError):
+    """A table that was asked for has never been written."""
+
+
+def _retyped(table: pa.Table, to_disk: bool) -> pa.Table:
+    """Timestamps between naive UTC (code) and zoned UTC (disk); plain strings and lists whatever Arrow flavour came in."""
+    columns, fields = [], []
+    for column, field_ in zip(table.columns, table.schema, strict=True):
+        kind = field_.type
+        if pa.types.is_timestamp(kind):
+            kind = _UTC if to_disk else _NAIVE
+        elif pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+            kind = pa.string()
+        elif pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        elif pa.types.is_null(kind):
+            kind = pa.string()
+        elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            kind = pa.list_(pa.field("element", kind.value_type, nullable=True))
+        columns.append(column if column.type == kind else column.cast(kind))
+        fields.append(pa.field(field_.name, kind, nullable=True))
+    return pa.table(columns, schema=pa.schema(fields))
+
+
+def content_digest(table: pa.Table, columns: Sequence[str] | None = None) -> str:
+    """SHA-256 of a table's rows and types in their order, whatever chunks or files they lay in."""
+    picked = table.select(list(columns)) if columns is not None else table
+    sink = pa.BufferOutputStream()
+    whole = pa.Table.from_batches(picked.combine_chunks().to_batches(), schema=picked.schema.remove_metadata())
+    # take() rewrites every buffer from offset 0, so that a slice and a copy of it hash the same
+    whole = whole.take(pa.array(np.arange(whole.num_rows))).combine_chunks()
+    with pa.ipc.new_stream(sink, whole.schema) as writer:
+        writer.write_table(whole)
+    return hashlib.sha256(sink.getvalue()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Lake:
+    """The tables below one root: a local folder, or an object store's URL with its ``storage_options``.
+
+    A table is named ``<workflow>/<stage>`` and is partitioned by the day it speaks of.
+    """
+
+    root: str
+    storage_options: dict[str, str] = field(default_factory=dict)
+
+    def uri(self, table: str) -> str:
+        """Where a table lies."""
+        return f"{self.root.rstrip('/')}/{table}" if "://" in self.root else os.path.join(self.root, table)
+
+    def _open(self, table: str, version: int | None = None) -> deltalake.DeltaTable:
+        try:
+            return deltalake.DeltaTable(self.uri(table), version=version, storage_options=self.storage_options or None)
+        except TableNotFoundError:
+            raise TableMissing(f"table {table!r} has never been written under {self.root}; materialise it first") from None
+
+    def exists(self, table: str) -> bool:
+        """Whether the table has been written at least once."""
+        return deltalake.DeltaTable.is_deltatable(self.uri(table), storage_options=self.storage_options or None)
+
+    def version(self, table: str) -> int | None:
+        """The newest version of a table, or None where it has never been written."""
+        return self._open(table).version() if self.exists(table) else None
+
+    def read(
+        self,
+        table: str,
+        *,
+        version: int | None = None,
+        days: Sequence[date] | None = None,
+        where: pc.Expression | None = None,
+        columns: Sequence[str] | None = None,
+    ) -> pa.Table:
+        """Rows of a table as of a version; ``days`` prunes partitions by ``day``, ``where`` filters rows.
+
+        Raises TableMissing for a table that was never written and deltalake's own error for a version that
+        retention has removed.
+        """
+        dataset = self._open(table, version).to_pyarrow_dataset()
+        condition = where
+        if days is not None:
+            inside = pc.field("day").isin(pa.array(list(days), pa.date32()))
+            condition = inside if condition is None else condition & inside
+        found = dataset.to_table(columns=list(columns) if columns is not None else None, filter=condition)
+        return _retyped(found, to_disk=False)
+
+    def replace(self, table: str, data: pa.Table, *, predicate: str, partition_by: Sequence[str] = ("day",)) -> int:
+        """Put ``data`` in the place of the rows that meet ``predicate``, in one commit; returns the new version.
+
+        Every row of ``data`` must meet the predicate itself. Columns that the table did not have are added.
+        """
+        rows = _retyped(data, to_disk=True)
+        options: dict[str, Any] = {"storage_options": self.storage_options or None}
+        if not self.exists(table):
+            if "://" not in self.root:
+                os.makedirs(self.uri(table), exist_ok=True)
+            deltalake.write_deltalake(self.uri(table), rows, partition_by=list(partition_by), **options)
+        else:
+            deltalake.write_deltalake(
+                self.uri(table), rows, mode="overwrite", predicate=predicate, schema_mode="merge", **options
+            )
+        return self._open(table).version()
+
+    def replace_days(self, table: str, data: pa.Table, days: Sequence[date]) -> int:
+        """Replace whole days of a table partitioned by ``day`` (days without rows end up empty)."""
+        span = ", ".join(f"'{d.isoformat()}'" for d in sorted(days))
+        return self.replace(table, data, predicate=f"day IN ({span})")

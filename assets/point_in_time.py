@@ -1,0 +1,168 @@
+"""What was known at a day's cut-off: features, outcomes and training sets as SQL over the lake.
+
+Belongs here: the one place where ``known_at`` is compared with a cut-off, so that no workflow's SQL can look ahead.
+Does not: what the SQL computes (the workflow's folder says that).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import date, datetime, timedelta
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from assets.lake import Lake, TableMissing
+from assets.workflow import Workflow
+
+_BEGINNING = datetime(1900, 1, 1)
+SYSTEM_ORDER = "known_at, source_file_id, source_row"
+
+
+class StageSqlError(ValueError):
+    """A workflow's SQL cannot be used; the message names the file, the day and what is wrong."""
+
+
+def connect() -> duckdb.DuckDBPyConnection:
+    """An in-memory DuckDB whose results do not depend on scheduling: one thread, UTC, rows in order."""
+    connection = duckdb.connect()
+    connection.execute("SET threads = 1; SET TimeZone = 'UTC'; SET preserve_insertion_order = true")
+    return connection
+
+
+def _keys(workflow: Workflow, columns: Sequence[str]) -> list[str]:
+    return ["entity_id", "moment"] if "moment" in columns else ["entity_id"]
+
+
+def _as_of(
+    workflow: Workflow, lake: Lake, days: Sequence[date], lookback_days: int, version: int | None
+) -> Iterator[tuple[date, duckdb.DuckDBPyConnection]]:
+    """Each day with a connection whose table ``events`` holds just what was known at that day's cut-off."""
+    first, last = min(days), max(days)
+    known = (pc.field("known_at") <= pc.scalar(workflow.cutoff_of(last)).cast(pa.timestamp("us", tz="UTC"))) & (
+        pc.field("day") >= pc.scalar(first - timedelta(days=lookback_days))
+    )
+    connection = connect()
+    try:
+        connection.register("landed", lake.read(workflow.table("events"), version=version, where=known))
+        connection.execute(f"CREATE TEMP TABLE sorted_events AS SELECT * FROM landed ORDER BY {SYSTEM_ORDER}")
+        connection.unregister("landed")
+        for day in sorted(days):
+            # A table of its own for each day: rows that a later day adds cannot move chunk boundaries under a sum.
+            connection.execute(
+                "CREATE OR REPLACE TEMP TABLE events AS SELECT * FROM sorted_events WHERE known_at <= $cutoff "
+                "AND (superseded_at IS NULL OR superseded_at > $cutoff) AND day >= $first",
+                {"cutoff": workflow.cutoff_of(day), "first": day - timedelta(days=lookback_days)},
+            )
+            yield day, connection
+    finally:
+        connection.close()
+
+
+def _run(workflow: Workflow, path: str, connection: duckdb.DuckDBPyConnection, day: date, what: str) -> pa.Table:
+    text = workflow.sql(path)
+    previous = _BEGINNING if day <= workflow.start else workflow.cutoff_of(day - timedelta(days=1))
+    given = {"day": day, "cutoff": workflow.cutoff_of(day), "previous_cutoff": previous}
+    try:
+        used = {name: value for name, value in given.items() if f"${name}" in text}
+        return connection.sql(text, params=used).to_arrow_table()
+    except duckdb.Error as error:
+        raise StageSqlError(f"{workflow.folder / path}: {what} of {day}: {error}") from error
+
+
+def _stamped(table: pa.Table, day: date) -> pa.Table:
+    column = pa.array([day] * table.num_rows, pa.date32())
+    return table.append_column("day", column) if "day" not in table.schema.names else table.set_column(
+        table.schema.get_field_index("day"), "day", column
+    )
+
+
+def features(workflow: Workflow, lake: Lake, days: Sequence[date], *, version: int | None = None) -> Iterator[tuple[date, pa.Table]]:
+    """The features of each day: entities as of its cut-off, sorted by key, with ``day`` added.
+
+    ``version`` is the version of the events table to read (newest where None). Raises StageSqlError where the SQL
+    fails, yields no ``entity_id`` or names an entity twice.
+    """
+    for day, connection in _as_of(workflow, lake, days, workflow.features.lookback_days, version):
+        found = _run(workflow, workflow.features.sql, connection, day, "features")
+        if "entity_id" not in found.schema.names:
+            raise StageSqlError(f"{workflow.folder / workflow.features.sql}: must yield entity_id, yields {found.schema.names}")
+        missing = [c for c in (*workflow.features.numeric, *workflow.features.categorical) if c not in found.schema.names]
+        if missing:
+            raise StageSqlError(
+                f"{workflow.folder / workflow.features.sql}: does not yield {', '.join(missing)}, which features.numeric "
+                "or features.categorical in workflow.yaml name"
+            )
+        keys = _keys(workflow, found.schema.names)
+        twice = found.group_by(keys).aggregate([([], "count_all")]).filter(pc.field("count_all") > 1)
+        if twice.num_rows:
+            raise StageSqlError(
+                f"{workflow.folder / workflow.features.sql}: features of {day}: {twice.num_rows} keys stand more than once, "
+                f"such as {twice.slice(0, 1).to_pylist()[0]}"
+            )
+        yield day, _stamped(found.sort_by([(k, "ascending") for k in keys]), day)
+
+
+def outcomes(workflow: Workflow, lake: Lake, days: Sequence[date], *, version: int | None = None) -> Iterator[tuple[date, pa.Table]]:
+    """What became known for each day's cut-off and not for the one before: ``entity_id``, ``for_day``, ``known_at``, outcomes."""
+    for day, connection in _as_of(workflow, lake, days, workflow.outcomes.lookback_days, version):
+        found = _run(workflow, workflow.outcomes.sql, connection, day, "outcomes")
+        absent = {"entity_id", "for_day", "known_at"} - set(found.schema.names)
+        if absent:
+            raise StageSqlError(f"{workflow.folder / workflow.outcomes.sql}: must yield {', '.join(sorted(absent))}")
+        previous = _BEGINNING if day <= workflow.start else workflow.cutoff_of(day - timedelta(days=1))
+        fresh = found.filter((pc.field("known_at") > pc.scalar(previous)) & (pc.field("known_at") <= pc.scalar(workflow.cutoff_of(day))))
+        # order_by of every column: the same outcomes give the same bytes whatever order the SQL found them in
+        yield day, _stamped(fresh.sort_by([("entity_id", "ascending"), ("for_day", "ascending"), ("known_at", "ascending")]), day)
+
+
+def training_set(
+    workflow: Workflow,
+    lake: Lake,
+    day: date,
+    *,
+    features_version: int | None = None,
+    outcomes_version: int | None = None,
+) -> pa.Table:
+    """Feature rows up to ``day`` with the outcomes that were known by its cut-off, sorted by (day, key).
+
+    Only matured rows: a feature row without a known outcome is left out. Where an entity's outcome became known more
+    than once (``join: entity``), the latest known counts. Raises TableMissing where a stage was never materialised.
+    """
+    since = day - timedelta(days=workflow.training.history_days)
+    span = (pc.field("day") <= pc.scalar(day)) & (pc.field("day") >= pc.scalar(since))
+    rows = lake.read(workflow.table("features"), version=features_version, where=span)
+    answers = lake.read(workflow.table("outcomes"), version=outcomes_version, where=span)
+    keys = ["day", *_keys(workflow, rows.schema.names)]
+    extra = ", ".join(f'o."{c}"' for c in answers.schema.names if c not in {"entity_id", "for_day", "known_at", "day"})
+    joined = "f.entity_id = o.entity_id" + (" AND f.day = o.for_day" if workflow.outcomes.join == "entity_day" else "")
+    per = "entity_id" + (", for_day" if workflow.outcomes.join == "entity_day" else "")
+    connection = connect()
+    try:
+        connection.register("f", rows)
+        connection.register("all_outcomes", answers)
+        return connection.sql(
+            f"WITH o AS (SELECT * FROM all_outcomes WHERE known_at <= $cutoff QUALIFY row_number() OVER "
+            f"(PARTITION BY {per} ORDER BY known_at DESC, day DESC) = 1) "
+            f"SELECT f.*, {extra}, o.known_at AS outcome_known_at FROM f JOIN o ON {joined} "
+            f"ORDER BY {', '.join('f.' + k for k in keys)}",
+            params={"cutoff": workflow.cutoff_of(day)},
+        ).to_arrow_table()
+    finally:
+        connection.close()
+
+
+def rows_where(table: pa.Table, predicate: str) -> pa.Table:
+    """The rows of ``table`` that meet a SQL predicate, in their order."""
+    if predicate.strip().lower() == "true":
+        return table
+    connection = connect()
+    try:
+        connection.register("given", table)
+        return connection.sql(f"SELECT * FROM given WHERE {predicate}").to_arrow_table()
+    finally:
+        connection.close()
+
+
+__all__ = ["StageSqlError", "TableMissing", "connect", "features", "outcomes", "rows_where", "training_set"]

@@ -1,0 +1,127 @@
+"""What an asset may ask for: the lake, the registry, the landing zone, the reports and the time.
+
+Belongs here: Dagster resources and the settings behind them. Does not: what is done with them (the stages do).
+Everything lies below ``SIGNALBOX_HOME`` unless a variable says otherwise; nothing is read from the network.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pyarrow as pa
+
+from assets.lake import Lake
+from assets.workflow import utc
+from models.registry import Registry
+
+
+def home() -> Path:
+    """The folder of all state: ``SIGNALBOX_HOME``, else ``.signalbox`` in the current folder."""
+    return Path(os.environ.get("SIGNALBOX_HOME") or ".signalbox").resolve()
+
+
+def _setting(name: str, default: str) -> str:
+    return os.environ.get(f"SIGNALBOX_{name}") or default
+
+
+class LakeResource(dg.ConfigurableResource):
+    """The Delta tables. ``root``: a folder or an object store's URL; options for it come from ``SIGNALBOX_LAKE_OPTIONS`` (JSON)."""
+
+    root: str
+
+    @property
+    def lake(self) -> Lake:
+        """The lake itself. Options (they may hold secrets) are read from the environment at use and stored nowhere."""
+        return Lake(self.root, json.loads(os.environ.get("SIGNALBOX_LAKE_OPTIONS", "{}")))
+
+
+class LandingResource(dg.ConfigurableResource):
+    """Where upstream systems leave their files: ``<root>/<workflow>/…``."""
+
+    root: str
+
+    def of(self, workflow: str) -> str:
+        """The landing folder of one workflow."""
+        return f"{self.root.rstrip('/')}/{workflow}"
+
+
+class RegistryResource(dg.ConfigurableResource):
+    """MLflow: a server's address, or a database's URI."""
+
+    uri: str
+    artifacts: str
+    ui: str
+
+    @property
+    def registry(self) -> Registry:
+        """The registry itself."""
+        return Registry(self.uri, self.artifacts)
+
+    def version_url(self, name: str, number: int) -> str:
+        """The page of a version in the MLflow UI."""
+        return f"{self.ui}/#/models/{name}/versions/{number}"
+
+
+class ReportsResource(dg.ConfigurableResource):
+    """Pages for people: contract results and drift reports as files, and the Evidently workspace."""
+
+    root: str
+    ui: str
+    evidently_workspace: str
+    evidently_ui: str
+
+    def write(self, workflow: str, day: date, name: str, text: str) -> tuple[Path, str]:
+        """Write one page; returns its file and the address under which ``signalbox serve`` shows it."""
+        path = Path(self.root, workflow, day.isoformat(), name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return path, f"{self.ui}/{workflow}/{day.isoformat()}/{name}"
+
+
+class ClockResource(dg.ConfigurableResource):
+    """The time. ``fixed`` (ISO 8601) replaces the wall clock where a run must be repeatable."""
+
+    fixed: str | None = None
+
+    def now(self) -> datetime:
+        """Now, as naive UTC."""
+        return utc(datetime.fromisoformat(self.fixed)) if self.fixed else datetime.now(UTC).replace(tzinfo=None)
+
+
+def resources(now: str | None = None) -> dict[str, Any]:
+    """Every resource under its name, from the settings in the environment."""
+    at = home()
+    return {
+        "lake": LakeResource(root=_setting("LAKE", str(at / "lake"))),
+        "landing": LandingResource(root=_setting("LANDING", str(at / "landing"))),
+        "registry": RegistryResource(
+            uri=_setting("MLFLOW_URI", f"sqlite:///{at / 'mlflow.db'}"),
+            artifacts=_setting("MLFLOW_ARTIFACTS", (at / "mlflow-artifacts").as_uri()),
+            ui=_setting("MLFLOW_UI", "http://127.0.0.1:5000"),
+        ),
+        "reports": ReportsResource(
+            root=_setting("REPORTS", str(at / "reports")),
+            ui=_setting("REPORTS_UI", "http://127.0.0.1:8001"),
+            evidently_workspace=_setting("EVIDENTLY_WORKSPACE", str(at / "evidently")),
+            evidently_ui=_setting("EVIDENTLY_UI", "http://127.0.0.1:8000"),
+        ),
+        "clock": ClockResource(fixed=now),
+    }
+
+
+def preview(table: pa.Table, rows: int = 8) -> dg.MarkdownMetadataValue:
+    """The first rows of a table as Markdown, for an asset's metadata."""
+
+    def shown(value: Any) -> str:
+        text = f"{value:.6g}" if isinstance(value, float) else str(value)
+        return (text if len(text) <= 60 else text[:57] + "…").replace("|", "\\|").replace("\n", " ")
+
+    names = table.schema.names
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines += ["| " + " | ".join(shown(row[n]) for n in names) + " |" for row in table.slice(0, rows).to_pylist()]
+    return dg.MetadataValue.md("\n".join(lines))

@@ -1,0 +1,60 @@
+"""Stage 7, ``decisions``: the action chosen for each entity, with its reasons, and the guardrails over the batch.
+
+Belongs here: the asset. Does not: the policies (``models``), the guardrails (``data_checks.guardrails``) or the batch's
+record (``assets.deciding``). Sending a batch is not a matter of this stage.
+"""
+
+from __future__ import annotations
+
+import dagster as dg
+
+from assets import deciding
+from assets.resources import ClockResource, LakeResource, preview
+from assets.stages.common import days, folded, stage
+from assets.workflow import Workflow
+
+
+def build(workflow: Workflow) -> dg.AssetsDefinition:
+    """The asset [workflow, decisions]."""
+
+    @stage(
+        workflow,
+        "decisions",
+        deps=["scores", "features"],
+        description="before → after for each entity, with arm, probability and reasons; the batch says by which step it was made.",
+        kinds={"deltalake"},
+        checks={"guardrails": (True, "Rows, shares, changes and totals are within bounds; each arm's money is conserved")},
+    )
+    def decisions(context: dg.AssetExecutionContext, lake: LakeResource, clock: ClockResource) -> dg.MaterializeResult:
+        judged, last = {}, None
+        for day in days(context):
+            batch = deciding.decide_day(workflow, lake.lake, day)
+            deciding.write_batch(workflow, lake.lake, day, batch, decided_at=clock.now(), run_id=context.run_id)
+            text = "; ".join(deciding.finding_sentence(f) for f in batch.findings) or f"{batch.status}, nothing to object to"
+            judged[day] = (batch.status == "READY", text)
+            context.add_asset_metadata(
+                {
+                    "dagster/partition_row_count": batch.decisions.num_rows,
+                    "batch": batch.batch_id,
+                    "status": batch.status,
+                    "step": batch.step,
+                },
+                partition_key=day.isoformat(),
+            )
+            last = batch
+        assert last is not None, "a run always has a day"
+        return dg.MaterializeResult(
+            metadata={
+                "batch": last.batch_id,
+                "step": last.step,
+                "status": last.status,
+                "decisions": last.decisions.num_rows,
+                "changed": last.changed,
+                "for review": last.review,
+                "largest changes": preview(deciding.largest_changes(last.decisions)),
+                "certificate": dg.MetadataValue.json(last.certificates),
+            },
+            check_results=[folded("guardrails", judged)],
+        )
+
+    return decisions

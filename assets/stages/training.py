@@ -1,0 +1,152 @@
+"""Stages 4 and 5, ``training_set`` and ``model``: matured outcomes → a registered version, promoted when it passes its gate.
+
+Belongs here: the two assets. Does not: learning (``models.learners``), judging (``models.gate``), MLflow (``models.registry``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+import dagster as dg
+import pyarrow as pa
+
+from assets import code, deciding, point_in_time
+from assets.lake import content_digest
+from assets.resources import LakeResource, RegistryResource, preview
+from assets.stages.common import days, stage
+from assets.workflow import Workflow
+from models import catalog, fitting, gate
+from models.registry import CHAMPION, ModelUnreadable
+
+GPU_POOL = "gpu"
+_MLFLOW_TYPE = {"numeric": "double", "categorical": "string"}
+
+
+def build_training_set(workflow: Workflow) -> dg.AssetsDefinition:
+    """The asset [workflow, training_set]."""
+
+    @stage(
+        workflow,
+        "training_set",
+        deps=["features", "outcomes"],
+        description="Feature rows whose outcomes were known by the cut-off of the (last) day asked for.",
+        kinds={"deltalake", "duckdb"},
+    )
+    def training_set(context: dg.AssetExecutionContext, lake: LakeResource) -> dg.MaterializeResult:
+        day = days(context)[-1]
+        versions = {f"{t}_version": lake.lake.version(workflow.table(t)) for t in ("features", "outcomes")}
+        rows = point_in_time.training_set(workflow, lake.lake, day, **versions)
+        stamped = rows.append_column("as_of", pa.array([day] * rows.num_rows, pa.date32()))
+        written = lake.lake.replace(
+            workflow.table("training_set"), stamped, predicate=f"as_of = '{day}'", partition_by=["as_of"]
+        )
+        return dg.MaterializeResult(
+            metadata={
+                "matured rows": rows.num_rows,
+                "first rows": preview(rows.slice(0, 5)),
+                "digest": content_digest(rows),
+                "table version": written,
+                **versions,
+            }
+        )
+
+    return training_set
+
+
+def build_model(workflow: Workflow) -> dg.AssetsDefinition:
+    """The asset [workflow, model]; it takes a slot of the pool ``gpu``."""
+    training = workflow.training
+
+    @stage(
+        workflow,
+        "model",
+        deps=["training_set"],
+        description="A LightGBM model registered in MLflow with its card; it becomes champion when it passes its gate.",
+        kinds={"lightgbm", "mlflow"},
+        checks={"gate": (False, "Beats the rule, and is not worse than the champion by more than the margin")},
+        pool=GPU_POOL,
+    )
+    def model(context: dg.AssetExecutionContext, lake: LakeResource, registry: RegistryResource) -> dg.MaterializeResult:
+        from models.booster import resolve_device
+
+        day = days(context)[-1]
+        table = workflow.table("training_set")
+        version = lake.lake.version(table)
+        rows = lake.lake.read(table, version=version, where=pa.compute.field("as_of") == pa.scalar(day))
+        order = [("day", "ascending"), ("entity_id", "ascending")]
+        rows = rows.sort_by([*order, *([("moment", "ascending")] if "moment" in rows.schema.names else [])])
+        held = registry.registry.by_alias(workflow.name, CHAMPION)
+        champion, unreadable = None, ""
+        if held is not None:
+            try:
+                champion = deciding.read_model(workflow, registry.registry, held)
+            except ModelUnreadable as error:
+                unreadable = f" The champion could not be read and was not compared: {error}"
+        device = resolve_device(training.device)
+        fitted = fitting.fit_and_judge(
+            point_in_time.rows_where(rows, training.train_on),
+            point_in_time.rows_where(rows, training.evaluate_on),
+            learner=catalog.learner(workflow.model.kind),
+            rule=catalog.rule(workflow.model.kind),
+            champion=champion,
+            spec=deciding.learner_spec(workflow),
+            day=day,
+            holdout_days=training.holdout_days,
+            maturity_days=training.maturity_days,
+            min_rows=training.min_rows,
+            metric=training.metric,
+            better=training.better,
+            margin=training.margin,
+            seed=deciding.SEED,
+            device=device,
+            threads=os.cpu_count() or 1,
+        )
+        facts = {
+            "matured rows": fitted.rows,
+            "held-out rows": fitted.held_out.num_rows,
+            "held-out days": f"after {fitted.split}",
+            "training set": f"{table} version {version}",
+            "workflow digest": workflow.digest,
+            "code commit": code.commit(),
+            "code digest": code.digest(),
+            "device": device,
+            "Dagster run": context.run_id,
+        }
+        text = gate.card(
+            name=workflow.name, description=workflow.description, trained_day=day, verdict=fitted.verdict, metrics=fitted.metrics, facts=facts
+        )
+        made = registry.registry.register(
+            workflow.name,
+            fitted.model.files(),
+            trained_day=day,
+            passed=fitted.verdict.passed,
+            params={"model": json.dumps(workflow.model.model_dump(mode="json")), "device": device, "day": day.isoformat()},
+            metrics={f"{who}_{name}": value for who, one in fitted.metrics.items() for name, value in one.items()},
+            tags={f"signalbox.{k.replace(' ', '_')}": str(v) for k, v in facts.items()},
+            plots=fitted.model.plots(fitted.held_out if fitted.held_out.num_rows else rows),
+            card=text,
+            inputs={c: kind for group, kind in _MLFLOW_TYPE.items() for c in getattr(workflow.features, group)},
+            seed=deciding.SEED,
+        )
+        if made.passed:
+            registry.registry.promote(made)
+        return dg.MaterializeResult(
+            metadata={
+                "version": made.number,
+                "registry": dg.MetadataValue.url(registry.version_url(workflow.name, made.number)),
+                "promoted": made.passed,
+                "model card": dg.MetadataValue.md(text),
+                **{f"{who} {training.metric}": one[training.metric] for who, one in fitted.metrics.items()},
+            },
+            check_results=[
+                dg.AssetCheckResult(
+                    check_name="gate",
+                    passed=fitted.verdict.passed,
+                    severity=dg.AssetCheckSeverity.WARN,
+                    description="; ".join(fitted.verdict.reasons) + unreadable,
+                )
+            ],
+        )
+
+    return model

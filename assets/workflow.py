@@ -1,0 +1,312 @@
+"""What a workflow's folder may say: every field typed and described, a wrong one refused with its file and path.
+
+Belongs here: reading ``assets/workflows/<name>/``. Does not: doing what it says (the stages do).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import types
+import typing
+from collections.abc import Mapping
+from datetime import UTC, date, datetime, time, timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from data_checks.contract import ExpectationSpec
+from data_checks.drift import DriftSpec
+from data_checks.guardrails import Guardrails
+from models.arms import Arms
+from models.budget import BudgetPolicy
+from models.learners.duration import DurationModel
+from models.learners.response import ResponseModel
+from models.priority import PriorityPolicy
+
+FOLDER = Path(__file__).parent / "workflows"
+
+ColumnType = Literal["VARCHAR", "BIGINT", "DOUBLE", "BOOLEAN", "TIMESTAMP", "DATE"]
+
+
+class WorkflowInvalid(ValueError):
+    """A workflow's folder says something that it may not; the message names file, path and what is allowed."""
+
+
+class Strict(BaseModel):
+    """Unknown keys are refused, values cannot be changed after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(Strict):
+    """Files as an upstream system leaves them, and the SQL that maps them to the workflow's events."""
+
+    files: str = Field(
+        description="Glob below landing/<workflow>/, or an fsspec URL; {day} stands for a day (YYYY-MM-DD) and makes a run read only its own days' files"
+    )
+    format: Literal["csv", "parquet", "jsonl"] = Field(description="What the file holds after gzip or zip is undone")
+    sql: str = Field(description="The mapping: a SELECT over `raw`, a path below the workflow's folder")
+    known_at: Literal["mapped", "landing"] = Field(
+        description="mapped: the SQL yields known_at; landing: a row is known from the time its file landed"
+    )
+    delimiter: str = Field(default=",", min_length=1, max_length=1, description="Between the fields of a CSV file")
+    encoding: str = Field(default="utf-8", description="Decoded strictly; a byte that does not fit refuses the file")
+    null: tuple[str, ...] = Field(default=("",), description="Texts that mean null")
+    columns: tuple[str, ...] | None = Field(default=None, description="The header that must stand in the file, in any order unless given")
+    header: Literal["strict", "given"] = Field(
+        default="strict", description="given: the first line is skipped and `columns` are the names (for ambiguous headers)"
+    )
+    extra_columns: Literal["refuse", "ignore"] = Field(default="refuse", description="What a column beyond `columns` does to the file")
+
+    @model_validator(mode="after")
+    def _given_needs_columns(self) -> Source:
+        if self.header == "given" and not self.columns:
+            raise ValueError("header: given needs `columns`")
+        return self
+
+
+class Column(Strict):
+    """What one column of the events holds; a row that breaks it is quarantined under the rule's name."""
+
+    type: ColumnType = Field(description="DuckDB type that the text is cast to")
+    required: bool = Field(default=False, description="Null is a broken row")
+    min: float | None = Field(default=None, description="Smallest allowed value")
+    max: float | None = Field(default=None, description="Largest allowed value")
+    allowed: tuple[str | int | bool, ...] | None = Field(default=None, description="The only values that may stand here")
+
+
+class RowRule(Strict):
+    """A named rule about one row."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="The reason that stands beside a quarantined row")
+    breaks_when: str = Field(description="SQL predicate over the typed columns; true quarantines the row")
+
+
+class EventsContract(Strict):
+    """The contract of the events."""
+
+    columns: dict[str, Column] = Field(description="Columns by name, in order")
+    unique: tuple[str, ...] = Field(default=(), description="Columns that name a row; later rows with the same are `duplicate`")
+    rows: tuple[RowRule, ...] = Field(default=(), description="Row rules beyond those of the columns")
+    max_quarantined_share: float = Field(default=0.05, ge=0, le=1, description="Above this share the day's batch is stopped")
+    expectations: tuple[ExpectationSpec, ...] = Field(default=(), description="Great Expectations on the day's accepted rows")
+
+
+class FeaturesContract(Strict):
+    """The contract of the features."""
+
+    expectations: tuple[ExpectationSpec, ...] = Field(default=(), description="Great Expectations on the day's features")
+
+
+class Contract(Strict):
+    """contract.yaml."""
+
+    events: EventsContract
+    features: FeaturesContract = FeaturesContract()
+
+
+class Features(Strict):
+    """An entity as of a date."""
+
+    sql: str = Field(default="features.sql", description="A SELECT over `events`, a path below the workflow's folder")
+    lookback_days: int = Field(gt=0, description="How many days of events the SQL sees")
+    numeric: tuple[str, ...] = Field(description="Feature columns that the model reads as numbers")
+    categorical: tuple[str, ...] = Field(default=(), description="Feature columns that the model reads as categories")
+
+
+class Outcomes(Strict):
+    """What became of an entity."""
+
+    sql: str = Field(default="outcomes.sql", description="A SELECT over `events`, a path below the workflow's folder")
+    lookback_days: int = Field(gt=0, description="How many days of events the SQL sees")
+    join: Literal["entity", "entity_day"] = Field(
+        description="entity: answers every feature row of the entity; entity_day: the features of for_day"
+    )
+
+
+ModelSpec = Annotated[DurationModel | ResponseModel, Field(discriminator="kind")]
+PolicySpec = Annotated[PriorityPolicy | BudgetPolicy, Field(discriminator="kind")]
+
+
+class Training(Strict):
+    """When and on what a model is trained, and what it must beat."""
+
+    train_on: str = Field(default="true", description="SQL predicate over the features: rows to learn from")
+    evaluate_on: str = Field(default="true", description="SQL predicate over the features: rows that the gate judges")
+    history_days: int = Field(gt=0, description="How many days of features the training set reaches back")
+    holdout_days: int = Field(gt=0, description="The last matured days are kept out of training and judge the candidate")
+    maturity_days: int = Field(default=0, ge=0, description="Days after which a row's outcome is (nearly) always known; younger rows judge nobody")
+    min_rows: int = Field(default=200, gt=0, description="Fewer training rows are refused")
+    metric: str = Field(description="The workflow's own metric, as the learner's evaluate() names it")
+    better: Literal["lower", "higher"] = Field(description="Which direction of the metric is better")
+    margin: float = Field(ge=0, description="A candidate may be worse than the champion by this share of the metric at most")
+    device: Literal["auto", "cpu", "gpu", "cuda"] = Field(
+        default="auto", description="Asked for and missing is an error; auto takes what is there and says which"
+    )
+
+
+class Workflow(Strict):
+    """One business decision automated end to end: everything that its folder says."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="The folder's name")
+    owner: str = Field(description="Who answers for it, as Dagster shows it: team:name or an e-mail address")
+    description: str = Field(description="One or two sentences for the asset catalogue")
+    start: date = Field(description="The first day (UTC)")
+    cutoff: time = Field(default=time(3), description="What is known by this time (UTC) of the next day counts for a day")
+    deadline: time = Field(default=time(6), description="A day must be decided by this time (UTC) of the next day")
+    sources: dict[str, Source] = Field(min_length=1, description="Named sources")
+    features: Features
+    outcomes: Outcomes
+    model: ModelSpec = Field(description="The learner and its parameters")
+    training: Training
+    policy: PolicySpec = Field(description="How scores become decisions")
+    arms: Arms
+    guardrails: Guardrails
+    drift: DriftSpec
+    contract: Contract = Field(description="contract.yaml; never written in workflow.yaml")
+    folder: Path = Field(description="Where it was read; never written in workflow.yaml")
+
+    @field_validator("deadline")
+    @classmethod
+    def _deadline_after_cutoff(cls, value: time, info: Any) -> time:
+        if "cutoff" in info.data and value <= info.data["cutoff"]:
+            raise ValueError(f"must be later than the cutoff {info.data['cutoff']:%H:%M}")
+        return value
+
+    def cutoff_of(self, day: date) -> datetime:
+        """The time (naive UTC) up to which rows count for ``day``."""
+        return datetime.combine(day + timedelta(days=1), self.cutoff)
+
+    def deadline_of(self, day: date) -> datetime:
+        """The time (naive UTC) by which ``day`` must be decided."""
+        return datetime.combine(day + timedelta(days=1), self.deadline)
+
+    def table(self, stage: str) -> str:
+        """The lake's name of a stage's table."""
+        return f"{self.name}/{stage}"
+
+    def sql(self, path: str) -> str:
+        """Text of a SQL file of the folder."""
+        return (self.folder / path).read_text(encoding="utf-8")
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over every file of the folder: what the workflow said when a decision was made."""
+        whole = hashlib.sha256()
+        for file in sorted(p for p in self.folder.rglob("*") if p.suffix in {".yaml", ".sql"}):
+            whole.update(file.relative_to(self.folder).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+        return whole.hexdigest()
+
+
+def _allowed_at(model: Any, path: tuple[str | int, ...]) -> list[str]:
+    """The keys that a model knows at a path of a validation error (without its last part)."""
+    current: Any = model
+    for part in path:
+        while typing.get_origin(current) is Annotated:
+            current = typing.get_args(current)[0]
+        origin = typing.get_origin(current)
+        if origin in (typing.Union, types.UnionType):
+            options = [a for a in typing.get_args(current) if a is not type(None)]
+            tagged = [o for o in options if _kind_of(o) == part]
+            current = tagged[0] if tagged else options[0]
+            if tagged:
+                continue
+            origin = typing.get_origin(current)
+        if isinstance(current, type) and issubclass(current, BaseModel):
+            field = current.model_fields.get(str(part))
+            if field is None:
+                return []
+            current = field.annotation
+        elif origin in (dict, Mapping):
+            current = typing.get_args(current)[1]
+        elif origin in (tuple, list):
+            current = typing.get_args(current)[0]
+        else:
+            return []
+    while typing.get_origin(current) is Annotated:
+        current = typing.get_args(current)[0]
+    if isinstance(current, type) and issubclass(current, BaseModel):
+        return sorted(set(current.model_fields) - {"contract", "folder"})
+    return []
+
+
+def _kind_of(model: Any) -> str | None:
+    field = getattr(model, "model_fields", {}).get("kind")
+    return typing.get_args(field.annotation)[0] if field is not None else None
+
+
+def _explain(file: Path, error: ValidationError, model: type[BaseModel], under: str = "") -> str:
+    lines = []
+    for problem in error.errors():
+        location = tuple(problem["loc"])
+        shown = [str(p) for p in location]
+        if under:
+            shown = [under, *shown]
+        text = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] in ("extra_forbidden", "missing"):
+            allowed = _allowed_at(model, location[:-1])
+            if problem["type"] == "extra_forbidden":
+                near = difflib.get_close_matches(str(location[-1]), allowed, 1)
+                text = "unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
+            else:
+                text = "is required"
+            if allowed:
+                text += f" (allowed here: {', '.join(allowed)})"
+        elif problem["type"] not in ("value_error",):
+            text += f", found {problem['input']!r}"
+        lines.append(f"{file}: {'.'.join(shown)}: {text}")
+    return "\n".join(lines)
+
+
+def _yaml(file: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise WorkflowInvalid(f"{file}: is missing; every workflow has workflow.yaml and contract.yaml") from None
+    except yaml.YAMLError as error:
+        raise WorkflowInvalid(f"{file}: is not YAML: {error}") from error
+    if not isinstance(found, dict):
+        raise WorkflowInvalid(f"{file}: must hold keys and values, found {type(found).__name__}")
+    return found
+
+
+def load(folder: Path) -> Workflow:
+    """Read one workflow's folder.
+
+    Raises WorkflowInvalid naming the file, the path in it and what is allowed there.
+    """
+    said, promised = _yaml(folder / "workflow.yaml"), _yaml(folder / "contract.yaml")
+    for reserved in ("contract", "folder"):
+        if reserved in said:
+            raise WorkflowInvalid(f"{folder / 'workflow.yaml'}: {reserved}: unknown key (it is not written here)")
+    try:
+        contract = Contract.model_validate(promised)
+    except ValidationError as error:
+        raise WorkflowInvalid(_explain(folder / "contract.yaml", error, Contract)) from None
+    try:
+        workflow = Workflow.model_validate({**said, "contract": contract, "folder": folder})
+    except ValidationError as error:
+        raise WorkflowInvalid(_explain(folder / "workflow.yaml", error, Workflow)) from None
+    if workflow.name != folder.name:
+        raise WorkflowInvalid(f"{folder / 'workflow.yaml'}: name: {workflow.name!r} is not the folder's name {folder.name!r}")
+    wanted = [workflow.features.sql, workflow.outcomes.sql, *(s.sql for s in workflow.sources.values())]
+    for path in wanted:
+        if not (folder / path).resolve().is_relative_to(folder.resolve()):
+            raise WorkflowInvalid(f"{folder / 'workflow.yaml'}: {path}: lies outside the workflow's folder")
+        if not (folder / path).is_file():
+            raise WorkflowInvalid(f"{folder / path}: is missing; workflow.yaml names it")
+    return workflow
+
+
+def load_all(folder: Path = FOLDER) -> list[Workflow]:
+    """Every workflow below a folder, by name; adding one is adding a folder."""
+    return [load(path.parent) for path in sorted(folder.glob("*/workflow.yaml"))]
+
+
+def utc(moment: datetime) -> datetime:
+    """A moment as naive UTC, the form in which times pass between the rooms."""
+    return moment.astimezone(UTC).replace(tzinfo=None) if moment.tzinfo else moment

@@ -1,0 +1,34 @@
+-- What is known of how a ticket went, each time that more of it became known; the latest row of a ticket counts.
+-- missed: as judged by then, NULL until it is. handling_hours: from opening to the last time it was resolved, NULL while it
+-- is worked on. open_hours: while it is worked on, how long that has been (a lower bound on handling_hours: what a
+-- model must know so as not to learn from quick tickets only), told on each of the first eight days and then weekly.
+WITH
+latest AS (
+    SELECT ticket_id,
+        arg_max(state, (known_at, updates, source_file_id, source_row)) IN ('resolved', 'closed') AS ended,
+        min(opened_at) AS opened_at,
+        max(event_at) FILTER (state = 'resolved') AS resolved_at,
+        max(event_at) FILTER (state = 'closed') AS closed_at,
+        bool_or(missed) AS missed,
+        max(effort_hours) AS effort_hours,
+        min(known_at) > $previous_cutoff::TIMESTAMP AS is_new,
+        max(known_at) FILTER (
+            known_at > $previous_cutoff::TIMESTAMP AND (state IN ('resolved', 'closed') OR missed IS NOT NULL)
+        ) AS told_at
+    FROM events
+    GROUP BY ticket_id
+),
+aged AS (
+    SELECT *, date_diff('second', opened_at, $cutoff::TIMESTAMP) // 86400 AS days_open FROM latest
+)
+SELECT
+    ticket_id AS entity_id,
+    NULL::DATE AS for_day,
+    CASE WHEN ended THEN told_at ELSE $cutoff::TIMESTAMP END AS known_at,
+    missed,
+    CASE WHEN ended THEN date_diff('second', opened_at, coalesce(resolved_at, closed_at)) / 3600.0 END AS handling_hours,
+    CASE WHEN NOT ended THEN date_diff('second', opened_at, $cutoff::TIMESTAMP) / 3600.0 END AS open_hours,
+    CASE WHEN ended THEN effort_hours END AS effort_hours
+FROM aged
+WHERE told_at IS NOT NULL OR (NOT ended AND (is_new OR days_open <= 8 OR days_open % 7 = 0))
+ORDER BY entity_id

@@ -1,0 +1,27 @@
+-- The help desk's own export: JSON lines, one an update of a ticket. `sla_missed` is empty while unknown.
+SELECT
+    source_row,
+    ticket_id,
+    updated_at AS event_at,
+    exported_at AS known_at,
+    state,
+    opened_at,
+    nullif(due_at, '') AS due_at,
+    priority,
+    impact,
+    urgency,
+    team,
+    category,
+    subcategory,
+    symptom,
+    contact_type,
+    location,
+    caller,
+    opened_by,
+    assignee,
+    reassignments,
+    reopens,
+    updates,
+    nullif(sla_missed, '') AS missed,
+    nullif(effort_hours, '') AS effort_hours
+FROM raw

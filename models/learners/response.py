@@ -1,0 +1,434 @@
+"""What a line earns at every spend: a Booster for the level, a hierarchical elasticity for the slope, and the rule that both must beat.
+
+Belongs here: the level (what comes of the money that is spent anyway), how level and slope make a curve, figures and pictures of both.
+Does not: the elasticities themselves (`models.elasticity`), which spend to choose (`models.budget`), reading tables.
+
+Two different questions, two answers. *What will a line earn tomorrow at what it spends?* is observed every day, so the Booster learns it. *What
+would it earn at another spend?* is not: observed spend chases demand, and only the logged random perturbations tell.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from models import booster as boosters
+from models.booster import Encoding
+from models.elasticity import Elasticities, fit_elasticities, response
+
+if TYPE_CHECKING:
+    import lightgbm
+    from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+MICROS = 1e6
+WINDOWS = (1, 7, 28)
+STEPS = 4  # the windows' shares are multiples of 1 / STEPS
+SPEND_SHIFTS = ("spend_shift_1", "spend_shift_7")  # the learner's own columns: the day's spend against the line's trailing ones, as logs
+FARTHEST = 5.0  # a correction is held to [1 / FARTHEST, FARTHEST]; so are the ratios that it learns from
+
+
+class ResponseModel(BaseModel):
+    """`model` section of a workflow.yaml: kind `response`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["response"] = Field(description="A response curve for each line: level by a Booster, slope by logged perturbations")
+    rounds: int = Field(default=60, gt=0, description="Trees of the level's Booster")
+    learning_rate: float = Field(default=0.05, gt=0, le=1, description="How much of each tree is taken")
+    leaves: int = Field(default=8, ge=2, description="Leaves of a tree")
+    rows_in_leaf: int = Field(default=40, gt=0, description="Fewest training rows in a leaf")
+    l2: float = Field(default=5.0, ge=0, description="L2 penalty on a leaf's value")
+    column_share: float = Field(default=0.7, gt=0, le=1, description="Share of the columns that a tree may look at")
+    row_share: float = Field(default=0.7, gt=0, le=1, description="Share of the rows that a tree sees")
+    shrink_days: float = Field(
+        default=0.25, ge=0, description="How many days of the line's own money a trailing ratio is drawn towards the next longer one"
+    )
+    grid: tuple[float, ...] = Field(
+        default=(0.5, 0.625, 0.75, 0.875, 1.0, 1.125, 1.25, 1.375, 1.5),
+        description="Points of the curve, as multiples of the status quo, ascending; 1.0 must be one of them",
+    )
+    group: tuple[str, ...] = Field(
+        default=("segment", "format"), min_length=1, description="Feature columns whose values together name the lines that resemble each other in slope"
+    )
+    prior_elasticity: float = Field(default=0.5, ge=0, le=1, description="Mean elasticity believed before any perturbation was logged")
+    prior_elasticity_sd: float = Field(default=0.29, gt=0, description="Its standard deviation")
+    prior_source: str = Field(
+        default="assumed: mean and standard deviation of a uniform on (0, 1), from spend without effect to spend without saturation",
+        description="Where the prior comes from; shown wherever the prior is used",
+    )
+
+    @field_validator("grid")
+    @classmethod
+    def _ascending_through_one(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if 1.0 not in value or value[0] < 0 or any(a >= b for a, b in itertools.pairwise(value)):
+            raise ValueError(f"must be ascending, not negative, and hold 1.0; found {list(value)}")
+        return value
+
+
+class ResponseLearner:
+    """The level's Booster and the elasticities; see the module.
+
+    The level at a spend s is base x s x correction. base is a mix of the line's trailing value / cost over 1, 7 and 28 days, with shares learned
+    by least absolute error; each is drawn towards the next longer one, the longest towards the line's placement and campaign. correction is the
+    Booster's: trained on value / (base x s) with weight base x s under the absolute loss, so that the loss is the absolute error of the value itself.
+    A row whose spend was perturbed by a logged multiplier m is read as level x m ** elasticity, the level being that of the spend without m.
+    """
+
+    def __init__(
+        self,
+        spec: ResponseModel,
+        encoding: Encoding,
+        booster: lightgbm.Booster,
+        shares: Sequence[float],
+        overall_ratio: float,
+        elasticities: Elasticities,
+        notes: Sequence[str],
+        threads: int = 1,
+    ) -> None:
+        self.spec, self.encoding, self.booster, self.shares = spec, encoding, booster, tuple(shares)
+        self.overall_ratio, self.elasticities, self.notes, self.threads = overall_ratio, elasticities, tuple(notes), threads
+
+    @classmethod
+    def fit(cls, rows: pa.Table, spec: Mapping[str, Any], *, seed: int, device: str, threads: int) -> Self:
+        """Learn from matured rows: features plus the outcome columns cost, value, budget, explore_multiplier, explore_probability (of the day
+        after). `spec` is the model section plus `numeric` and `categorical`.
+
+        Raises ValueError where no row has both cost and a trailing return to correct; KeyError for a missing column, naming it.
+        """
+        said, numeric, categorical = _split(spec)
+        cost, value, multiplier = _numbers(rows, "cost"), _numbers(rows, "value"), _multiplier(rows)
+        total = cost.sum()
+        overall = float(value.sum() / total) if total > 0 else 1.0
+        ratios = _ratios(rows, said.shrink_days, overall)
+        undrawn = cost / multiplier
+
+        elasticities, note = _slopes(rows, ratios @ _EVEN, said)
+        slope = elasticities.of(*_names(rows, said.group))[0]
+        lift = _lift(multiplier, slope)
+        shares = _best_shares(ratios, undrawn * lift, value)
+
+        level = (ratios @ shares) * undrawn * lift
+        told = level > 0
+        if not told.any():
+            raise ValueError(f"none of {rows.num_rows} rows has a cost and a trailing return: nothing to learn the level from")
+        encoding = Encoding.learn(rows, [*numeric], categorical)
+        encoding = Encoding((*encoding.numeric, *SPEND_SHIFTS), encoding.categorical)
+        matrix = encoding.matrix(_with_shifts(rows, undrawn))
+        weight = level[told] / level[told].mean()
+        trained = boosters.train(
+            matrix[told],
+            np.clip(value[told] / level[told], 0, FARTHEST),
+            encoding=encoding,
+            params={
+                "objective": "regression_l1",
+                "num_leaves": said.leaves,
+                "learning_rate": said.learning_rate,
+                "min_data_in_leaf": said.rows_in_leaf,
+                "lambda_l2": said.l2,
+                "feature_fraction": said.column_share,
+                "bagging_fraction": said.row_share,
+                "bagging_freq": 1,
+                "boost_from_average": False,
+            },
+            rounds=said.rounds,
+            seed=seed,
+            device=device,
+            threads=threads,
+            weight=weight,
+            init_score=np.ones(int(told.sum())),
+        )
+        return cls(said, encoding, trained, shares.tolist(), overall, elasticities, [note], threads)
+
+    def level(self, features: pa.Table, spend: Floats) -> Floats:
+        """Expected value (n,) of each line at the `spend` (n,), currency, that comes about as spend usually does: no perturbation, no policy."""
+        base = _ratios(features, self.spec.shrink_days, self.overall_ratio) @ np.array(self.shares)
+        moved = boosters.predict(self.booster, self.encoding.matrix(_with_shifts(features, spend)), threads=self.threads, raw=True)
+        return np.asarray(base * spend * np.clip(1 + moved, 1 / FARTHEST, FARTHEST))
+
+    def score(self, features: pa.Table) -> pa.Table:
+        """entity_id, spends LIST<BIGINT> (micros, the grid around budget_micros), values LIST<DOUBLE> (expected value at each, currency), level
+        (at the status quo), elasticity and its sd."""
+        budget = _numbers(features, "budget_micros")
+        delivered = np.nan_to_num(_numbers(features, "delivered_7"), nan=1.0)
+        mean, sd = self.elasticities.of(*_names(features, self.spec.group))
+        return _curves(features, self.spec.grid, self.level(features, budget / MICROS * delivered), mean, sd)
+
+    def expect(self, rows: pa.Table) -> Floats:
+        """Expected value (n,) of each row at its realised cost and logged multiplier."""
+        multiplier = _multiplier(rows)
+        slope = self.elasticities.of(*_names(rows, self.spec.group))[0]
+        return np.asarray(self.level(rows, _numbers(rows, "cost") / multiplier) * _lift(multiplier, slope))
+
+    def files(self) -> dict[str, bytes]:
+        """level.txt (the Booster) and meta.json (all the rest, and the Booster's digest)."""
+        level = boosters.booster_bytes(self.booster)
+        meta = {
+            "spec": self.spec.model_dump(mode="json"),
+            "encoding": json.loads(self.encoding.to_json()),
+            "shares": self.shares,
+            "overall_ratio": self.overall_ratio,
+            "elasticities": json.loads(self.elasticities.to_json()),
+            "notes": self.notes,
+            "level_sha256": boosters.digest(level),
+        }
+        return {"level.txt": level, "meta.json": json.dumps(meta, sort_keys=True, ensure_ascii=False).encode()}
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes]) -> Self:
+        """The learner that `files()` described; scores equal to the bit. Raises WrongDigest where the Booster is not the one meant."""
+        meta = json.loads(files["meta.json"])
+        return cls(
+            ResponseModel.model_validate(meta["spec"]),
+            Encoding.from_json(json.dumps(meta["encoding"])),
+            boosters.read_booster(files["level.txt"], meta["level_sha256"]),
+            meta["shares"],
+            meta["overall_ratio"],
+            Elasticities.from_json(json.dumps(meta["elasticities"])),
+            meta["notes"],
+        )
+
+    def evaluate(self, rows: pa.Table) -> dict[str, float]:
+        """mae and bias of the value at realised cost, currency a line a day; rule_mae on the same rows, better_than_rule its share saved;
+        the shares of the windows and the elasticities' overall mean and sd (elasticity_is_prior: 1 where nothing was perturbed)."""
+        value = _numbers(rows, "value")
+        figures = _errors(self.expect(rows), value)
+        rule = _errors(_rule_value(rows, self.spec), value)["mae"]
+        drawn = len(self.elasticities.lines) > 0
+        return {
+            **figures,
+            "rule_mae": rule,
+            "better_than_rule": 1 - figures["mae"] / rule if rule > 0 else 0.0,
+            **{f"share_{w}": share for w, share in zip(WINDOWS, self.shares, strict=True)},
+            "elasticity": self.elasticities.overall_mean,
+            "elasticity_sd": self.elasticities.overall_sd,
+            "elasticity_is_prior": 0.0 if drawn else 1.0,
+        }
+
+    def plots(self, rows: pa.Table) -> dict[str, Figure]:
+        """predicted_realised: value by value, logarithmic, with the error by day; importance: the Booster's gain by column; elasticity: lines' slopes."""
+        from matplotlib.figure import Figure
+
+        predicted, value = self.expect(rows), _numbers(rows, "value")
+        rule = _rule_value(rows, self.spec)
+        day = rows.column("day").to_numpy().astype("datetime64[D]")
+
+        one = Figure(figsize=(10, 4.5), layout="constrained")
+        left, right = one.subplots(1, 2)
+        seen = (predicted > 0) & (value > 0)
+        left.loglog(predicted[seen], value[seen], ".", markersize=3, alpha=0.4)
+        ends = [min(predicted[seen].min(), value[seen].min()), max(predicted[seen].max(), value[seen].max())] if seen.any() else [1, 10]
+        left.loglog(ends, ends, color="black", linewidth=1)
+        left.set(xlabel="predicted value of a line's next day", ylabel="realised value", title=f"{len(value)} lines and days, {int((~seen).sum())} at zero not shown")
+        days, at = np.unique(day, return_inverse=True)
+        for name, guess in (("model", predicted), ("trailing 7-day ratio", rule)):
+            right.plot(days, np.bincount(at, np.abs(guess - value)) / np.bincount(at), marker=".", label=name)
+        right.set(ylabel="mean absolute error", title="by day", ylim=(0, None))
+        right.tick_params(axis="x", rotation=30)
+        right.legend()
+
+        two = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = two.subplots()
+        gain = np.asarray(self.booster.feature_importance("gain"), dtype=float)
+        order = np.argsort(gain, kind="stable")
+        axes.barh(np.array(self.encoding.names, dtype=object)[order], gain[order] / max(gain.sum(), 1e-300))
+        axes.set(xlabel="share of the loss taken away", title="what corrects the trailing return")
+
+        three = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = three.subplots()
+        mean = self.elasticities.line_mean if len(self.elasticities.lines) else np.array([self.elasticities.overall_mean])
+        axes.hist(np.clip(mean, 0, 1), bins=np.linspace(0, 1, 21))
+        axes.set(xlabel="elasticity of a line's value to its spend", ylabel="lines", title="\n".join(self.notes))
+        axes.title.set_fontsize(8)
+        return {"predicted_realised": one, "importance": two, "elasticity": three}
+
+    def contributions(self, features: pa.Table) -> pa.Table:
+        """entity_id and the columns that moved the correction of each line's level most: `features`, `effects` (in shares of the base)."""
+        spend = _numbers(features, "budget_micros") / MICROS
+        top = boosters.top_contributions(self.booster, self.encoding, _with_shifts(features, spend), threads=self.threads)
+        return top.add_column(0, "entity_id", features.column("entity_id"))
+
+
+class ResponseRule:
+    """The bar and the fall-back: the trailing 7-day value / cost times the spend. Its curve takes the prior's elasticity around that level.
+
+    A line that cost nothing within the 7 days has no ratio: its value is 0.
+    """
+
+    def __init__(self, spec: ResponseModel) -> None:
+        self.spec = spec
+        self.notes = (_prior_note(spec),)
+
+    @classmethod
+    def fit(cls, rows: pa.Table, spec: Mapping[str, Any], *, seed: int, device: str, threads: int) -> Self:
+        """Nothing is learned: the ratio stands in the features."""
+        return cls(_split(spec)[0])
+
+    def score(self, features: pa.Table) -> pa.Table:
+        """The columns that ResponseLearner.score gives."""
+        level = _rule_ratio(features) * (_numbers(features, "budget_micros") / MICROS)
+        one = np.ones(features.num_rows)
+        return _curves(features, self.spec.grid, level, self.spec.prior_elasticity * one, self.spec.prior_elasticity_sd * one)
+
+    def files(self) -> dict[str, bytes]:
+        """rule.json."""
+        return {"rule.json": json.dumps({"spec": self.spec.model_dump(mode="json")}, sort_keys=True, ensure_ascii=False).encode()}
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes]) -> Self:
+        """The rule that `files()` described."""
+        return cls(ResponseModel.model_validate(json.loads(files["rule.json"])["spec"]))
+
+    def evaluate(self, rows: pa.Table) -> dict[str, float]:
+        """mae and bias of ratio x realised cost, currency a line a day."""
+        return _errors(_rule_value(rows, self.spec), _numbers(rows, "value"))
+
+
+def _split(spec: Mapping[str, Any]) -> tuple[ResponseModel, Sequence[str], Sequence[str]]:
+    """The model section and the feature lists that stand beside it."""
+    section = {k: v for k, v in spec.items() if k not in ("numeric", "categorical")}
+    return ResponseModel.model_validate(section), spec["numeric"], spec.get("categorical", ())
+
+
+def _numbers(table: pa.Table, name: str) -> Floats:
+    """A column as float64, NULL as NaN."""
+    if name not in table.column_names:
+        raise KeyError(f"column {name!r} is missing: the response model needs it, and the table has {', '.join(table.column_names)}")
+    return np.asarray(table.column(name).cast(pa.float64(), safe=False).to_numpy(), dtype=np.float64)
+
+
+def _multiplier(rows: pa.Table) -> Floats:
+    """What was drawn for the outcome's day; 1 where nothing is logged."""
+    multiplier = np.nan_to_num(_numbers(rows, "explore_multiplier"), nan=1.0)
+    if (multiplier <= 0).any():
+        raise ValueError(f"explore_multiplier of row {int(np.argmax(multiplier <= 0))} is not above 0: a multiplier scales a budget")
+    return multiplier
+
+
+def _lift(multiplier: Floats, elasticity: Floats) -> Floats:
+    return np.asarray(multiplier ** np.clip(elasticity, 0, 1))
+
+
+def _names(table: pa.Table, group: Sequence[str]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Line names and group names; a missing part of a group's name reads `-`."""
+    parts = [table.column(c).cast(pa.string()).fill_null("-").to_numpy().astype(str) for c in group]
+    joined = parts[0]
+    for part in parts[1:]:
+        joined = np.char.add(np.char.add(joined, "|"), part)
+    return table.column("entity_id").cast(pa.string()).to_numpy().astype(str), joined
+
+
+_EVEN = np.full(len(WINDOWS), 1 / len(WINDOWS))
+
+
+def _ratios(table: pa.Table, shrink_days: float, overall: float) -> Floats:
+    """Trailing value / cost over WINDOWS, shape (n, windows): each as if `shrink_days` more days had earned the next longer window's ratio; the
+    longest window's next is the line's placement, then its campaign, then `overall`."""
+    longer = np.full(table.num_rows, overall)
+    for name in ("campaign_ratio_28", "placement_ratio_28"):
+        found = _numbers(table, name)
+        longer = np.where(np.isfinite(found), found, longer)
+    days = np.maximum(_numbers(table, f"active_days_{WINDOWS[-1]}"), 1)
+    believed = shrink_days * _numbers(table, f"cost_{WINDOWS[-1]}") / days
+    out = np.empty((table.num_rows, len(WINDOWS)))
+    for at in reversed(range(len(WINDOWS))):
+        cost = _numbers(table, f"cost_{WINDOWS[at]}") + believed
+        worth = _numbers(table, f"value_{WINDOWS[at]}") + believed * longer
+        longer = np.divide(worth, cost, out=longer.copy(), where=cost > 0)
+        out[:, at] = longer
+    return out
+
+
+def _best_shares(ratios: Floats, spend: Floats, value: Floats) -> Floats:
+    """The windows' shares (multiples of 1 / STEPS) of least absolute error; among equals the first in the order of the longer windows."""
+    options = np.array([o for o in itertools.product(range(STEPS + 1), repeat=len(WINDOWS)) if sum(o) == STEPS]) / STEPS
+    errors = [float(np.abs(value - (ratios @ option) * spend).sum()) for option in options]
+    return np.asarray(options[int(np.argmin(errors))])
+
+
+def _with_shifts(table: pa.Table, spend: Floats) -> pa.Table:
+    """The table with SPEND_SHIFTS beside it; NaN where the line has no trailing spend, or none now."""
+    usual = (_numbers(table, "cost_1"), _numbers(table, "cost_7") / np.maximum(_numbers(table, "active_days_7"), 1))
+    for name, then in zip(SPEND_SHIFTS, usual, strict=True):
+        both = (spend > 0) & (then > 0)
+        shift = np.full(len(spend), np.nan)
+        np.log(np.divide(spend, then, out=np.ones(len(spend)), where=both), out=shift, where=both)
+        table = table.append_column(name, pa.array(shift))
+    return table
+
+
+def _prior_note(spec: ResponseModel) -> str:
+    return f"elasticities are the prior, mean {spec.prior_elasticity:g}, sd {spec.prior_elasticity_sd:g} ({spec.prior_source}): no perturbation was logged"
+
+
+def _slopes(rows: pa.Table, ratio: Floats, spec: ResponseModel) -> tuple[Elasticities, str]:
+    """Elasticities from the rows with a logged probability, and a sentence saying what they rest on."""
+    drawn = np.isfinite(_numbers(rows, "explore_probability"))
+    kept = rows.filter(pa.array(drawn))
+    multiplier = _multiplier(kept)
+    budget = _numbers(kept, "budget")
+    line, group = _names(kept, spec.group)
+    found = fit_elasticities(
+        line,
+        group,
+        kept.column("day"),
+        budget,
+        _numbers(kept, "value"),
+        multiplier,
+        expected=ratio[drawn] * budget / multiplier,
+        prior_mean=spec.prior_elasticity,
+        prior_sd=spec.prior_elasticity_sd,
+    )
+    moved = int((multiplier != 1).sum())
+    if not moved:
+        note = _prior_note(spec)
+        log.warning("%s", note)
+        return Elasticities([], *(np.zeros(0),) * 2, [], *(np.zeros(0),) * 2, spec.prior_elasticity, spec.prior_elasticity_sd, found.spread_within, found.spread_between), note
+    return found, f"elasticities rest on {moved} perturbed of {len(multiplier)} drawn line-days of {len(found.lines)} lines"
+
+
+def _curves(features: pa.Table, grid: Sequence[float], level: Floats, elasticity: Floats, sd: Floats) -> pa.Table:
+    budget = _numbers(features, "budget_micros")
+    spends = np.rint(budget[:, None] * np.array(grid)).astype(np.int64)
+    values = response(level, budget, spends, elasticity)
+    offsets = np.arange(len(budget) + 1, dtype=np.int32) * len(grid)
+    return pa.table(
+        {
+            "entity_id": features.column("entity_id"),
+            "spends": pa.ListArray.from_arrays(offsets, pa.array(spends.ravel())),
+            "values": pa.ListArray.from_arrays(offsets, pa.array(values.ravel())),
+            "level": level,
+            "elasticity": elasticity,
+            "elasticity_sd": sd,
+        }
+    )
+
+
+def _rule_ratio(table: pa.Table) -> Floats:
+    return np.nan_to_num(_numbers(table, "ratio_7"), nan=0.0)
+
+
+def _rule_value(rows: pa.Table, spec: ResponseModel) -> Floats:
+    """ratio x realised cost; a logged multiplier is part of the cost."""
+    return np.asarray(_rule_ratio(rows) * _numbers(rows, "cost"))
+
+
+def _errors(predicted: Floats, value: Floats) -> dict[str, float]:
+    if not len(value):
+        return {"mae": float("nan"), "bias": float("nan"), "mean_value": float("nan"), "rows": 0.0}
+    return {
+        "mae": float(np.abs(predicted - value).mean()),
+        "bias": float((predicted - value).mean()),
+        "mean_value": float(value.mean()),
+        "rows": float(len(value)),
+    }

@@ -1,0 +1,183 @@
+"""The ``signalbox`` command: for the operations owner, and for the first ten minutes of everybody.
+
+Belongs here: reading arguments and printing. Does not: doing (``orchestration.runner`` and the rooms below).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, help=__doc__)
+console = Console()
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output")]
+
+
+def _day(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a day such as 2026-03-31") from None
+
+
+Day = Annotated[date | None, typer.Option(parser=_day, metavar="YYYY-MM-DD", help="The day (UTC); default: the newest")]
+
+
+def _shown(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows, default=str))
+        return
+    table = Table(title=title, title_justify="left")
+    for name in rows[0] if rows else []:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()])
+    console.print(table if rows else f"{title}: nothing")
+
+
+def _workflow(name: str) -> Any:
+    from assets.workflow import FOLDER, WorkflowInvalid, load
+
+    if not (FOLDER / name / "workflow.yaml").is_file():
+        known = sorted(p.parent.name for p in FOLDER.glob("*/workflow.yaml"))
+        raise typer.BadParameter(f"{name!r} is no workflow; there are {', '.join(known)}")
+    try:
+        return load(FOLDER / name)
+    except WorkflowInvalid as error:
+        console.print(f"[red]{error}[/red]")
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def init() -> None:
+    """Make the state folder and Dagster's instance configuration in it (what stands there is left alone)."""
+    from orchestration import runner
+
+    console.print(f"State lies in {runner.prepare_home()}")
+
+
+@app.command()
+def validate(as_json: Json = False) -> None:
+    """Read every workflow's folder and say what is wrong with it: file, path and what is allowed there."""
+    from assets.workflow import FOLDER, WorkflowInvalid, load
+
+    rows = []
+    for file in sorted(FOLDER.glob("*/workflow.yaml")):
+        try:
+            load(file.parent)
+            rows.append({"workflow": file.parent.name, "result": "good"})
+        except WorkflowInvalid as error:
+            rows.append({"workflow": file.parent.name, "result": str(error)})
+    _shown(rows, "Workflows", as_json)
+    if any(r["result"] != "good" for r in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+def run(
+    workflow: str,
+    job: Annotated[str, typer.Argument(help="daily, prepare, retrain or decide")] = "daily",
+    day: Day = None,
+    since: Annotated[date | None, typer.Option(parser=_day, metavar="YYYY-MM-DD", help="First day of a range")] = None,
+    now: Annotated[str | None, typer.Option(help="Fixes the clock (ISO 8601, UTC)")] = None,
+) -> None:
+    """Run a job of a workflow in this process, for a day or a range of days in one run."""
+    from orchestration import runner
+    from orchestration.automation import closed_days
+
+    found = _workflow(workflow)
+    last = day or closed_days(found, runner.clock_now(now))
+    result = runner.run(found, job, since or last, last, now=now)
+    _shown(runner.check_rows(result), f"{workflow} {job} {since or last} – {last}: {'done' if result.success else 'FAILED'}", False)
+    if not result.success:
+        raise typer.Exit(1)
+
+
+@app.command()
+def batches(workflow: str, as_json: Json = False) -> None:
+    """The batches of a workflow: step, status, and how many decisions changed something."""
+    from assets.resources import resources
+
+    found = _workflow(workflow)
+    columns = ["day", "batch_id", "step", "status", "rows", "changed", "review", "reasons"]
+    rows = resources()["lake"].lake.read(found.table("batches"), columns=columns).sort_by("day").to_pylist()
+    _shown(rows, f"Batches of {workflow}", as_json)
+
+
+@app.command()
+def decisions(
+    workflow: str,
+    day: Day = None,
+    limit: Annotated[int, typer.Option(help="How many, the largest changes first")] = 20,
+    as_json: Json = False,
+) -> None:
+    """The decisions of a day with their reasons."""
+    from assets import deciding
+    from assets.resources import resources
+
+    found = _workflow(workflow)
+    lake = resources()["lake"].lake
+    if day is None:
+        day = max(lake.read(found.table("batches"), columns=["day"])["day"].to_pylist())
+    rows = deciding.largest_changes(lake.read(found.table("decisions"), days=[day])).slice(0, limit).to_pylist()
+    _shown(rows, f"Decisions of {workflow}, {day}", as_json)
+
+
+@app.command()
+def replay(workflow: str, decision_id: str, as_json: Json = False) -> None:
+    """Make a recorded decision again from its row alone and compare the two to the bit."""
+    from assets import deciding
+    from assets.resources import resources
+
+    found = _workflow(workflow)
+    given = resources()
+    result = deciding.replay(found.name, given["lake"].lake, given["registry"].registry, decision_id)
+    _shown([result.as_dict()], f"Replay of {decision_id}", as_json)
+    if not result.equal:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo() -> None:
+    """Two workflows with days of history, on generated data: the whole story, with a closing summary."""
+    from orchestration import demo as story
+
+    story.tell(console)
+
+
+@app.command()
+def real(
+    data: Annotated[Path, typer.Option(help="Folder with uci498/ and online_advertising/")] = Path("../shared/data"),
+    workflow: Annotated[str | None, typer.Option(help="Only this one")] = None,
+) -> None:
+    """Both workflows on the real data sets that docs/real_data.md describes, in a state folder of their own."""
+    from orchestration import real_data
+
+    real_data.run(console, data, only=workflow)
+
+
+@app.command()
+def serve() -> None:
+    """Open Dagster, the MLflow server, the Evidently UI and the reports on the state folder, on 127.0.0.1 only."""
+    from orchestration import servers
+
+    servers.serve(console)
+
+
+def main() -> None:
+    """Entry point that keeps Dagster's and MLflow's state beside each other."""
+    from assets.resources import home
+
+    os.environ.setdefault("DAGSTER_HOME", str(home() / "dagster"))
+    app()
+
+
+if __name__ == "__main__":
+    main()

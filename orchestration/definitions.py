@@ -1,0 +1,30 @@
+"""What Dagster loads: every workflow's assets and jobs, what may start them, and the resources.
+
+Belongs here: putting the parts together. Does not: any part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import dagster as dg
+
+from assets.resources import resources
+from assets.workflow import Workflow, load_all
+from orchestration.automation import unattended
+from orchestration.jobs import assets_of, jobs_of
+
+
+def build(workflows: Sequence[Workflow], now: str | None = None) -> dg.Definitions:
+    """Definitions of the given workflows; ``now`` fixes the clock."""
+    starters = [u.definition for u in unattended(workflows)]
+    return dg.Definitions(
+        assets=[a for w in workflows for a in assets_of(w)],
+        jobs=[j for w in workflows for j in jobs_of(w)],
+        sensors=[s for s in starters if isinstance(s, dg.SensorDefinition)],
+        schedules=[s for s in starters if isinstance(s, dg.ScheduleDefinition)],
+        resources=resources(now),
+    )
+
+
+defs = build(load_all())

@@ -1,0 +1,118 @@
+"""Run a job in this process, against the instance whose history the Dagster UI shows.
+
+Belongs here: the bridge between a command and a Dagster run. Does not: printing (``orchestration.cli``).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from datetime import date, datetime
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from assets.resources import ClockResource, home, resources
+from assets.workflow import Workflow
+from orchestration.definitions import build
+
+_CONFIGURATIONS = Path(__file__).parent / "instance"
+
+
+def prepare_home() -> Path:
+    """Make the state folder with Dagster's instance configuration; returns it.
+
+    ``SIGNALBOX_DAGSTER_CONFIG=postgres`` takes the PostgreSQL configuration. A configuration that stands is left alone.
+    """
+    at = home()
+    dagster_home = Path(os.environ.setdefault("DAGSTER_HOME", str(at / "dagster")))
+    for folder in (dagster_home, at / "landing", at / "lake", at / "reports"):
+        folder.mkdir(parents=True, exist_ok=True)
+    target = dagster_home / "dagster.yaml"
+    if not target.exists():
+        wanted = "dagster.postgres.yaml" if os.environ.get("SIGNALBOX_DAGSTER_CONFIG") == "postgres" else "dagster.yaml"
+        shutil.copyfile(_CONFIGURATIONS / wanted, target)
+    return at
+
+
+def clock_now(fixed: str | None = None) -> datetime:
+    """Now as naive UTC, or the fixed time."""
+    return ClockResource(fixed=fixed).now()
+
+
+def run(
+    workflow: Workflow,
+    job: str,
+    first: date,
+    last: date,
+    *,
+    now: str | None = None,
+    instance: dg.DagsterInstance | None = None,
+    tags: dict[str, str] | None = None,
+    given: dict[str, Any] | None = None,
+) -> dg.ExecuteInProcessResult:
+    """Execute ``<workflow>_<job>`` for the days ``first``…``last`` in one run of this process.
+
+    The run, its materialisations and checks land in the instance at DAGSTER_HOME (or ``instance``). A failed step makes
+    ``result.success`` false; it does not raise.
+    """
+    if instance is None:
+        prepare_home()
+    definitions = build([workflow], now)
+    repository = definitions.get_repository_def()
+    wanted = repository.get_job(f"{workflow.name}_{job}")
+    marks = dict(tags or {})
+    if first == last:
+        selection: dict[str, Any] = {"partition_key": first.isoformat()}
+    else:
+        selection = {}
+        marks |= {
+            "dagster/asset_partition_range_start": first.isoformat(),
+            "dagster/asset_partition_range_end": last.isoformat(),
+        }
+    with _instance(instance) as at:
+        return wanted.execute_in_process(
+            instance=at, resources=given or resources(now), tags=marks, raise_on_error=False, **selection
+        )
+
+
+class _instance:
+    """The given instance as it is, or the one at DAGSTER_HOME closed after use."""
+
+    def __init__(self, given: dg.DagsterInstance | None) -> None:
+        self._given, self._opened = given, None
+
+    def __enter__(self) -> dg.DagsterInstance:
+        if self._given is not None:
+            return self._given
+        self._opened = dg.DagsterInstance.get()
+        return self._opened
+
+    def __exit__(self, *_: object) -> None:
+        if self._opened is not None:
+            self._opened.dispose()
+
+
+def check_rows(result: dg.ExecuteInProcessResult) -> list[dict[str, Any]]:
+    """The asset checks of a run: asset, check, result and what it says."""
+    return [
+        {
+            "asset": e.asset_key.to_user_string(),
+            "check": e.check_name,
+            "result": "passed" if e.passed else e.severity.value,
+            "says": (e.description or "").split("\n")[0],
+        }
+        for e in result.get_asset_check_evaluations()
+    ]
+
+
+def failed_steps(result: dg.ExecuteInProcessResult) -> Sequence[str]:
+    """The steps of a run that failed, with their errors' first lines."""
+    found = []
+    for event in result.filter_events(lambda e: e.is_step_failure):
+        error = event.step_failure_data.error
+        cause = error.cause if error and error.cause else error
+        found.append(f"{event.step_key}: {cause.message.strip() if cause else 'failed'}")
+    return found

@@ -1,0 +1,90 @@
+"""The lake: atomic replacement, versions, and content that is the same whatever files it lies in."""
+
+import datetime as dt
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from assets.lake import Lake, TableMissing, content_digest
+
+MONDAY = dt.date(2026, 3, 2)
+TUESDAY = MONDAY + dt.timedelta(days=1)
+
+
+def rows(day: dt.date, *values: float) -> pa.Table:
+    return pa.table(
+        {
+            "day": pa.array([day] * len(values), pa.date32()),
+            "value": pa.array(values, pa.float64()),
+            "at": pa.array([dt.datetime(2026, 3, 2, 3)] * len(values), pa.timestamp("us")),
+            "notes": pa.array([["a", "b"]] * len(values), pa.list_(pa.string())),
+        }
+    )
+
+
+def values(table: pa.Table) -> list[float]:
+    return sorted(table["value"].to_pylist())
+
+
+def test_replacing_a_day_leaves_the_others_alone(tmp_path: Path) -> None:
+    lake = Lake(str(tmp_path))
+    lake.replace_days("w/t", rows(MONDAY, 1, 2), [MONDAY])
+    lake.replace_days("w/t", rows(TUESDAY, 3), [TUESDAY])
+    lake.replace_days("w/t", rows(MONDAY, 9), [MONDAY])
+    assert values(lake.read("w/t")) == [3, 9]
+    assert values(lake.read("w/t", days=[MONDAY])) == [9]
+
+
+def test_an_older_version_still_answers_after_a_replacement(tmp_path: Path) -> None:
+    lake = Lake(str(tmp_path))
+    first = lake.replace_days("w/t", rows(MONDAY, 1, 2), [MONDAY])
+    second = lake.replace_days("w/t", rows(MONDAY, 5), [MONDAY])
+    assert second > first
+    assert values(lake.read("w/t", version=first)) == [1, 2]
+    assert lake.version("w/t") == second
+
+
+def test_a_day_can_be_emptied(tmp_path: Path) -> None:
+    lake = Lake(str(tmp_path))
+    lake.replace_days("w/t", rows(MONDAY, 1), [MONDAY])
+    lake.replace_days("w/t", rows(MONDAY), [MONDAY])
+    assert lake.read("w/t").num_rows == 0
+
+
+def test_rows_outside_the_replaced_days_are_refused(tmp_path: Path) -> None:
+    lake = Lake(str(tmp_path))
+    lake.replace_days("w/t", rows(MONDAY, 1), [MONDAY])
+    with pytest.raises(Exception, match="predicate|day"):
+        lake.replace_days("w/t", rows(TUESDAY, 2), [MONDAY])
+    assert values(lake.read("w/t")) == [1]
+
+
+def test_times_and_lists_come_back_as_they_went_in(tmp_path: Path) -> None:
+    lake = Lake(str(tmp_path))
+    lake.replace_days("w/t", rows(MONDAY, 1), [MONDAY])
+    back = lake.read("w/t").to_pylist()[0]
+    assert back["at"] == dt.datetime(2026, 3, 2, 3)
+    assert back["notes"] == ["a", "b"]
+
+
+def test_a_new_column_is_added_and_old_rows_lack_it(tmp_path: Path) -> None:
+    lake = Lake(str(tmp_path))
+    lake.replace_days("w/t", rows(MONDAY, 1), [MONDAY])
+    lake.replace_days("w/t", rows(TUESDAY, 2).append_column("new", pa.array([7])), [TUESDAY])
+    assert {r["value"]: r["new"] for r in lake.read("w/t").to_pylist()} == {1.0: None, 2.0: 7}
+
+
+def test_a_table_that_was_never_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TableMissing, match="w/absent"):
+        Lake(str(tmp_path)).read("w/absent")
+    assert Lake(str(tmp_path)).version("w/absent") is None
+
+
+def test_a_digest_depends_on_content_and_order_alone() -> None:
+    whole = rows(MONDAY, 1, 2, 3)
+    pieces = pa.concat_tables([whole.slice(0, 1), whole.slice(1, 2)])
+    assert content_digest(whole) == content_digest(pieces)
+    assert content_digest(whole) == content_digest(rows(MONDAY, 0, 1, 2, 3).slice(1, 3))
+    assert content_digest(whole) != content_digest(rows(MONDAY, 1, 3, 2))
+    assert content_digest(whole) != content_digest(rows(MONDAY, 1, 2, 3.0000000000000004))
