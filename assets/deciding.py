@@ -55,11 +55,24 @@ class Batch:
     """The decisions of one workflow and day, and what a person and a push need to know of them."""
 
     decisions: pa.Table
+    record: dict[str, Any]
     batch_id: str
     digest: str
+    step: str
+    reasons: tuple[str, ...]
     status: str
     findings: tuple[dict[str, Any], ...]
     certificates: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def changed(self) -> int:
+        """How many decisions change something."""
+        return int(pc.sum(self.decisions["changed"]).as_py() or 0)
+
+    @property
+    def review(self) -> int:
+        """How many are left to people."""
+        return int(pc.sum(self.decisions["review"]).as_py() or 0)
 
 
 def learner_spec(workflow: Workflow) -> dict[str, Any]:
@@ -158,25 +171,115 @@ def _ordered(features: pa.Table) -> pa.Table:
     return features.sort_by([(k, "ascending") for k in keys])
 
 
-def decide(workflow: Workflow, day: date, features: pa.Table, scores: pa.Table, step: str) -> tuple[pa.Table, dict[str, Any]]:
-    """Arms and the policy over one day's entities: a pure function of its arguments.
+def decide(
+    workflow: Workflow, day: date, features: pa.Table, scores: pa.Table, drawn: pa.Table, step: str
+) -> tuple[pa.Table, dict[str, Any]]:
+    """The policy over one day's entities: a pure function of its arguments.
 
-    ``features``: the day's rows; ``scores``: rows with the same keys, or none (step ``no_change``: everybody keeps the
-    status quo). Returns decisions sorted by entity_id, and certificates by arm where the policy has them.
+    ``features``: the day's rows; ``scores``: rows with the same keys, none for the step ``no_change`` (everybody keeps the
+    status quo); ``drawn``: unit, arm, arm_probability of every unit. Returns decisions sorted by entity_id, and
+    certificates by arm where the policy has them.
     """
-    chosen = point_in_time.rows_where(_ordered(features), workflow.policy.decide_on)
+    chosen = of_policy(workflow, features)
+    spec = workflow.policy
+    if step == "no_change" or chosen.num_rows == 0:
+        return _unchanged(workflow, chosen, drawn), {}
+    if isinstance(spec, priority.PriorityPolicy):
+        return priority.decide(chosen, scores, drawn, spec).sort_by("entity_id"), {}
+    decided, certificates = budget.decide(
+        chosen, scores, drawn, spec, explore=workflow.arms.explore, key=f"{workflow.name} {day}"
+    )
+    return decided.sort_by("entity_id"), certificates
+
+
+def of_policy(workflow: Workflow, features: pa.Table) -> pa.Table:
+    """The rows that the policy decides on, in the order of their keys, with their ``unit``."""
+    keys = [k for k in ("entity_id", "moment") if k in features.schema.names]
+    chosen = point_in_time.rows_where(features.sort_by([(k, "ascending") for k in keys]), workflow.policy.decide_on)
+    unit = chosen[workflow.arms.unit].cast(pa.string())
+    # a unit that upstream left empty is a unit of its own rather than nobody's
+    unit = pc.fill_null(unit, "(none)")
+    return chosen.drop_columns(["unit"]).append_column("unit", unit) if "unit" in chosen.schema.names else chosen.append_column("unit", unit)
+
+
+def draw_arms(workflow: Workflow, day: date, units: list[str], keep: pa.Table | None) -> pa.Table:
+    """Arms of the units for the epoch of ``day``: those drawn earlier in the epoch keep theirs."""
     spec = workflow.arms
-    units = pc.unique(chosen[spec.unit].cast(pa.string())).sort().to_pylist()
     epoch, in_washout = arms.epoch_of(day, workflow.start, spec.epoch, spec.washout)
-    drawn = arms.draw(units, workflow=workflow.name, design=spec.design, epoch=epoch, shares=spec.shares)
-    raise NotImplementedError((in_washout, drawn))
+    earlier = keep.filter(pc.equal(keep["epoch"], epoch)) if keep is not None else None
+    drawn = arms.draw(
+        units,
+        workflow=workflow.name,
+        design=spec.design,
+        epoch=epoch,
+        shares=spec.shares,
+        strata=None if spec.design == "entity" else [""] * len(units),
+        keep=earlier,
+    )
+    return drawn.append_column("epoch", pa.array([epoch] * drawn.num_rows, pa.string())).append_column(
+        "washout", pa.array([in_washout] * drawn.num_rows, pa.bool_())
+    )
 
 
-def _aligned(chosen: pa.Table, scores: pa.Table) -> pa.Table:
-    """The scores of the chosen rows, in their order."""
-    keys = [k for k in ("entity_id", "moment") if k in chosen.schema.names]
-    place = chosen.select(keys).append_column("place", pa.array(np.arange(chosen.num_rows)))
-    return place.join(scores, keys, join_type="inner").sort_by("place").drop_columns(["place"])
+def _unchanged(workflow: Workflow, chosen: pa.Table, drawn: pa.Table) -> pa.Table:
+    """Everybody keeps the status quo."""
+    n = chosen.num_rows
+    if n == 0:
+        return DECISIONS.empty_table()
+    place = pc.index_in(chosen["unit"], value_set=drawn["unit"].combine_chunks())
+    spec = workflow.policy
+    before = chosen[spec.priority if isinstance(spec, priority.PriorityPolicy) else spec.spend].cast(pa.int64())
+    return pa.table(
+        {
+            "entity_id": chosen["entity_id"],
+            "unit": chosen["unit"],
+            "arm": drawn["arm"].take(place),
+            "arm_probability": drawn["arm_probability"].take(place),
+            "perturbation": pa.nulls(n, pa.float64()),
+            "perturbation_probability": pa.nulls(n, pa.float64()),
+            "before": before,
+            "after": before,
+            "changed": pa.array(np.zeros(n, bool)),
+            "review": pa.array(np.zeros(n, bool)),
+            "expected_gain": pa.array(np.zeros(n)),
+            "reasons": pa.array([["Nothing is changed today: see the batch's step."]] * n, pa.list_(pa.string())),
+        },
+        schema=DECISIONS,
+    )
+
+
+DECISIONS = pa.schema(
+    {
+        "entity_id": pa.string(),
+        "unit": pa.string(),
+        "arm": pa.string(),
+        "arm_probability": pa.float64(),
+        "perturbation": pa.float64(),
+        "perturbation_probability": pa.float64(),
+        "before": pa.int64(),
+        "after": pa.int64(),
+        "changed": pa.bool_(),
+        "review": pa.bool_(),
+        "expected_gain": pa.float64(),
+        "reasons": pa.list_(pa.string()),
+    }
+)
+RECORD = pa.schema(
+    {
+        "workflow": pa.string(),
+        "epoch": pa.string(),
+        "washout": pa.bool_(),
+        "step": pa.string(),
+        "model_version": pa.int64(),
+        "model_digest": pa.string(),
+        "features_version": pa.int64(),
+        "outcomes_version": pa.int64(),
+        "arms_version": pa.int64(),
+        "spec_digest": pa.string(),
+        "code_commit": pa.string(),
+        "code_digest": pa.string(),
+    }
+)
 
 
 _SCORING = pa.schema(
@@ -209,3 +312,235 @@ def write_scores(workflow: Workflow, lake: Lake, day: date, scored: Scored) -> N
         "outcomes_version": scored.outcomes_version,
     }
     lake.replace_days(workflow.table("scoring"), pa.Table.from_pylist([record], schema=_SCORING), [day])
+
+
+def record_spec(workflow: Workflow, lake: Lake) -> str:
+    """Keep what the workflow says now under its digest, so that a decision can name it; returns the digest."""
+    said = workflow.model_dump_json(exclude={"folder"})
+    digest = hashlib.sha256(said.encode()).hexdigest()
+    table = workflow.table("specs")
+    known = lake.exists(table) and lake.read(table, where=pc.field("digest") == digest, columns=["digest"]).num_rows
+    if not known:
+        row = pa.table({"digest": [digest], "said": [said], "kept": pa.array(["spec"])})
+        lake.replace(table, row, predicate=f"digest = '{digest}'", partition_by=["kept"])
+    return digest
+
+
+def decide_day(workflow: Workflow, lake: Lake, day: date) -> Batch:
+    """Decide a day from its recorded scoring; writes the arms that are drawn and nothing else.
+
+    Raises TableMissing where the day was never scored.
+    """
+    scoring = lake.read(workflow.table("scoring"), days=[day]).to_pylist()
+    if not scoring:
+        raise TableMissing(f"{workflow.name}: {day} was never scored; materialise [{workflow.name}, scores] for it first")
+    made = scoring[0]
+    scores = lake.read(workflow.table("scores"), days=[day]).drop_columns(["day"]) if made["step"] != "no_change" else pa.table({})
+    features = _features(workflow, lake, day, made["features_version"])
+    arms_version, drawn = _arms(workflow, lake, day, features)
+    decisions, certificates = decide(workflow, day, features, scores, drawn, made["step"])
+    epoch, in_washout = arms.epoch_of(day, workflow.start, workflow.arms.epoch, workflow.arms.washout)
+    record = {
+        "workflow": workflow.name,
+        "epoch": epoch,
+        "washout": in_washout,
+        "step": made["step"],
+        "model_version": made["model_version"],
+        "model_digest": made["model_digest"],
+        "features_version": made["features_version"],
+        "outcomes_version": made["outcomes_version"],
+        "arms_version": arms_version,
+        "spec_digest": record_spec(workflow, lake),
+        "code_commit": code.commit(),
+        "code_digest": code.digest(),
+    }
+    digest = hashlib.sha256((content_digest(decisions) + json.dumps({**record, "day": str(day)}, sort_keys=True)).encode()).hexdigest()
+    batch_id = f"{workflow.name}-{day}-{digest[:12]}"
+    result = guardrails.check(decisions, workflow.guardrails)
+    return Batch(
+        decisions=decisions,
+        record=record,
+        batch_id=batch_id,
+        digest=digest,
+        step=made["step"],
+        reasons=tuple(made["reasons"]),
+        status=result.status,
+        findings=tuple(result.findings),
+        certificates=certificates,
+    )
+
+
+def _features(workflow: Workflow, lake: Lake, day: date, version: int | None) -> pa.Table:
+    if version is None:
+        columns = {"entity_id": pa.string(), workflow.arms.unit: pa.string()}
+        return pa.schema(columns).empty_table()
+    return lake.read(workflow.table("features"), version=version, days=[day])
+
+
+def _arms(workflow: Workflow, lake: Lake, day: date, features: pa.Table) -> tuple[int | None, pa.Table]:
+    """The arms of a day's units, drawn where the epoch has not drawn them yet, and the version of the table that holds them."""
+    table = workflow.table("arms")
+    if features.num_rows == 0:
+        return lake.version(table), pa.table({"unit": pa.array([], pa.string()), "arm": pa.array([], pa.string()), "arm_probability": pa.array([], pa.float64())})
+    units = pc.unique(of_policy(workflow, features)["unit"]).sort().to_pylist()
+    keep = lake.read(table) if lake.exists(table) else None
+    drawn = draw_arms(workflow, day, units, keep)
+    epoch = arms.epoch_of(day, workflow.start, workflow.arms.epoch, workflow.arms.washout)[0]
+    earlier = keep.filter(pc.equal(keep["epoch"], epoch)) if keep is not None else None
+    fresh = drawn if earlier is None else drawn.filter(pc.invert(pc.is_in(drawn["unit"], value_set=earlier["unit"].combine_chunks())))
+    version = lake.version(table)
+    if fresh.num_rows:
+        dated = fresh.drop_columns(["washout"]).append_column("drawn_on", pa.array([day] * fresh.num_rows, pa.date32()))
+        both = dated if earlier is None else pa.concat_tables([earlier.select(dated.schema.names), dated])
+        version = lake.replace(table, both, predicate=f"epoch = '{epoch}'", partition_by=["epoch"])
+    return version, drawn
+
+
+_BATCHES = pa.schema(
+    {
+        "day": pa.date32(),
+        "batch_id": pa.string(),
+        "digest": pa.string(),
+        "step": pa.string(),
+        "reasons": pa.list_(pa.string()),
+        "status": pa.string(),
+        "findings": pa.string(),
+        "certificates": pa.string(),
+        "rows": pa.int64(),
+        "changed": pa.int64(),
+        "review": pa.int64(),
+        "decided_at": pa.timestamp("us"),
+        "late": pa.bool_(),
+        "run_id": pa.string(),
+        **{f.name: f.type for f in RECORD if f.name != "step"},
+    }
+)
+
+
+def with_record(workflow: Workflow, day: date, batch: Batch) -> pa.Table:
+    """The decisions as they are stored: each row names itself, its batch, and everything that it was made from."""
+    n = batch.decisions.num_rows
+    ids = [hashlib.sha256(f"{batch.batch_id}\0{e}".encode()).hexdigest()[:20] for e in batch.decisions["entity_id"].to_pylist()]
+    table = batch.decisions.append_column("decision_id", pa.array(ids, pa.string()))
+    table = table.append_column("batch_id", pa.array([batch.batch_id] * n, pa.string()))
+    table = table.append_column("day", pa.array([day] * n, pa.date32()))
+    for column in RECORD:
+        table = table.append_column(column.name, pa.array([batch.record[column.name]] * n, column.type))
+    return table
+
+
+def write_batch(workflow: Workflow, lake: Lake, day: date, batch: Batch, *, decided_at: datetime, run_id: str) -> None:
+    """Write a day's decisions, then the batch that makes them count."""
+    lake.replace_days(workflow.table("decisions"), with_record(workflow, day, batch), [day])
+    row = {
+        **batch.record,
+        "day": day,
+        "batch_id": batch.batch_id,
+        "digest": batch.digest,
+        "step": batch.step,
+        "reasons": list(batch.reasons),
+        "status": batch.status,
+        "findings": json.dumps(batch.findings, default=str),
+        "certificates": json.dumps(batch.certificates, default=str),
+        "rows": batch.decisions.num_rows,
+        "changed": batch.changed,
+        "review": batch.review,
+        "decided_at": decided_at,
+        "late": any("deadline" in reason for reason in batch.reasons),
+        "run_id": run_id,
+    }
+    lake.replace_days(workflow.table("batches"), pa.Table.from_pylist([row], schema=_BATCHES), [day])
+
+
+def largest_changes(decisions: pa.Table, rows: int = 10) -> pa.Table:
+    """The decisions that change most, largest first (ties by entity): what a person wants to see of a batch."""
+    if decisions.num_rows == 0:
+        return decisions
+    size = pc.abs(pc.subtract(pc.fill_null(decisions["after"], 0), pc.fill_null(decisions["before"], 0)))
+    order = pc.sort_indices(
+        pa.table({"size": size, "entity_id": decisions["entity_id"]}), sort_keys=[("size", "descending"), ("entity_id", "ascending")]
+    )
+    wanted = ["decision_id", "entity_id", "arm", "before", "after", "expected_gain", "review", "reasons"]
+    return decisions.take(order[:rows]).select([c for c in wanted if c in decisions.schema.names])
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A recorded decision beside the same decision made again."""
+
+    decision_id: str
+    recorded: dict[str, Any]
+    again: dict[str, Any]
+    same_code: bool
+
+    @property
+    def equal(self) -> bool:
+        """Whether both are the same to the bit."""
+        return self.recorded == self.again
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a terminal or JSON."""
+        differs = sorted(k for k in self.recorded if self.recorded[k] != self.again.get(k))
+        return {
+            "decision": self.decision_id,
+            "entity": self.recorded["entity_id"],
+            "before": self.recorded["before"],
+            "after": self.recorded["after"],
+            "again": self.again.get("after"),
+            "equal to the bit": self.equal,
+            "differs in": ", ".join(differs),
+            "same code": self.same_code,
+            "reasons": " ".join(self.recorded["reasons"]),
+        }
+
+
+def spec_of(name: str, lake: Lake, digest: str) -> Workflow:
+    """What a workflow said when it had this digest; raises ReplayImpossible where it is not kept."""
+    found = lake.read(f"{name}/specs", where=pc.field("digest") == digest)
+    if not found.num_rows:
+        raise ReplayImpossible(f"{name}: no workflow.yaml with digest {digest[:12]}… is kept; the table {name}/specs was cut")
+    return Workflow.model_validate({**json.loads(found["said"][0].as_py()), "folder": Path()})
+
+
+def replay(name: str, lake: Lake, registry: Registry, decision_id: str) -> Replayed:
+    """Make one recorded decision again from its own row: the versions that it names are read, nothing newer.
+
+    Raises ReplayImpossible where the row, a table version or the model is gone (retention), naming which.
+    """
+    found = lake.read(f"{name}/decisions", where=pc.field("decision_id") == decision_id)
+    if not found.num_rows:
+        raise ReplayImpossible(f"{name}: no decision {decision_id!r} is recorded")
+    return replay_row(found.to_pylist()[0], lake, registry)
+
+
+def replay_row(row: Mapping[str, Any], lake: Lake, registry: Registry) -> Replayed:
+    """As ``replay``, from the row itself."""
+    name, day = row["workflow"], row["day"]
+    workflow = spec_of(name, lake, row["spec_digest"])
+    try:
+        features = _features(workflow, lake, day, row["features_version"])
+        drawn = draw_arms(
+            workflow, day, pc.unique(of_policy(workflow, features)["unit"]).sort().to_pylist(),
+            lake.read(f"{name}/arms", version=row["arms_version"]),
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise ReplayImpossible(f"{name}: what decision {row['decision_id']} read is gone: {error}") from error
+    if row["step"] == "no_change":
+        scores = pa.table({})
+    elif row["step"] == "rule":
+        scores = fit_rule(workflow, lake, day, row["features_version"], row["outcomes_version"]).score(_ordered(features))
+    else:
+        version = registry.by_number(name, row["model_version"])
+        if version.digest != row["model_digest"]:
+            raise ReplayImpossible(f"model {name!r} version {version.number} is not the one that decided (digest differs)")
+        scores = read_model(workflow, registry, version).score(_ordered(features))
+    again, _ = decide(workflow, day, features, scores, drawn, row["step"])
+    mine = again.filter(pc.equal(again["entity_id"], row["entity_id"])).to_pylist()
+    recorded = {c: row[c] for c in DECISIONS.names}
+    return Replayed(row["decision_id"], recorded, mine[0] if mine else {}, row["code_digest"] == code.digest())
+
+
+def finding_sentence(finding: Mapping[str, Any]) -> str:
+    """A guardrail's finding as a person reads it."""
+    arm = f" in arm {finding['arm']}" if finding.get("arm") else ""
+    return f"{finding['name']}{arm}: {finding['observed']} (limit {finding['limit']})"

@@ -1,11 +1,14 @@
 """How much of what there is to gain does the budget policy capture in the generated advertising world?
 
-`python -m benchmarks.advertising_world [--seeds 30]`. Each seed is a world of 200 lines with some days of explored history. The policy sees
-the exported rows and today's budgets, and reallocates the next day's money within +-50% of each budget. Its share is
+`python -m benchmarks.advertising_world [--seeds 30]`. Each seed is a world of 200 lines with some days of explored
+history. The policy sees the exported rows and today's budgets, and reallocates the next day's money within +-50% of
+each budget. Its share is
 
-    (true value of its budgets - true value of leaving them) / (true value of the world's optimum in the same bounds - true value of leaving them).
+    (true value of its budgets - true value of leaving them) / (true value of the world's optimum in the same bounds -
+    true value of leaving them).
 
-Here belongs the measuring only: the truth is `delivery.sandbox.worlds.advertising`, the policy `models.elasticity` and `models.budget`.
+Here belongs the measuring only: the truth is `delivery.sandbox.worlds.advertising`, the policy `models.elasticity`
+and `models.budget`.
 """
 
 import argparse
@@ -41,7 +44,9 @@ class Seen:
 
 
 def level(seen: Seen, elasticity: Floats, budgets: Floats) -> Floats:
-    """Expected value at `budgets`: the line's recent value per unit of status-quo budget, shrunk to the ratio of all lines."""
+    """Expected value at `budgets`: the line's recent value per unit of status-quo budget, shrunk to the ratio of all
+    lines.
+    """
     weight = 0.5 ** (np.arange(len(seen.value))[::-1, None] / HALF_LIFE)
     unperturbed = seen.value / seen.multiplier ** np.clip(elasticity, 0, 1)
     money = (weight * seen.base).sum(0)
@@ -53,7 +58,9 @@ def level(seen: Seen, elasticity: Floats, budgets: Floats) -> Floats:
 
 
 def observed_slopes(world: World, group: np.ndarray[Any, Any], days: int) -> Floats:
-    """The way not to do it: the same estimator on unexplored days, fed each day's spend over the line's mean as if it had been drawn."""
+    """The way not to do it: the same estimator on unexplored days, fed each day's spend over the line's mean as if
+    it had been drawn.
+    """
     rows = history(world, START, days, explore_share=0.0)
     budget = rows["budget"].to_numpy().reshape(days, world.lines)
     not_drawn = budget / budget.mean(0)
@@ -67,17 +74,31 @@ def share_captured(setting: Setting, days: int, seed: int, step: float, **world_
     rows = history(world, START, days, explore_step=step, explore_share=1.0)
     shape = (days, world.lines)
     budget, multiplier = rows["budget"].to_numpy().reshape(shape), rows["explore_multiplier"].to_numpy().reshape(shape)
-    seen = Seen(rows["revenue"].to_numpy().reshape(shape), budget / multiplier, multiplier, rows["cost"].to_numpy().reshape(shape))
+    seen = Seen(
+        rows["revenue"].to_numpy().reshape(shape),
+        budget / multiplier,
+        multiplier,
+        rows["cost"].to_numpy().reshape(shape),
+    )
     group = np.char.add(np.char.add(rows["segment"].to_numpy().astype(str), "|"), rows["format"].to_numpy().astype(str))
     fitted = fit_elasticities(
-        rows["line_id"], group, rows["date"], budget.ravel(), seen.value.ravel(), multiplier.ravel(), probability=rows["explore_probability"]
+        rows["line_id"],
+        group,
+        rows["date"],
+        budget.ravel(),
+        seen.value.ravel(),
+        multiplier.ravel(),
+        probability=rows["explore_probability"],
     )
     ours, _ = fitted.of(rows["line_id"][: world.lines], group[: world.lines])
     constant = np.full(world.lines, fitted.overall_mean)
 
     day = START + timedelta(days=days)
     before = world.incumbent_budgets(day)
-    floor, cap = np.ceil(before * (1 - LARGEST_CHANGE)).astype(np.int64), np.floor(before * (1 + LARGEST_CHANGE)).astype(np.int64)
+    floor, cap = (
+        np.ceil(before * (1 - LARGEST_CHANGE)).astype(np.int64),
+        np.floor(before * (1 + LARGEST_CHANGE)).astype(np.int64),
+    )
     total = int(before.sum())
     spends = np.rint(np.linspace(floor, cap, POINTS, axis=1)).astype(np.int64)
 
@@ -119,15 +140,20 @@ def cost_of_exploring(world: World, budgets: Micros) -> float:
 def interval(x: Sequence[float]) -> tuple[float, float]:
     """Mean over seeds and half the width of its 95% interval (normal)."""
     values = np.asarray(x)
-    return float(values.mean()), float(1.96 * values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+    return float(values.mean()), float(1.96 * values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float(
+        "nan"
+    )
 
 
-def measure(seeds: int, step: float, show: Callable[[str], None] = print, **world_options: Any) -> bool:
+def measure(seeds: range, step: float, show: Callable[[str], None] = print, **world_options: Any) -> bool:
     """Print the table; True when every target is met by the mean."""
-    show(f"{seeds} seeds, 200 lines, budgets explored by +-{step:.0%}, one reallocation within +-{LARGEST_CHANGE:.0%}; mean +- 95% interval")
+    show(
+        f"{len(seeds)} seeds from {seeds.start}, 200 lines, every budget explored by +-{step:.0%} every day; mean +- 95% interval"
+    )
+    show(f"One reallocation, each budget within +-{LARGEST_CHANGE:.0%}.")
     met = True
     for setting, days, target in CASES:
-        runs = [share_captured(setting, days, seed, step, **world_options) for seed in range(seeds)]
+        runs = [share_captured(setting, days, seed, step, **world_options) for seed in seeds]
         show(f"\n{setting} world, {days} days" + (f" (target for the policy: {target:.0%})" if target else ""))
         for name in runs[0]:
             mean, half = interval([run[name] for run in runs])
@@ -140,11 +166,13 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=30)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--step", type=float, default=0.2, help="size of the perturbation")
     parser.add_argument("--return-spread", type=float, default=None, help="easy world: sd of the log of lines' returns")
     given = parser.parse_args()
     options = {} if given.return_spread is None else {"return_spread": given.return_spread}
-    if not measure(given.seeds, given.step, **options):
+    seeds = range(given.first_seed, given.first_seed + given.seeds)
+    if not measure(seeds, given.step, **options):
         raise SystemExit("a target was missed")
 
 

@@ -1,4 +1,5 @@
 """Acting on downstream systems and taking it back: ledger, push, rollback, connectors, sandbox.
 
-Here belongs what sends, verifies and reverses decisions. Not here: deciding (models), judging data (data_checks), anything of Dagster.
+Here belongs what sends, verifies and reverses decisions. Not here: deciding (models), judging data (data_checks),
+anything of Dagster.
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -64,7 +65,7 @@ class Arms(BaseModel):
         return self
 
 
-def normalised(shares: Mapping[str, float]) -> dict[str, float]:
+def normalised(shares: Mapping[Any, float]) -> dict[str, float]:
     """Shares that sum to one, in the order of ARMS, arms without a share left out.
 
     Raises ValueError for an unknown arm, a negative or infinite share, or no share at all.
@@ -102,7 +103,7 @@ def draw(
     workflow: str,
     design: Design,
     epoch: str,
-    shares: Mapping[str, float],
+    shares: Mapping[Any, float],
     strata: Sequence[str] | None = None,
     keep: pa.Table | None = None,
 ) -> pa.Table:
@@ -125,7 +126,7 @@ def draw(
     """
     names = np.asarray(units, dtype=object)
     if len(set(units)) != len(names):
-        first = next(u for i, u in enumerate(units) if u in set(units[:i]))
+        first = Counter(units).most_common(1)[0][0]
         raise ValueError(f"units: {first!r} stands more than once; draw once for a unit, then join its entities")
     if design not in SHORTEST_EPOCH:
         raise ValueError(f"design: {design!r} is unknown (allowed here: {', '.join(SHORTEST_EPOCH)})")

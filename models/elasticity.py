@@ -1,7 +1,9 @@
-"""Elasticity of a line's value to its own budget, learned from logged randomised perturbations, and the response curve it gives.
+"""Elasticity of a line's value to its own budget, learned from logged randomised perturbations, and the response
+curve it gives.
 
-Here belong the hierarchical estimate (line in group in all) and the curve. Not here: the level of the curve (the learners), the choice of budgets
-(`models.budget`). Observed spend never enters the slope: it chases demand, so its slope is biased; only the multipliers that were drawn do.
+Here belong the hierarchical estimate (line in group in all) and the curve. Not here: the level of the curve (the
+learners), the choice of budgets (`models.budget`). Observed spend never enters the slope: it chases demand, so its
+slope is biased; only the multipliers that were drawn do.
 """
 
 import json
@@ -14,16 +16,21 @@ import pyarrow as pa
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Ints = np.ndarray[Any, np.dtype[np.int64]]
-Labels = Sequence[str] | np.ndarray[Any, Any] | pa.Array | pa.ChunkedArray
+Labels = Any  # names: a sequence or array of str, or an Arrow column
 
-LOWEST, HIGHEST = 0.0, 1.0  # what a response curve is drawn with: value neither falls with spend nor grows faster than it
+LOWEST, HIGHEST = (
+    0.0,
+    1.0,
+)  # what a response curve is drawn with: value neither falls with spend nor grows faster than it
 
 
 @dataclass(frozen=True)
 class Elasticities:
-    """What is believed of every line, every group, and all: means and standard deviations, of beliefs held to [0, 1], for lines never seen too.
+    """What is believed of every line, every group, and all: means and standard deviations, of beliefs held to [0, 1],
+    for lines never seen too.
 
-    `lines` and `groups` are sorted; a group's figures are those of a new line in it, `overall` those of a new line in a new group.
+    `lines` and `groups` are sorted; a group's figures are those of a new line in it, `overall` those of a new line in
+    a new group.
     """
 
     lines: Sequence[str]
@@ -39,8 +46,10 @@ class Elasticities:
     spread_between: float
     """sd of the groups' means."""
 
-    def of(self, line: Labels | str, group: Labels | str) -> tuple[Floats, Floats]:
-        """Mean and sd for lines of the given groups (arrays of the same shape): the line's own, else its group's, else the overall one."""
+    def of(self, line: Labels, group: Labels) -> tuple[Floats, Floats]:
+        """Mean and sd for lines of the given groups (arrays of the same shape): the line's own, else its group's,
+        else the overall one.
+        """
         lines, groups = _text(line), _text(group)
         mean, sd = np.full(lines.shape, self.overall_mean), np.full(lines.shape, self.overall_sd)
         for known, means, sds, asked in (
@@ -69,10 +78,12 @@ class Elasticities:
 
 
 def response(level: Floats, base_spend: Floats, spends: Floats, elasticity: Floats) -> Floats:
-    """Expected value at each of `spends` (n, k): level x (spend / base_spend) ** elasticity, the elasticity held to [0, 1].
+    """Expected value at each of `spends` (n, k): level x (spend / base_spend) ** elasticity, the elasticity held to
+    [0, 1].
 
-    A power law has the same elasticity at every spend: true near `base_spend`, too steep far above it. `level` (n,) is the expected value at
-    `base_spend` (n,), in any unit of money that `spends` shares. Without a base there is no curve: the value is `level` at every spend.
+    A power law has the same elasticity at every spend: true near `base_spend`, too steep far above it. `level` (n,)
+    is the expected value at `base_spend` (n,), in any unit of money that `spends` shares. Without a base there is no
+    curve: the value is `level` at every spend.
     """
     level, base, e = (np.asarray(x, dtype=float)[:, None] for x in (level, base_spend, elasticity))
     ratio = np.divide(np.asarray(spends, dtype=float), base, out=np.ones(np.shape(spends)), where=base > 0)
@@ -93,29 +104,38 @@ def fit_elasticities(
     prior_sd: float = 0.29,
     block_days: int = 14,
 ) -> Elasticities:
-    """Fit the hierarchy on one row a line a day (all arguments of the same length, any order; the result does not depend on the order of days).
+    """Fit the hierarchy on one row a line a day (all arguments of the same length, any order; the result does not
+    depend on the order of days).
 
     Args:
-        line, group: Names; a line belongs to the group of its newest row. Lines of a group share their days' ups and downs.
+        line, group: Names; a line belongs to the group of its newest row. Lines of a group share their days' ups and
+            downs.
         day: Dates (or day numbers).
-        spend: What was set to be spent that day, perturbation included; `spend / multiplier` is the status quo before the draw. Give the budget:
-            where a line spends less than its budget, realised cost would mix the draw with its effect.
+        spend: What was set to be spent that day, perturbation included; `spend / multiplier` is the status quo before
+            the draw. Give the budget: where a line spends less than its budget, realised cost would mix the draw with
+            its effect.
         value: What came of it, >= 0; zeros welcome.
         multiplier: What the budget was multiplied with, drawn at random: 1 where the draw was "leave it".
-        probability: Probability of the multiplier drawn; rows without one (NaN) were not randomised and are left out. None: all were.
-        expected: Expected value at the status quo, if a model gives one (only from data before the day); else the status-quo spend stands in.
-        prior_mean, prior_sd: Normal belief before any data, to be cut off at 0 and 1; the default has the moments of the uniform there. A third
-            of the variance each lies in the overall mean, between groups, and within them; the latter two are then learned.
-        block_days: A line's level may differ freely between blocks of so many days, so slow changes do not enter the slope.
+        probability: Probability of the multiplier drawn; rows without one (NaN) were not randomised and are left out.
+            None: all were.
+        expected: Expected value at the status quo, if a model gives one (only from data before the day); else the
+            status-quo spend stands in.
+        prior_mean, prior_sd: Normal belief before any data, to be cut off at 0 and 1; the default has the moments of
+            the uniform there. A third of the variance each lies in the overall mean, between groups, and within them;
+            the latter two are then learned.
+        block_days: A line's level may differ freely between blocks of so many days, so slow changes do not enter the
+            slope.
 
-    Method: within each line and block, E[value] = a x expected ** b x (group's day effect) x multiplier ** e, fitted by the quasi-Poisson score
-    (Gourieroux, Monfort & Trognon 1984: consistent whenever the mean is right, whatever the distribution, zeros included). The multiplier is
-    random given all the rest, so what the rest leaves unexplained costs precision and adds no bias. The error variance is each line's own
-    dispersion, shrunk to a trend over the lines' levels (as Smyth 2004). Then normal-normal empirical Bayes over lines and groups, by EM, cut off
+    Method: within each line and block, E[value] = a x expected ** b x (group's day effect) x multiplier ** e, fitted
+    by the quasi-Poisson score (Gourieroux, Monfort & Trognon 1984: consistent whenever the mean is right, whatever
+    the distribution, zeros included). The multiplier is random given all the rest, so what the rest leaves
+    unexplained costs precision and adds no bias. The error variance is each line's own dispersion, shrunk to a trend
+    over the lines' levels (as Smyth 2004). Then normal-normal empirical Bayes over lines and groups, by EM, cut off
     at 0 and 1.
 
     Raises:
-        ValueError: lengths differ, or a multiplier, spend or value is not a finite number in its range; the first row is named.
+        ValueError: lengths differ, or a multiplier, spend or value is not a finite number in its range; the first row
+            is named.
     """
     names, i = _codes(line)
     group_names, row_group = _codes(group)
@@ -128,13 +148,15 @@ def fit_elasticities(
         ("spend", s, s >= 0),
         ("expected", shape, shape >= 0),
         ("group", row_group, row_group >= 0),
-        ("day", days, days == days),
+        ("day", days, days > np.iinfo(np.int64).min),  # not NaT
+        ("line", i, i >= 0),
     ):
         if len(column) != len(i):
             raise ValueError(f"{what} has {len(column)} rows, line has {len(i)}: give one row a line a day")
         bad = np.flatnonzero(~(good & np.isfinite(column)))
         if len(bad):
-            raise ValueError(f"{what} of row {bad[0]} is {column[bad[0]]}: {len(bad)} rows are not finite or out of range, clean them first")
+            where = f"{what} of row {bad[0]} is {column[bad[0]]}"
+            raise ValueError(f"{where}: {len(bad)} rows are missing, not finite or out of range, clean them first")
     newest = np.lexsort((days, i))
     line_group = np.zeros(len(names), dtype=np.int64)
     line_group[i[newest]] = row_group[newest]
@@ -154,7 +176,7 @@ def _slopes(i: Ints, n: int, block: Ints, together: Ints, y: Floats, x: Floats, 
     """Each line's own slope on `x` and its sampling variance (inf where its draws tell nothing)."""
 
     def total(code: Ints, what: Floats, size: int | None = None) -> Floats:
-        return np.bincount(code, weights=what, minlength=size or 0)
+        return np.asarray(np.bincount(code, weights=what, minlength=size or 0), dtype=float)
 
     blocks = total(block, y)
     some = blocks[block] > 0  # a block that earned nothing has no level to compare within
@@ -176,8 +198,8 @@ def _slopes(i: Ints, n: int, block: Ints, together: Ints, y: Floats, x: Floats, 
         fit = mean()
         level += np.log(total(block, y) / total(block, fit))
         fit = mean()
-        # A day's shared effect, from the other lines only (with its own value in it, a line's slope would be explained away), is believed as
-        # far as it stands out of the lines' own noise (gamma-Poisson shrinkage).
+        # A day's shared effect, from the other lines only (with its own value in it, a line's slope would be
+        # explained away), is believed as far as it stands out of the lines' own noise (gamma-Poisson shrinkage).
         fit = fit / np.exp(shared)
         seen, foreseen = total(together, y), total(together, fit)
         noise = np.sum((y - fit) ** 2) / np.sum(fit)
@@ -187,7 +209,9 @@ def _slopes(i: Ints, n: int, block: Ints, together: Ints, y: Floats, x: Floats, 
         fit = mean()
         xt, zt = within(x, fit), within(z, fit)
         if step < 6:  # first what all lines share, then each line's own
-            normal = np.array([[np.sum(fit * p * q) for q in (xt, zt)] for p in (xt, zt)]) + 1e-9 * np.eye(2) * np.sum(fit)
+            normal = np.array([[np.sum(fit * p * q) for q in (xt, zt)] for p in (xt, zt)]) + 1e-9 * np.eye(2) * np.sum(
+                fit
+            )
             change = np.linalg.solve(normal, [np.sum(xt * (y - fit)), np.sum(zt * (y - fit))])
             pooled, b = float(np.clip(pooled + change[0], -1, 2)), float(np.clip(b + change[1], -1, 3))
             slope = np.full(n, pooled)
@@ -211,7 +235,9 @@ def _slopes(i: Ints, n: int, block: Ints, together: Ints, y: Floats, x: Floats, 
 
 
 def _shrunk_dispersion(squares: Floats, free: Floats, size: Floats, believed: float = 10.0) -> Floats:
-    """A line's dispersion, drawn towards the trend over lines' levels as if that were `believed` more degrees of freedom."""
+    """A line's dispersion, drawn towards the trend over lines' levels as if that were `believed` more degrees of
+    freedom.
+    """
     own = np.maximum(squares / free, 1e-12)
     centred = size - np.average(size, weights=free)
     tilt = np.sum(free * centred * np.log(own)) / max(np.sum(free * centred**2), 1e-12) if len(own) > 2 else 0.0
@@ -225,16 +251,19 @@ def _pool(
 ) -> Elasticities:
     """Normal-normal empirical Bayes, lines in groups in all: closed form given the two spreads, which EM finds."""
     start, believed = prior_sd**2 / 3, 4.0  # the prior's say in the spreads, in lines or groups
-    within = between = start
+    updated = (start, start)
     told = np.isfinite(variance)
     precision = np.where(told, 1 / np.where(told, variance, 1.0), 0.0)
     y = np.where(told, y, 0.0)
     size = len(groups)
     informed = np.bincount(group, weights=told, minlength=size) > 0
     for _ in range(300):
+        within, between = updated
         weight = precision / (1 + precision * within)
         mass = np.bincount(group, weights=weight, minlength=size)
-        average = np.divide(np.bincount(group, weights=weight * y, minlength=size), mass, out=np.zeros(size), where=mass > 0)
+        average = np.divide(
+            np.bincount(group, weights=weight * y, minlength=size), mass, out=np.zeros(size), where=mass > 0
+        )
         say = mass / (1 + mass * between)
         overall_variance = 1 / (1 / start + say.sum())
         overall = overall_variance * (prior_mean / start + np.sum(say * average))
@@ -249,12 +278,10 @@ def _pool(
         of_lines = (line_mean - group_mean[group]) ** 2 + alone + trust**2 * group_variance[group]
         of_groups = (group_mean - overall) ** 2 + left + share**2 * overall_variance
         updated = (
-            (np.sum(of_lines[told]) + believed * start) / (told.sum() + believed),
-            (np.sum(of_groups[informed]) + believed * start) / (informed.sum() + believed),
+            float((of_lines[told].sum() + believed * start) / (told.sum() + believed)),
+            float((of_groups[informed].sum() + believed * start) / (informed.sum() + believed)),
         )
-        moved = max(abs(updated[0] - within), abs(updated[1] - between))
-        within, between = float(updated[0]), float(updated[1])
-        if moved < 1e-10:
+        if max(abs(updated[0] - within), abs(updated[1] - between)) < 1e-8:
             break
     line_mean, line_sd = _held(line_mean, line_variance)
     group_mean, group_sd = _held(group_mean, group_variance + within)
@@ -286,7 +313,7 @@ def _held(mean: Floats, variance: Floats) -> tuple[Floats, Floats]:
     return np.clip(mean + sd * shift, LOWEST, HIGHEST), sd * np.sqrt(np.maximum(left, 1e-6))
 
 
-def _text(labels: Labels | str) -> np.ndarray[Any, Any]:
+def _text(labels: Labels) -> np.ndarray[Any, Any]:
     if isinstance(labels, (pa.Array, pa.ChunkedArray)):
         labels = labels.to_numpy(zero_copy_only=False) if isinstance(labels, pa.Array) else labels.to_numpy()
     return np.asarray(labels, dtype=str)
@@ -294,7 +321,11 @@ def _text(labels: Labels | str) -> np.ndarray[Any, Any]:
 
 def _codes(labels: Labels) -> tuple[list[str], Ints]:
     """Sorted names and each row's index into them; -1 for null."""
-    array = labels if isinstance(labels, (pa.Array, pa.ChunkedArray)) else pa.array(np.asarray(labels, dtype=object), pa.string())
+    array = (
+        labels
+        if isinstance(labels, (pa.Array, pa.ChunkedArray))
+        else pa.array(np.asarray(labels, dtype=object), pa.string())
+    )
     coded = pa.chunked_array([array]) if isinstance(array, pa.Array) else array
     coded = coded.combine_chunks().dictionary_encode()
     coded = coded.combine_chunks() if isinstance(coded, pa.ChunkedArray) else coded

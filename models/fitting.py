@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import date
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from models import gate
 from models.catalog import Learner, Scorer
@@ -29,21 +28,18 @@ class Fitted:
     verdict: gate.Verdict
     metrics: dict[str, dict[str, float]]
     rows: int
-    held_out: pa.Table
-    split: date
 
 
 def fit_and_judge(
     learn: pa.Table,
-    judge: pa.Table,
+    early: pa.Table,
+    held_out: pa.Table,
     *,
     learner: type[Learner],
     rule: type[Scorer],
     champion: Scorer | None,
     spec: Mapping[str, Any],
     day: date,
-    holdout_days: int,
-    maturity_days: int,
     min_rows: int,
     metric: str,
     better: Literal["lower", "higher"],
@@ -52,27 +48,17 @@ def fit_and_judge(
     device: str,
     threads: int,
 ) -> Fitted:
-    """Fit on ``learn``, judge on the rows of ``judge`` of the last ``holdout_days`` whose outcomes have had
-    ``maturity_days`` to become known (both tables: features with outcomes, sorted by day and key).
+    """Fit the candidate on ``learn``; judge its twin, fitted on ``early``, on ``held_out``.
 
-    The judged twin learns only rows before the held-out days whose outcomes were known by then; the candidate itself
-    learns all of ``learn``. The champion is judged as it is: days that it has learned from favour it, never the candidate.
-    Raises TooFewRows.
+    All tables hold features with outcomes, sorted by day and key. ``early`` is what was known when the first held-out day
+    began: labels that became known later would look ahead. The champion is judged as it is: held-out days that it has
+    learned from favour it, never the candidate. Raises TooFewRows.
     """
     if learn.num_rows < min_rows:
         raise TooFewRows(
             f"{learn.num_rows} matured rows up to {day}, {min_rows} are needed (training.min_rows); "
             "materialise earlier features and outcomes, or train later"
         )
-    split = day - timedelta(days=holdout_days + maturity_days)
-    held_out = judge.filter(
-        (pc.field("day") > pc.scalar(split)) & (pc.field("day") <= pc.scalar(day - timedelta(days=maturity_days)))
-    )
-    # what was known when the first held-out day began: labels that matured inside the held-out days would look ahead
-    early = learn.filter(
-        (pc.field("day") <= pc.scalar(split))
-        & (pc.field("outcome_known_at") <= pc.scalar(split + timedelta(days=1)).cast(pa.timestamp("us")))
-    )
     how: dict[str, Any] = {"seed": seed, "device": device, "threads": threads}
     metrics: dict[str, dict[str, float]] = {}
     if held_out.num_rows and early.num_rows:
@@ -91,4 +77,4 @@ def fit_and_judge(
         )
     else:
         verdict = gate.judge(metric=metric, better=better, margin=margin, candidate={}, rule={}, champion=None, rows=0)
-    return Fitted(learner.fit(learn, spec, **how), verdict, metrics, learn.num_rows, held_out, split)
+    return Fitted(learner.fit(learn, spec, **how), verdict, metrics, learn.num_rows)

@@ -1,16 +1,19 @@
 """Which tickets a team should take first, and the priorities 1 to 5 that say so downstream.
 
-Belongs here: the index, the ranking within a team's capacity, the review list, the coverage-against-accuracy curve, reasons.
-Does not: predicting (``models/learners/duration.py``), drawing arms, sending.
+Belongs here: the index, the ranking within a team's capacity, the review list, the coverage-against-accuracy curve,
+reasons. Does not: predicting (``models/learners/duration.py``), drawing arms, sending.
 
-The index is the generalised c-mu rule: serve first what loses most by waiting, per hour of work (J. A. van Mieghem, Annals of
-Applied Probability 5(3), 1995; A. Mandelbaum and A. L. Stolyar, Operations Research 52(6), 2004). There the cost of delay is
-convex and smooth; here it is a step at the due time, so that the loss from waiting is a difference of two probabilities.
+The index is the generalised c-mu rule: serve first what loses most by waiting, per hour of work (J. A. van Mieghem,
+Annals of Applied Probability 5(3), 1995; A. Mandelbaum and A. L. Stolyar, Operations Research 52(6), 2004). There the
+cost of delay is convex and smooth; here it is a step at the due time, so that the loss from waiting is a difference of
+two probabilities, and their theorems (heavy traffic, convex costs) do not cover it: ``benchmarks/priority_policy.py``
+measures it instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -27,41 +30,60 @@ class PriorityPolicy(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
     kind: Literal["priority_queue"]
-    decide_on: str = Field(default="true", description="SQL predicate over the features: the tickets decided on, one row a ticket")
-    priority: str = Field(default="priority", description="Feature column with the priority that stands downstream (1 = first)")
-    team: str = Field(default="team", description="Feature column with the team whose hands do the work; ranks are within it")
-    due: str | None = Field(default="due_at", description="Feature column with the due time: equal indices go earliest first")
+    decide_on: str = Field(
+        default="true", description="SQL predicate over the features: the tickets decided on, one row a ticket"
+    )
+    priority: str = Field(
+        default="priority", description="Feature column with the priority that stands downstream (1 = first)"
+    )
+    team: str = Field(
+        default="team", description="Feature column with the team that does the work; ranks are within it"
+    )
+    due: str | None = Field(
+        default="due_at", description="Feature column with the due time: of equal indices the earliest goes first"
+    )
     cost_by: str = Field(default="impact", description="Feature column that tells what a missed service level costs")
     cost: dict[str, float] = Field(default={}, description="Cost of a miss by value of `cost_by`, in any one unit")
     other_cost: float = Field(default=1.0, gt=0, description="Cost of a miss for a value that `cost` does not name")
     late_cost: float = Field(
-        default=0.05, ge=0, le=1,
-        description="Share of the cost of a miss that a further delay of a ticket already lost still costs; 0 never serves it "
-        "before a ticket that can be saved",
-    )  # fmt: skip
+        default=0.05,
+        ge=0,
+        le=1,
+        description="Share of the cost of a miss that further delay of a ticket already lost still costs; with 0 a "
+        "lost ticket waits until nothing else can be saved",
+    )
     capacity: str | None = Field(
         default=None, description="Feature column with the hours of work that the ticket's team gets done a day"
     )
-    capacity_hours: dict[str, float] = Field(default={}, description="The same by team, where the column is null or not named")
+    capacity_hours: dict[str, float] = Field(
+        default={}, description="The same by team, where the column is null or not named"
+    )
     other_capacity_hours: float = Field(default=24.0, gt=0, description="The same for a team named nowhere else")
     level_days: tuple[float, ...] = Field(
-        default=(0.25, 1.0, 2.0, 4.0), min_length=1,
-        description="Cuts in days of the team's work: priority 1 is what it can begin within the first, and so on; what "
-        "lies behind the last cut gets the number after it",
-    )  # fmt: skip
-    min_gain: float = Field(
-        default=0.01, ge=0, le=1, description="A ticket that gains less (difference of probabilities) from going first ..."
+        default=(0.1, 0.2, 0.3, 2.0),
+        min_length=1,
+        description="Cuts in days of the team's work: priority 1 is what it can begin within the first, and so on; "
+        "what lies behind the last cut gets the number after it. What the first cuts leave of a day is for tickets "
+        "that arrive during it, with the priority that people give them",
     )
-    rest_level: int = Field(default=4, ge=1, description="... gets no priority above this one")
+    min_gain: float = Field(
+        default=0.02,
+        ge=0,
+        le=1,
+        description="A ticket that gains less (difference of probabilities) from going first ...",
+    )
+    rest_level: int = Field(default=5, ge=1, description="... gets no priority above this one")
     review_above: float = Field(
         default=0.8, ge=0, le=1, description="A ticket with a larger uncertainty keeps its priority and goes to people"
     )
-    keep: tuple[int, ...] = Field(default=(), description="Priorities that are left to people: such a ticket is never changed")
+    keep: tuple[int, ...] = Field(
+        default=(), description="Priorities that are left to people: such a ticket is never changed"
+    )
 
     @field_validator("level_days")
     @classmethod
     def _cuts_ascend(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if value[0] <= 0 or any(b <= a for a, b in zip(value, value[1:], strict=False)):
+        if value[0] <= 0 or any(b <= a for a, b in pairwise(value)):
             raise ValueError(f"cuts must be above 0 and ascend, found {list(value)}")
         return value
 
@@ -79,10 +101,10 @@ def index(
 ) -> np.ndarray:
     """Cost avoided per hour of work by beginning each ticket now rather than later; the largest goes first.
 
-    cost x ([P(miss | later) - P(miss | now)] + late_cost x P(miss | now)) / E[effort]; all arrays of shape (n,), effort in
-    hours. With ``late_cost=0`` this is the plain rule, which never serves a lost ticket before one that can be saved.
+    cost x ([P(miss | later) - P(miss | now)] + late_cost x P(miss | now)) / E[effort]; all arrays of shape (n,), effort
+    in hours. ``late_cost=0`` is the plain rule, which never serves a lost ticket before one that can be saved.
     """
-    return cost * (np.maximum(p_later - p_now, 0.0) + late_cost * p_now) / effort
+    return np.asarray(cost * (np.maximum(p_later - p_now, 0.0) + late_cost * p_now) / effort)
 
 
 def rank(team: pa.Array, value: np.ndarray, due: pa.Array, entity_id: pa.Array) -> np.ndarray:
@@ -92,7 +114,7 @@ def rank(team: pa.Array, value: np.ndarray, due: pa.Array, entity_id: pa.Array) 
     """
     table = pa.table({"team": team, "value": pa.array(value), "due": due, "entity_id": entity_id})
     keys = [("team", "ascending"), ("value", "descending"), ("due", "ascending"), ("entity_id", "ascending")]
-    return np.asarray(pc.sort_indices(table, sort_keys=keys, null_placement="at_end"))
+    return np.asarray(pc.sort_indices(table, sort_keys=keys))
 
 
 def work_before(order: np.ndarray, team: np.ndarray, seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -118,22 +140,20 @@ def levels(before: np.ndarray, capacity: np.ndarray, level_days: tuple[float, ..
     ``level_days[k-1]`` days of work beside the last of them. before: seconds; capacity: hours a day.
     """
     cuts = np.asarray(level_days) * (capacity * 3600.0)[:, None]
-    return 1 + np.sum(before[:, None] >= cuts, axis=1, dtype=np.int64)
+    return np.asarray(1 + np.sum(before[:, None] >= cuts, axis=1, dtype=np.int64))
 
 
-def decide(
-    features: pa.Table, scores: pa.Table, arms: pa.Table, spec: Mapping[str, Any] | PriorityPolicy
-) -> pa.Table:
+def decide(features: pa.Table, scores: pa.Table, arms: pa.Table, spec: Mapping[str, Any] | PriorityPolicy) -> pa.Table:
     """One decision for each row of `features`, in its order.
 
     features: `entity_id` (each once), the columns that `spec` names, and `unit` where `arms` is keyed by it.
-    scores: `entity_id` (and `moment`, where features have it), `p_miss_now`, `p_miss_later`, `effort_hours`, `uncertainty`.
-        A ticket without a row, or with a score that is null, not finite or out of range, keeps its priority.
+    scores: `entity_id` (and `moment`, where features have it), `p_miss_now`, `p_miss_later`, `effort_hours`,
+        `uncertainty`. A ticket without a row, or with a score that is null or out of range, keeps its priority.
     arms: `arm`, `arm_probability` by `unit` or by `entity_id` (with `unit`); `holdout` keeps its priority.
     Tickets that keep their priority (holdout, review, `keep`) still take their place in the team's capacity.
-    Returns entity_id, unit, arm, arm_probability, perturbation, perturbation_probability (both null), before, after, changed,
-    review, expected_gain, reasons. `expected_gain` is cost x [P(miss | later) - P(miss | now)], positive for a ticket that
-    moves up, negative for one that moves down, 0 for one that stays, null without a score.
+    Returns entity_id, unit, arm, arm_probability, perturbation, perturbation_probability (both null), before, after,
+    changed, review, expected_gain, reasons. `expected_gain` is cost x [P(miss | later) - P(miss | now)], positive for a
+    ticket that moves up, negative for one that moves down, 0 for one that stays, null without a score.
     Raises KeyError for a missing column, ValueError for a ticket that stands twice or has no arm.
     """
     policy = spec if isinstance(spec, PriorityPolicy) else PriorityPolicy.model_validate(dict(spec))
@@ -141,15 +161,16 @@ def decide(
     ids = _column(features, "entity_id", "features")
     if len(pc.unique(ids)) != n:
         twice = [v["values"].as_py() for v in pc.value_counts(ids) if v["counts"].as_py() > 1]
-        raise ValueError(f"features: entity_id {twice[0]!r} stands more than once; `decide_on` must pick one row a ticket")
+        raise ValueError(f"features: entity_id {twice[0]!r} stands twice; `decide_on` must pick one row a ticket")
     unit, arm, arm_probability = _arms(features, arms, ids)
     team_name = pc.fill_null(_column(features, policy.team, "features").cast(pa.string()), "")
     before = _column(features, policy.priority, "features").cast(pa.int64())
     known = _scores(features, scores, ids)
     p_now, p_later, effort, uncertainty = (known[name] for name in SCORES)
+    valid = np.asarray(before.is_valid())
     scored = (
         (p_now >= 0) & (p_now <= 1) & (p_later >= 0) & (p_later <= 1) & (effort > 0) & np.isfinite(effort)
-        & (uncertainty >= 0) & (uncertainty <= 1) & np.asarray(before.is_valid())
+        & (uncertainty >= 0) & (uncertainty <= 1) & valid
     )  # fmt: skip
     cost_key = _column(features, policy.cost_by, "features").cast(pa.string())
     cost = _looked_up(cost_key, policy.cost, policy.other_cost)
@@ -160,7 +181,7 @@ def decide(
     due = _column(features, policy.due, "features") if policy.due is not None else pa.nulls(n, pa.timestamp("us"))
 
     rows = np.flatnonzero(scored)
-    gain = np.maximum(p_later - p_now, 0.0)
+    gain = np.where(scored, np.maximum(p_later - p_now, 0.0), 0.0)
     value = np.full(n, np.nan)
     value[rows] = index(cost[rows], p_now[rows], p_later[rows], effort[rows], late_cost=policy.late_cost)
     order = rank(team_name.take(rows), value[rows], due.take(rows), ids.take(rows))
@@ -181,15 +202,15 @@ def decide(
     after = np.where(acts, level, now)
     expected = np.sign(now - after) * cost * gain
 
-    before_work, places, in_team = np.zeros(n), np.zeros(n, dtype=np.int64), np.bincount(codes[rows], minlength=n + 1)[codes]
+    before_work, places = np.zeros(n), np.zeros(n, dtype=np.int64)
+    in_team = np.bincount(codes[rows], minlength=n + 1)[codes]
     before_work[rows], places[rows] = work / 3600, place
     reasons = _reasons(
         {"scored": scored, "held": held, "kept": kept, "review": review, "idle": idle, "acts": acts},
         p_now=p_now, p_later=p_later, cost=cost, cost_key=cost_key, cost_by=policy.cost_by, effort=effort, value=value,
         place=places, of=in_team, team=team_name, work=before_work, capacity=capacity, after=after, before=now,
-        uncertainty=uncertainty, limit=policy.review_above, valid=np.asarray(before.is_valid()),
+        uncertainty=uncertainty, limit=policy.review_above, valid=valid,
     )  # fmt: skip
-    valid = np.asarray(before.is_valid())
     return pa.table({
         "entity_id": ids,
         "unit": unit,
@@ -201,17 +222,17 @@ def decide(
         "after": pa.array(after, mask=~valid),
         "changed": pa.array(after != now),
         "review": pa.array(review),
-        "expected_gain": pa.array(np.where(scored, expected, 0.0) + 0.0, mask=~scored),
+        "expected_gain": pa.array(expected + 0.0, mask=~scored),
         "reasons": reasons,
     })  # fmt: skip
 
 
 def coverage_curve(uncertainty: np.ndarray, p_miss: np.ndarray, missed: np.ndarray) -> pa.Table:
-    """What is decided, and how rightly, at each possible review limit (selective prediction; Geifman and El-Yaniv 2017).
+    """What is decided, and how rightly, at each review limit (selective prediction; Geifman and El-Yaniv, NIPS 2017).
 
     uncertainty, p_miss in [0, 1] and missed (bool): shape (n,), of tickets whose outcome is known.
-    Returns one row a distinct uncertainty, ascending: `limit`, `coverage` (share of tickets at or under it), `accuracy` (share
-    of those where p_miss >= 0.5 agrees with the outcome), `brier` (mean squared error of p_miss on them).
+    Returns one row a distinct uncertainty, ascending: `limit`, `coverage` (share of tickets at or under it), `accuracy`
+    (share of those where p_miss >= 0.5 agrees with the outcome), `brier` (mean squared error of p_miss on them).
     """
     if len(uncertainty) == 0:
         raise ValueError("no ticket with a known outcome: the curve needs matured outcomes")
@@ -229,7 +250,7 @@ def coverage_curve(uncertainty: np.ndarray, p_miss: np.ndarray, missed: np.ndarr
 
 
 def review_line(curve: pa.Table, accuracy: float) -> float | None:
-    """The largest review limit at which the tickets under it are decided with at least `accuracy`; None where none is."""
+    """The largest review limit under which tickets are decided with at least `accuracy`; None where there is none."""
     good = np.asarray(curve["accuracy"]) >= accuracy
     return float(np.asarray(curve["limit"])[good].max()) if good.any() else None
 
@@ -247,7 +268,7 @@ def _floats(column: pa.Array) -> np.ndarray:
 
 def _looked_up(keys: pa.Array, values: Mapping[str, float], other: float) -> np.ndarray:
     at = pc.fill_null(pc.index_in(keys, value_set=pa.array(list(values), pa.string())), len(values))
-    return np.array([*values.values(), other], dtype=np.float64)[np.asarray(at)]
+    return np.asarray(np.array([*values.values(), other], dtype=np.float64)[np.asarray(at)])
 
 
 def _arms(features: pa.Table, arms: pa.Table, ids: pa.Array) -> tuple[pa.Array, pa.Array, pa.Array]:
@@ -257,8 +278,8 @@ def _arms(features: pa.Table, arms: pa.Table, ids: pa.Array) -> tuple[pa.Array, 
     at = pc.index_in(keys, value_set=_column(arms, by, "arms").cast(pa.string()))
     if at.null_count:
         raise ValueError(f"arms: {by} {keys.filter(pc.is_null(at))[0].as_py()!r} has no arm; draw one for every {by}")
-    unit = _column(arms, "unit", "arms").take(at)
-    return unit, _column(arms, "arm", "arms").take(at), _column(arms, "arm_probability", "arms").cast(pa.float64()).take(at)
+    probability = _column(arms, "arm_probability", "arms").cast(pa.float64())
+    return _column(arms, "unit", "arms").take(at), _column(arms, "arm", "arms").take(at), probability.take(at)
 
 
 def _scores(features: pa.Table, scores: pa.Table, ids: pa.Array) -> dict[str, np.ndarray]:
@@ -305,12 +326,12 @@ def _reasons(mark: dict[str, np.ndarray], **of: Any) -> pa.Array:
         _text(100 * of["p_later"], 0), "%.",
     )  # fmt: skip
     worth = _join(
-        "A miss costs ", _text(of["cost"], 1), " (", of["cost_by"], " ", pc.fill_null(of["cost_key"], "unknown"), "), the work takes ",
-        _text(of["effort"], 1), " h: ", _text(of["value"], 3), " saved an hour.",
+        "A miss costs ", _text(of["cost"], 1), " (", of["cost_by"], " ", pc.fill_null(of["cost_key"], "unknown"),
+        "), the work takes ", _text(of["effort"], 1), " h: index ", _text(of["value"], 3), " an hour.",
     )  # fmt: skip
     seat = _join(
-        "Rank ", _text(of["place"], 0), " of ", _text(of["of"], 0), " in team ", of["team"], ", behind ", _text(of["work"], 1),
-        " h of work at ", _text(of["capacity"], 1), " h a day: priority ", _text(of["after"], 0),
+        "Rank ", _text(of["place"], 0), " of ", _text(of["of"], 0), " in team ", of["team"], ", behind ",
+        _text(of["work"], 1), " h of work at ", _text(of["capacity"], 1), " h a day: priority ", _text(of["after"], 0),
         pc.if_else(pa.array(mark["idle"]), ", as going first gains it nothing.", "."),
     )  # fmt: skip
     last = pc.if_else(pa.array(mark["acts"]), seat, kept)

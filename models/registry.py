@@ -152,8 +152,8 @@ class Registry:
                     pip_requirements=[f"lightgbm=={lightgbm.__version__}"],
                 )
                 run_id = run.info.run_id
-            with contextlib.suppress(mlflow.exceptions.MlflowException):
-                self.client.create_registered_model(name)  # refused where it exists: that is what is wanted
+            if not self.client.search_registered_models(f"name = '{name}'"):
+                self.client.create_registered_model(name)
             version_tags = {
                 f"{_TAG}trained_day": trained_day.isoformat(),
                 f"{_TAG}digest": digest,

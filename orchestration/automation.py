@@ -3,10 +3,10 @@
 Belongs here: sensors and schedules. Does not: computing anything; a sensor reads what an asset stored.
 """
 
-from __future__ import annotations
-
+import fnmatch
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -17,7 +17,7 @@ import dagster as dg
 from assets import landing as landing_zone
 from assets.lake import Lake, TableMissing
 from assets.resources import ClockResource, LakeResource, LandingResource
-from assets.workflow import Workflow
+from assets.workflow import Source, Workflow
 
 SETTLE = timedelta(seconds=60)
 """A file that changed less than this ago may still be being written."""
@@ -39,6 +39,15 @@ def closed_days(workflow: Workflow, now: datetime) -> date:
     return day if now >= workflow.cutoff_of(day) else day - timedelta(days=1)
 
 
+def day_of(source: Source, name: str) -> date | None:
+    """The day that ``{day}`` stands for in a file's name, or None where the source's pattern has no ``{day}``."""
+    if "{day}" not in source.files:
+        return None
+    pattern = fnmatch.translate(source.files.replace("{day}", "\0")).replace("\\\0", "\0").replace("\0", r"(\d{4}-\d{2}-\d{2})", 1)
+    found = re.match(pattern, name) or re.search(r"(\d{4}-\d{2}-\d{2})", name)
+    return date.fromisoformat(found[1]) if found else None
+
+
 def landing_requests(
     workflow: Workflow, landing_root: str, seen: dict[str, str], now: datetime
 ) -> tuple[list[dg.RunRequest], dict[str, str]]:
@@ -51,14 +60,18 @@ def landing_requests(
     after = dict(seen)
     for name, source in sorted(workflow.sources.items()):
         for file in landing_zone.discover(landing_root, source, None):
-            mark = f"{file.size}:{file.modified.isoformat() if file.modified else ''}"
-            if seen.get(file.path) == mark or (file.modified and now - file.modified < SETTLE):
+            info = file.fs.info(file.path)
+            changed = info.get("mtime") or info.get("LastModified") or info.get("last_modified")
+            mark = f"{info['size']}:{changed}"
+            if seen.get(file.name) == mark:
                 continue
-            day = landing_zone.day_of(source, file) or newest
+            if isinstance(changed, int | float) and now - datetime.fromtimestamp(changed, UTC).replace(tzinfo=None) < SETTLE:
+                continue
+            day = day_of(source, file.name) or newest
             if day > newest or day < workflow.start:
                 continue
-            found.setdefault(day, []).append(f"{name}:{file.path}:{mark}")
-            after[file.path] = mark
+            found.setdefault(day, []).append(f"{name}:{file.name}:{mark}")
+            after[file.name] = mark
     requests = [
         dg.RunRequest(
             run_key=f"{workflow.name}:{day}:{hashlib.sha256(json.dumps(sorted(files)).encode()).hexdigest()[:16]}",

@@ -1,30 +1,11 @@
 """What Dagster loads: every workflow's assets and jobs, what may start them, and the resources.
 
-Belongs here: putting the parts together. Does not: any part.
+Belongs here: the one object that workspace.yaml points to. Does not: any part of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import dagster as dg
-
-from assets.resources import resources
-from assets.workflow import Workflow, load_all
-from orchestration.automation import unattended
-from orchestration.jobs import assets_of, jobs_of
-
-
-def build(workflows: Sequence[Workflow], now: str | None = None) -> dg.Definitions:
-    """Definitions of the given workflows; ``now`` fixes the clock."""
-    starters = [u.definition for u in unattended(workflows)]
-    return dg.Definitions(
-        assets=[a for w in workflows for a in assets_of(w)],
-        jobs=[j for w in workflows for j in jobs_of(w)],
-        sensors=[s for s in starters if isinstance(s, dg.SensorDefinition)],
-        schedules=[s for s in starters if isinstance(s, dg.ScheduleDefinition)],
-        resources=resources(now),
-    )
-
+from assets.workflow import load_all
+from orchestration.assembly import build
 
 defs = build(load_all())

@@ -16,7 +16,7 @@ import dagster as dg
 
 from assets.resources import ClockResource, home, resources
 from assets.workflow import Workflow
-from orchestration.definitions import build
+from orchestration.assembly import build
 
 _CONFIGURATIONS = Path(__file__).parent / "instance"
 

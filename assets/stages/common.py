@@ -3,8 +3,7 @@
 Belongs here: Dagster idiom used by more than one stage. Does not: anything that one stage alone needs.
 """
 
-from __future__ import annotations
-
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from typing import Any
@@ -12,6 +11,9 @@ from typing import Any
 import dagster as dg
 
 from assets.workflow import Workflow
+
+# Backfill policies and pools are beta in this Dagster; the range in pyproject.toml keeps to the version that was tried.
+warnings.filterwarnings("ignore", category=dg.BetaWarning)
 
 
 def key(workflow: Workflow, stage: str) -> dg.AssetKey:

@@ -4,8 +4,6 @@ Belongs here: the asset. Does not: the policies (``models``), the guardrails (``
 record (``assets.deciding``). Sending a batch is not a matter of this stage.
 """
 
-from __future__ import annotations
-
 import dagster as dg
 
 from assets import deciding

@@ -4,8 +4,6 @@ Belongs here: choosing the two windows, and the asset. Does not: the distances (
 retrain (``orchestration.automation``, which reads what is stored here).
 """
 
-from __future__ import annotations
-
 import json
 from datetime import date, datetime, timedelta
 

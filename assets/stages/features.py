@@ -3,8 +3,6 @@
 Belongs here: the asset. Does not: the filter by ``known_at`` (``assets.point_in_time``) or the SQL (the workflow's folder).
 """
 
-from __future__ import annotations
-
 from datetime import date
 
 import dagster as dg

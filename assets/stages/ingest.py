@@ -4,8 +4,6 @@ Belongs here: the asset and what a person sees of it. Does not: reading files (`
 (``data_checks.contract``).
 """
 
-from __future__ import annotations
-
 from datetime import date, timedelta
 from statistics import median
 
@@ -59,7 +57,13 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         from data_checks import contract
 
         span = days(context)
-        done = landing_zone.ingest(workflow, lake.lake, landing.of(workflow.name), now=clock.now(), days=span)
+        done = landing_zone.ingest(workflow, lake.lake, landing.root, now=clock.now(), days=span)
+        refused = [f for f in done.files if f.status == "refused"]
+        if not lake.lake.exists(workflow.table("events")):
+            raise dg.Failure(
+                "No event has ever landed. "
+                + ("\n".join(f"{f.path}: {f.reason}" for f in refused) or f"No file in {landing.of(workflow.name)} fits {', '.join(s.files for s in workflow.sources.values())}.")
+            )
         landed = lake.lake.read(workflow.table("events"), days=span)
         landed = landed.filter(pc.is_null(landed["superseded_at"]))
         checked: dict[date, tuple[bool, str]] = {}
@@ -82,8 +86,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
             )
         total = done.accepted + done.quarantined
         share = done.quarantined / total if total else 0.0
-        by_rule = "\n".join(f"- `{rule}`: {count}" for rule, count in sorted(done.by_rule.items())) or "none"
-        refused = [f for f in done.files if f.status == "refused"]
+        by_rule = "\n".join(f"- `{rule}`: {count}" for rule, count in sorted(done.rules.items())) or "none"
         return dg.MaterializeResult(
             metadata={
                 "files": len(done.files),

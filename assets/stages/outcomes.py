@@ -3,8 +3,6 @@
 The label for training now, the judge of decisions later. Belongs here: the asset. Does not: the SQL (the workflow's folder).
 """
 
-from __future__ import annotations
-
 import dagster as dg
 import pyarrow as pa
 

@@ -3,8 +3,6 @@
 Belongs here: the asset. Does not: the steps of a bad day (``assets.deciding``) or the learners (``models.learners``).
 """
 
-from __future__ import annotations
-
 import dagster as dg
 
 from assets import deciding

@@ -3,13 +3,12 @@
 Belongs here: the two assets. Does not: learning (``models.learners``), judging (``models.gate``), MLflow (``models.registry``).
 """
 
-from __future__ import annotations
-
 import json
-import os
+from datetime import timedelta
 
 import dagster as dg
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from assets import code, deciding, point_in_time
 from assets.lake import content_digest
@@ -20,6 +19,8 @@ from models import catalog, fitting, gate
 from models.registry import CHAMPION, ModelUnreadable
 
 GPU_POOL = "gpu"
+THREADS = 2
+"""Fixed: sums over another number of threads differ in their last bits, and a run repeated must give the same bytes."""
 _MLFLOW_TYPE = {"numeric": "double", "categorical": "string"}
 
 
@@ -73,7 +74,7 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
         day = days(context)[-1]
         table = workflow.table("training_set")
         version = lake.lake.version(table)
-        rows = lake.lake.read(table, version=version, where=pa.compute.field("as_of") == pa.scalar(day))
+        rows = lake.lake.read(table, version=version, where=pc.field("as_of") == pa.scalar(day))
         order = [("day", "ascending"), ("entity_id", "ascending")]
         rows = rows.sort_by([*order, *([("moment", "ascending")] if "moment" in rows.schema.names else [])])
         held = registry.registry.by_alias(workflow.name, CHAMPION)
@@ -84,28 +85,32 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
             except ModelUnreadable as error:
                 unreadable = f" The champion could not be read and was not compared: {error}"
         device = resolve_device(training.device)
+        split = day - timedelta(days=training.holdout_days + training.maturity_days)
+        mature = day - timedelta(days=training.maturity_days)
+        judged = rows.filter((pc.field("day") > pc.scalar(split)) & (pc.field("day") <= pc.scalar(mature)))
+        held_out = point_in_time.rows_where(judged, training.evaluate_on)
+        early = point_in_time.training_set(workflow, lake.lake, split)
         fitted = fitting.fit_and_judge(
             point_in_time.rows_where(rows, training.train_on),
-            point_in_time.rows_where(rows, training.evaluate_on),
+            point_in_time.rows_where(early, training.train_on),
+            held_out,
             learner=catalog.learner(workflow.model.kind),
             rule=catalog.rule(workflow.model.kind),
             champion=champion,
             spec=deciding.learner_spec(workflow),
             day=day,
-            holdout_days=training.holdout_days,
-            maturity_days=training.maturity_days,
             min_rows=training.min_rows,
             metric=training.metric,
             better=training.better,
             margin=training.margin,
             seed=deciding.SEED,
             device=device,
-            threads=os.cpu_count() or 1,
+            threads=THREADS,
         )
         facts = {
             "matured rows": fitted.rows,
-            "held-out rows": fitted.held_out.num_rows,
-            "held-out days": f"after {fitted.split}",
+            "held-out rows": held_out.num_rows,
+            "held-out days": f"{split + timedelta(days=1)} to {mature}",
             "training set": f"{table} version {version}",
             "workflow digest": workflow.digest,
             "code commit": code.commit(),
@@ -124,7 +129,7 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
             params={"model": json.dumps(workflow.model.model_dump(mode="json")), "device": device, "day": day.isoformat()},
             metrics={f"{who}_{name}": value for who, one in fitted.metrics.items() for name, value in one.items()},
             tags={f"signalbox.{k.replace(' ', '_')}": str(v) for k, v in facts.items()},
-            plots=fitted.model.plots(fitted.held_out if fitted.held_out.num_rows else rows),
+            plots=fitted.model.plots(held_out if held_out.num_rows else rows),
             card=text,
             inputs={c: kind for group, kind in _MLFLOW_TYPE.items() for c in getattr(workflow.features, group)},
             seed=deciding.SEED,

@@ -1,10 +1,13 @@
-"""What a line earns at every spend: a Booster for the level, a hierarchical elasticity for the slope, and the rule that both must beat.
+"""What a line earns at every spend: a Booster for the level, a hierarchical elasticity for the slope, and the rule
+that both must beat.
 
-Belongs here: the level (what comes of the money that is spent anyway), how level and slope make a curve, figures and pictures of both.
-Does not: the elasticities themselves (`models.elasticity`), which spend to choose (`models.budget`), reading tables.
+Belongs here: the level (what comes of the money that is spent anyway), how level and slope make a curve, figures and
+pictures of both. Does not: the elasticities themselves (`models.elasticity`), which spend to choose (`models.budget`),
+reading tables.
 
-Two different questions, two answers. *What will a line earn tomorrow at what it spends?* is observed every day, so the Booster learns it. *What
-would it earn at another spend?* is not: observed spend chases demand, and only the logged random perturbations tell.
+Two different questions, two answers. *What will a line earn tomorrow at what it spends?* is observed every day, so the
+Booster learns it. *What would it earn at another spend?* is not: observed spend chases demand, and only the logged
+random perturbations tell.
 """
 
 from __future__ import annotations
@@ -33,8 +36,13 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 MICROS = 1e6
 WINDOWS = (1, 7, 28)
+BELIEVED_DAYS = (0.25, 1.0, 4.0, 16.0)
+SHRINK_DAYS = 0.25
 STEPS = 4  # the windows' shares are multiples of 1 / STEPS
-SPEND_SHIFTS = ("spend_shift_1", "spend_shift_7")  # the learner's own columns: the day's spend against the line's trailing ones, as logs
+SPEND_SHIFTS = (
+    "spend_shift_1",
+    "spend_shift_7",
+)  # the learner's own columns: the day's spend against the line's trailing ones, as logs
 FARTHEST = 5.0  # a correction is held to [1 / FARTHEST, FARTHEST]; so are the ratios that it learns from
 
 
@@ -43,25 +51,28 @@ class ResponseModel(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["response"] = Field(description="A response curve for each line: level by a Booster, slope by logged perturbations")
-    rounds: int = Field(default=60, gt=0, description="Trees of the level's Booster")
-    learning_rate: float = Field(default=0.05, gt=0, le=1, description="How much of each tree is taken")
+    kind: Literal["response"] = Field(
+        description="A response curve for each line: level by a Booster, slope by logged perturbations"
+    )
+    rounds: int = Field(default=150, gt=0, description="Trees of the level's Booster")
+    learning_rate: float = Field(default=0.02, gt=0, le=1, description="How much of each tree is taken")
     leaves: int = Field(default=8, ge=2, description="Leaves of a tree")
     rows_in_leaf: int = Field(default=40, gt=0, description="Fewest training rows in a leaf")
     l2: float = Field(default=5.0, ge=0, description="L2 penalty on a leaf's value")
     column_share: float = Field(default=0.7, gt=0, le=1, description="Share of the columns that a tree may look at")
-    row_share: float = Field(default=0.7, gt=0, le=1, description="Share of the rows that a tree sees")
-    shrink_days: float = Field(
-        default=0.25, ge=0, description="How many days of the line's own money a trailing ratio is drawn towards the next longer one"
-    )
+    row_share: float = Field(default=0.5, gt=0, le=1, description="Share of the rows that a tree sees")
     grid: tuple[float, ...] = Field(
         default=(0.5, 0.625, 0.75, 0.875, 1.0, 1.125, 1.25, 1.375, 1.5),
         description="Points of the curve, as multiples of the status quo, ascending; 1.0 must be one of them",
     )
     group: tuple[str, ...] = Field(
-        default=("segment", "format"), min_length=1, description="Feature columns whose values together name the lines that resemble each other in slope"
+        default=("segment", "format"),
+        min_length=1,
+        description="Feature columns whose values together name the lines that resemble each other in slope",
     )
-    prior_elasticity: float = Field(default=0.5, ge=0, le=1, description="Mean elasticity believed before any perturbation was logged")
+    prior_elasticity: float = Field(
+        default=0.5, ge=0, le=1, description="Mean elasticity believed before any perturbation was logged"
+    )
     prior_elasticity_sd: float = Field(default=0.29, gt=0, description="Its standard deviation")
     prior_source: str = Field(
         default="assumed: mean and standard deviation of a uniform on (0, 1), from spend without effect to spend without saturation",
@@ -79,10 +90,11 @@ class ResponseModel(BaseModel):
 class ResponseLearner:
     """The level's Booster and the elasticities; see the module.
 
-    The level at a spend s is base x s x correction. base is a mix of the line's trailing value / cost over 1, 7 and 28 days, with shares learned
-    by least absolute error; each is drawn towards the next longer one, the longest towards the line's placement and campaign. correction is the
-    Booster's: trained on value / (base x s) with weight base x s under the absolute loss, so that the loss is the absolute error of the value itself.
-    A row whose spend was perturbed by a logged multiplier m is read as level x m ** elasticity, the level being that of the spend without m.
+    The level at a spend s is base x s x correction. base is a mix of the line's trailing value / cost over 1, 7 and 28
+    days, with shares learned by least absolute error; each is drawn towards the next longer one, the longest towards
+    the line's placement and campaign. correction is the Booster's: trained on value / (base x s) with weight base x s
+    under the absolute loss, so that the loss is the absolute error of the value itself. A row whose spend was
+    perturbed by a logged multiplier m is read as level x m ** elasticity, the level being that of the spend without m.
     """
 
     def __init__(
@@ -90,6 +102,7 @@ class ResponseLearner:
         spec: ResponseModel,
         encoding: Encoding,
         booster: lightgbm.Booster,
+        believed_days: float,
         shares: Sequence[float],
         overall_ratio: float,
         elasticities: Elasticities,
@@ -97,31 +110,39 @@ class ResponseLearner:
         threads: int = 1,
     ) -> None:
         self.spec, self.encoding, self.booster, self.shares = spec, encoding, booster, tuple(shares)
-        self.overall_ratio, self.elasticities, self.notes, self.threads = overall_ratio, elasticities, tuple(notes), threads
+        self.believed_days = believed_days
+        self.overall_ratio, self.elasticities, self.notes, self.threads = (
+            overall_ratio,
+            elasticities,
+            tuple(notes),
+            threads,
+        )
 
     @classmethod
     def fit(cls, rows: pa.Table, spec: Mapping[str, Any], *, seed: int, device: str, threads: int) -> Self:
-        """Learn from matured rows: features plus the outcome columns cost, value, budget, explore_multiplier, explore_probability (of the day
-        after). `spec` is the model section plus `numeric` and `categorical`.
+        """Learn from matured rows: features plus the outcome columns cost, value, budget, explore_multiplier,
+        explore_probability (of the day after). `spec` is the model section plus `numeric` and `categorical`.
 
-        Raises ValueError where no row has both cost and a trailing return to correct; KeyError for a missing column, naming it.
+        Raises ValueError where no row has both cost and a trailing return to correct; KeyError for a missing column,
+        naming it.
         """
         said, numeric, categorical = _split(spec)
         cost, value, multiplier = _numbers(rows, "cost"), _numbers(rows, "value"), _multiplier(rows)
         total = cost.sum()
         overall = float(value.sum() / total) if total > 0 else 1.0
-        ratios = _ratios(rows, said.shrink_days, overall)
         undrawn = cost / multiplier
 
-        elasticities, note = _slopes(rows, ratios @ _EVEN, said)
+        elasticities, note = _slopes(rows, said)
         slope = elasticities.of(*_names(rows, said.group))[0]
         lift = _lift(multiplier, slope)
-        shares = _best_shares(ratios, undrawn * lift, value)
+        believed, shares = _best_base(rows, overall, undrawn * lift, value)
 
-        level = (ratios @ shares) * undrawn * lift
+        level = (_ratios(rows, believed, overall) @ shares) * undrawn * lift
         told = level > 0
         if not told.any():
-            raise ValueError(f"none of {rows.num_rows} rows has a cost and a trailing return: nothing to learn the level from")
+            raise ValueError(
+                f"none of {rows.num_rows} rows has a cost and a trailing return: nothing to learn the level from"
+            )
         encoding = Encoding.learn(rows, [*numeric], categorical)
         encoding = Encoding((*encoding.numeric, *SPEND_SHIFTS), encoding.categorical)
         matrix = encoding.matrix(_with_shifts(rows, undrawn))
@@ -148,21 +169,24 @@ class ResponseLearner:
             weight=weight,
             init_score=np.ones(int(told.sum())),
         )
-        return cls(said, encoding, trained, shares.tolist(), overall, elasticities, [note], threads)
+        return cls(said, encoding, trained, believed, shares.tolist(), overall, elasticities, [note], threads)
 
     def level(self, features: pa.Table, spend: Floats) -> Floats:
-        """Expected value (n,) of each line at the `spend` (n,), currency, that comes about as spend usually does: no perturbation, no policy."""
-        base = _ratios(features, self.spec.shrink_days, self.overall_ratio) @ np.array(self.shares)
-        moved = boosters.predict(self.booster, self.encoding.matrix(_with_shifts(features, spend)), threads=self.threads, raw=True)
+        """Expected value (n,) of each line at the `spend` (n,), currency, that comes about as spend usually does: no
+        perturbation, no policy."""
+        base = _ratios(features, self.believed_days, self.overall_ratio) @ np.array(self.shares)
+        moved = boosters.predict(
+            self.booster, self.encoding.matrix(_with_shifts(features, spend)), threads=self.threads, raw=True
+        )
         return np.asarray(base * spend * np.clip(1 + moved, 1 / FARTHEST, FARTHEST))
 
     def score(self, features: pa.Table) -> pa.Table:
-        """entity_id, spends LIST<BIGINT> (micros, the grid around budget_micros), values LIST<DOUBLE> (expected value at each, currency), level
-        (at the status quo), elasticity and its sd."""
-        budget = _numbers(features, "budget_micros")
-        delivered = np.nan_to_num(_numbers(features, "delivered_7"), nan=1.0)
+        """entity_id, spends LIST<BIGINT> (micros, the grid around budget_micros), values LIST<DOUBLE> (expected value
+        at each, currency), level (at the status quo), elasticity and its sd."""
         mean, sd = self.elasticities.of(*_names(features, self.spec.group))
-        return _curves(features, self.spec.grid, self.level(features, budget / MICROS * delivered), mean, sd)
+        multiplier = _multiplier(features, "explore_multiplier_today")
+        level = self.level(features, _usual_spend(features)) * _lift(multiplier, mean)
+        return _curves(features, self.spec.grid, level, mean, sd)
 
     def expect(self, rows: pa.Table) -> Floats:
         """Expected value (n,) of each row at its realised cost and logged multiplier."""
@@ -176,6 +200,7 @@ class ResponseLearner:
         meta = {
             "spec": self.spec.model_dump(mode="json"),
             "encoding": json.loads(self.encoding.to_json()),
+            "believed_days": self.believed_days,
             "shares": self.shares,
             "overall_ratio": self.overall_ratio,
             "elasticities": json.loads(self.elasticities.to_json()),
@@ -186,12 +211,14 @@ class ResponseLearner:
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes]) -> Self:
-        """The learner that `files()` described; scores equal to the bit. Raises WrongDigest where the Booster is not the one meant."""
+        """The learner that `files()` described; scores equal to the bit. Raises WrongDigest where the Booster is not
+        the one meant."""
         meta = json.loads(files["meta.json"])
         return cls(
             ResponseModel.model_validate(meta["spec"]),
             Encoding.from_json(json.dumps(meta["encoding"])),
             boosters.read_booster(files["level.txt"], meta["level_sha256"]),
+            meta["believed_days"],
             meta["shares"],
             meta["overall_ratio"],
             Elasticities.from_json(json.dumps(meta["elasticities"])),
@@ -199,11 +226,12 @@ class ResponseLearner:
         )
 
     def evaluate(self, rows: pa.Table) -> dict[str, float]:
-        """mae and bias of the value at realised cost, currency a line a day; rule_mae on the same rows, better_than_rule its share saved;
-        the shares of the windows and the elasticities' overall mean and sd (elasticity_is_prior: 1 where nothing was perturbed)."""
+        """mae and bias of the value at realised cost, currency a line a day; rule_mae on the same rows,
+        better_than_rule its share saved; the shares of the windows and the elasticities' overall mean and sd
+        (elasticity_is_prior: 1 where nothing was perturbed)."""
         value = _numbers(rows, "value")
         figures = _errors(self.expect(rows), value)
-        rule = _errors(_rule_value(rows, self.spec), value)["mae"]
+        rule = _errors(ResponseRule(self.spec).expect(rows), value)["mae"]
         drawn = len(self.elasticities.lines) > 0
         return {
             **figures,
@@ -216,20 +244,29 @@ class ResponseLearner:
         }
 
     def plots(self, rows: pa.Table) -> dict[str, Figure]:
-        """predicted_realised: value by value, logarithmic, with the error by day; importance: the Booster's gain by column; elasticity: lines' slopes."""
+        """predicted_realised: value by value, logarithmic, with the error by day; importance: the Booster's gain by
+        column; elasticity: lines' slopes."""
         from matplotlib.figure import Figure
 
         predicted, value = self.expect(rows), _numbers(rows, "value")
-        rule = _rule_value(rows, self.spec)
+        rule = ResponseRule(self.spec).expect(rows)
         day = rows.column("day").to_numpy().astype("datetime64[D]")
 
         one = Figure(figsize=(10, 4.5), layout="constrained")
         left, right = one.subplots(1, 2)
         seen = (predicted > 0) & (value > 0)
         left.loglog(predicted[seen], value[seen], ".", markersize=3, alpha=0.4)
-        ends = [min(predicted[seen].min(), value[seen].min()), max(predicted[seen].max(), value[seen].max())] if seen.any() else [1, 10]
+        ends = (
+            [min(predicted[seen].min(), value[seen].min()), max(predicted[seen].max(), value[seen].max())]
+            if seen.any()
+            else [1, 10]
+        )
         left.loglog(ends, ends, color="black", linewidth=1)
-        left.set(xlabel="predicted value of a line's next day", ylabel="realised value", title=f"{len(value)} lines and days, {int((~seen).sum())} at zero not shown")
+        left.set(
+            xlabel="predicted value of a line's next day",
+            ylabel="realised value",
+            title=f"{len(value)} lines and days, {int((~seen).sum())} at zero not shown",
+        )
         days, at = np.unique(day, return_inverse=True)
         for name, guess in (("model", predicted), ("trailing 7-day ratio", rule)):
             right.plot(days, np.bincount(at, np.abs(guess - value)) / np.bincount(at), marker=".", label=name)
@@ -246,21 +283,25 @@ class ResponseLearner:
 
         three = Figure(figsize=(7, 4.5), layout="constrained")
         axes = three.subplots()
-        mean = self.elasticities.line_mean if len(self.elasticities.lines) else np.array([self.elasticities.overall_mean])
+        mean = (
+            self.elasticities.line_mean if len(self.elasticities.lines) else np.array([self.elasticities.overall_mean])
+        )
         axes.hist(np.clip(mean, 0, 1), bins=np.linspace(0, 1, 21))
         axes.set(xlabel="elasticity of a line's value to its spend", ylabel="lines", title="\n".join(self.notes))
         axes.title.set_fontsize(8)
         return {"predicted_realised": one, "importance": two, "elasticity": three}
 
     def contributions(self, features: pa.Table) -> pa.Table:
-        """entity_id and the columns that moved the correction of each line's level most: `features`, `effects` (in shares of the base)."""
-        spend = _numbers(features, "budget_micros") / MICROS
-        top = boosters.top_contributions(self.booster, self.encoding, _with_shifts(features, spend), threads=self.threads)
+        """entity_id and the columns that moved the correction of each line's level most: `features`, `effects` (in
+        shares of the base)."""
+        table = _with_shifts(features, _usual_spend(features))
+        top = boosters.top_contributions(self.booster, self.encoding, table, threads=self.threads)
         return top.add_column(0, "entity_id", features.column("entity_id"))
 
 
 class ResponseRule:
-    """The bar and the fall-back: the trailing 7-day value / cost times the spend. Its curve takes the prior's elasticity around that level.
+    """The bar and the fall-back: the trailing 7-day value / cost times the spend. Its curve takes the prior's
+    elasticity around that level.
 
     A line that cost nothing within the 7 days has no ratio: its value is 0.
     """
@@ -278,11 +319,21 @@ class ResponseRule:
         """The columns that ResponseLearner.score gives."""
         level = _rule_ratio(features) * (_numbers(features, "budget_micros") / MICROS)
         one = np.ones(features.num_rows)
-        return _curves(features, self.spec.grid, level, self.spec.prior_elasticity * one, self.spec.prior_elasticity_sd * one)
+        return _curves(
+            features, self.spec.grid, level, self.spec.prior_elasticity * one, self.spec.prior_elasticity_sd * one
+        )
+
+    def expect(self, rows: pa.Table) -> Floats:
+        """ratio x realised cost (n,); a logged multiplier is part of the cost."""
+        return np.asarray(_rule_ratio(rows) * _numbers(rows, "cost"))
 
     def files(self) -> dict[str, bytes]:
         """rule.json."""
-        return {"rule.json": json.dumps({"spec": self.spec.model_dump(mode="json")}, sort_keys=True, ensure_ascii=False).encode()}
+        return {
+            "rule.json": json.dumps(
+                {"spec": self.spec.model_dump(mode="json")}, sort_keys=True, ensure_ascii=False
+            ).encode()
+        }
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes]) -> Self:
@@ -291,7 +342,7 @@ class ResponseRule:
 
     def evaluate(self, rows: pa.Table) -> dict[str, float]:
         """mae and bias of ratio x realised cost, currency a line a day."""
-        return _errors(_rule_value(rows, self.spec), _numbers(rows, "value"))
+        return _errors(self.expect(rows), _numbers(rows, "value"))
 
 
 def _split(spec: Mapping[str, Any]) -> tuple[ResponseModel, Sequence[str], Sequence[str]]:
@@ -303,16 +354,29 @@ def _split(spec: Mapping[str, Any]) -> tuple[ResponseModel, Sequence[str], Seque
 def _numbers(table: pa.Table, name: str) -> Floats:
     """A column as float64, NULL as NaN."""
     if name not in table.column_names:
-        raise KeyError(f"column {name!r} is missing: the response model needs it, and the table has {', '.join(table.column_names)}")
+        raise KeyError(
+            f"column {name!r} is missing: the response model needs it, and the table has {', '.join(table.column_names)}"
+        )
     return np.asarray(table.column(name).cast(pa.float64(), safe=False).to_numpy(), dtype=np.float64)
 
 
-def _multiplier(rows: pa.Table) -> Floats:
-    """What was drawn for the outcome's day; 1 where nothing is logged."""
-    multiplier = np.nan_to_num(_numbers(rows, "explore_multiplier"), nan=1.0)
+def _multiplier(table: pa.Table, name: str = "explore_multiplier") -> Floats:
+    """What was drawn: by default for the outcome's day. 1 where nothing is logged."""
+    multiplier = np.nan_to_num(_numbers(table, name), nan=1.0)
     if (multiplier <= 0).any():
-        raise ValueError(f"explore_multiplier of row {int(np.argmax(multiplier <= 0))} is not above 0: a multiplier scales a budget")
+        raise ValueError(
+            f"{name} of row {int(np.argmax(multiplier <= 0))} is not above 0: a multiplier scales a budget"
+        )
     return multiplier
+
+
+def _usual_spend(features: pa.Table) -> Floats:
+    """What the status quo's budget will come to, currency: as much of it as the line has spent of late, and no
+    perturbation in it."""
+    delivered = np.nan_to_num(_numbers(features, "delivered_7"), nan=1.0)
+    return np.asarray(
+        _numbers(features, "budget_micros") / MICROS * delivered / _multiplier(features, "explore_multiplier_today")
+    )
 
 
 def _lift(multiplier: Floats, elasticity: Floats) -> Floats:
@@ -328,32 +392,35 @@ def _names(table: pa.Table, group: Sequence[str]) -> tuple[np.ndarray[Any, Any],
     return table.column("entity_id").cast(pa.string()).to_numpy().astype(str), joined
 
 
-_EVEN = np.full(len(WINDOWS), 1 / len(WINDOWS))
-
-
-def _ratios(table: pa.Table, shrink_days: float, overall: float) -> Floats:
-    """Trailing value / cost over WINDOWS, shape (n, windows): each as if `shrink_days` more days had earned the next longer window's ratio; the
-    longest window's next is the line's placement, then its campaign, then `overall`."""
-    longer = np.full(table.num_rows, overall)
-    for name in ("campaign_ratio_28", "placement_ratio_28"):
-        found = _numbers(table, name)
-        longer = np.where(np.isfinite(found), found, longer)
-    days = np.maximum(_numbers(table, f"active_days_{WINDOWS[-1]}"), 1)
-    believed = shrink_days * _numbers(table, f"cost_{WINDOWS[-1]}") / days
+def _ratios(table: pa.Table, believed_days: float, overall: float) -> Floats:
+    """Trailing value / cost over WINDOWS, shape (n, windows). The longest is drawn towards the campaign's as if
+    `believed_days` more days had earned that (towards `overall` where the campaign has none); each shorter one towards
+    the next longer by SHRINK_DAYS."""
+    found = _numbers(table, f"campaign_ratio_{WINDOWS[-1]}")
+    longer = np.where(found > 0, found, overall)
+    usual = _numbers(table, f"cost_{WINDOWS[-1]}") / np.maximum(_numbers(table, f"active_days_{WINDOWS[-1]}"), 1)
     out = np.empty((table.num_rows, len(WINDOWS)))
     for at in reversed(range(len(WINDOWS))):
+        believed = usual * believed_days
         cost = _numbers(table, f"cost_{WINDOWS[at]}") + believed
         worth = _numbers(table, f"value_{WINDOWS[at]}") + believed * longer
         longer = np.divide(worth, cost, out=longer.copy(), where=cost > 0)
         out[:, at] = longer
+        believed_days = SHRINK_DAYS
     return out
 
 
-def _best_shares(ratios: Floats, spend: Floats, value: Floats) -> Floats:
-    """The windows' shares (multiples of 1 / STEPS) of least absolute error; among equals the first in the order of the longer windows."""
+def _best_base(rows: pa.Table, overall: float, spend: Floats, value: Floats) -> tuple[float, Floats]:
+    """How far lines are drawn towards their campaign, and the windows' shares (multiples of 1 / STEPS): those of least
+    absolute error."""
     options = np.array([o for o in itertools.product(range(STEPS + 1), repeat=len(WINDOWS)) if sum(o) == STEPS]) / STEPS
-    errors = [float(np.abs(value - (ratios @ option) * spend).sum()) for option in options]
-    return np.asarray(options[int(np.argmin(errors))])
+    best, chosen = np.inf, (BELIEVED_DAYS[0], options[0])
+    for believed in BELIEVED_DAYS:
+        ratios = _ratios(rows, believed, overall)
+        errors = [float(np.abs(value - (ratios @ option) * spend).sum()) for option in options]
+        if min(errors) < best:
+            best, chosen = min(errors), (believed, options[int(np.argmin(errors))])
+    return chosen
 
 
 def _with_shifts(table: pa.Table, spend: Floats) -> pa.Table:
@@ -371,7 +438,7 @@ def _prior_note(spec: ResponseModel) -> str:
     return f"elasticities are the prior, mean {spec.prior_elasticity:g}, sd {spec.prior_elasticity_sd:g} ({spec.prior_source}): no perturbation was logged"
 
 
-def _slopes(rows: pa.Table, ratio: Floats, spec: ResponseModel) -> tuple[Elasticities, str]:
+def _slopes(rows: pa.Table, spec: ResponseModel) -> tuple[Elasticities, str]:
     """Elasticities from the rows with a logged probability, and a sentence saying what they rest on."""
     drawn = np.isfinite(_numbers(rows, "explore_probability"))
     kept = rows.filter(pa.array(drawn))
@@ -385,7 +452,7 @@ def _slopes(rows: pa.Table, ratio: Floats, spec: ResponseModel) -> tuple[Elastic
         budget,
         _numbers(kept, "value"),
         multiplier,
-        expected=ratio[drawn] * budget / multiplier,
+        probability=kept["explore_probability"],
         prior_mean=spec.prior_elasticity,
         prior_sd=spec.prior_elasticity_sd,
     )
@@ -393,8 +460,20 @@ def _slopes(rows: pa.Table, ratio: Floats, spec: ResponseModel) -> tuple[Elastic
     if not moved:
         note = _prior_note(spec)
         log.warning("%s", note)
-        return Elasticities([], *(np.zeros(0),) * 2, [], *(np.zeros(0),) * 2, spec.prior_elasticity, spec.prior_elasticity_sd, found.spread_within, found.spread_between), note
-    return found, f"elasticities rest on {moved} perturbed of {len(multiplier)} drawn line-days of {len(found.lines)} lines"
+        return Elasticities(
+            [],
+            *(np.zeros(0),) * 2,
+            [],
+            *(np.zeros(0),) * 2,
+            spec.prior_elasticity,
+            spec.prior_elasticity_sd,
+            found.spread_within,
+            found.spread_between,
+        ), note
+    return (
+        found,
+        f"elasticities rest on {moved} perturbed of {len(multiplier)} drawn line-days of {len(found.lines)} lines",
+    )
 
 
 def _curves(features: pa.Table, grid: Sequence[float], level: Floats, elasticity: Floats, sd: Floats) -> pa.Table:
@@ -416,11 +495,6 @@ def _curves(features: pa.Table, grid: Sequence[float], level: Floats, elasticity
 
 def _rule_ratio(table: pa.Table) -> Floats:
     return np.nan_to_num(_numbers(table, "ratio_7"), nan=0.0)
-
-
-def _rule_value(rows: pa.Table, spec: ResponseModel) -> Floats:
-    """ratio x realised cost; a logged multiplier is part of the cost."""
-    return np.asarray(_rule_ratio(rows) * _numbers(rows, "cost"))
 
 
 def _errors(predicted: Floats, value: Floats) -> dict[str, float]:

@@ -1,7 +1,7 @@
 -- One row a line that was active within the 28 days up to $day. Money is summed in whole micros, so that no order of rows can change a sum.
 -- The status quo is what was set for $day: its budget, or the realised cost where the source knows no budget. Trailing windows end with $day.
 -- ratio: value / cost. shift: how far the newest day's ratio stands from its own last week, as a log. against: the newest day's ratio of all
--- that compete with the line, against the line's own last week, as a log.
+-- that compete with the line, against the line's own last week, as a log. shift_weekday: the weekday that is decided on, a week ago.
 WITH daily AS (
     SELECT
         line_id, campaign, segment, format, placement,
@@ -42,6 +42,7 @@ beside AS (
         sum(v1) OVER of_campaign / nullif(sum(c1) OVER of_campaign, 0) AS campaign_ratio_1,
         sum(v7) OVER of_campaign / nullif(sum(c7) OVER of_campaign, 0) AS campaign_ratio_7,
         sum(v28) OVER of_campaign / nullif(sum(c28) OVER of_campaign, 0) AS campaign_ratio_28,
+        sum(v_weekday) OVER of_campaign / nullif(sum(c_weekday) OVER of_campaign, 0) AS campaign_ratio_weekday,
         sum(v1) OVER of_placement / nullif(sum(c1) OVER of_placement, 0) AS placement_ratio_1,
         sum(v7) OVER of_placement / nullif(sum(c7) OVER of_placement, 0) AS placement_ratio_7,
         sum(v28) OVER of_placement / nullif(sum(c28) OVER of_placement, 0) AS placement_ratio_28
@@ -57,15 +58,16 @@ SELECT
     c1 / 1e6 AS cost_1, c3 / 1e6 AS cost_3, c7 / 1e6 AS cost_7, c14 / 1e6 AS cost_14, c28 / 1e6 AS cost_28,
     v1 / 1e6 AS value_1, v3 / 1e6 AS value_3, v7 / 1e6 AS value_7, v14 / 1e6 AS value_14, v28 / 1e6 AS value_28,
     v1 / nullif(c1, 0) AS ratio_1, v3 / nullif(c3, 0) AS ratio_3, v7 / nullif(c7, 0) AS ratio_7,
-    v14 / nullif(c14, 0) AS ratio_14, v28 / nullif(c28, 0) AS ratio_28, v_weekday / nullif(c_weekday, 0) AS ratio_weekday,
+    v14 / nullif(c14, 0) AS ratio_14, v28 / nullif(c28, 0) AS ratio_28,
     campaign_ratio_1, campaign_ratio_7, campaign_ratio_28, placement_ratio_1, placement_ratio_7, placement_ratio_28,
     ln(nullif(v1 / nullif(c1, 0), 0) / nullif(v7 / nullif(c7, 0), 0)) AS shift_1,
     ln(nullif(campaign_ratio_1, 0) / nullif(campaign_ratio_7, 0)) AS campaign_shift_1,
+    ln(nullif(campaign_ratio_weekday, 0) / nullif(campaign_ratio_7, 0)) AS campaign_shift_weekday,
     ln(nullif(placement_ratio_1, 0) / nullif(placement_ratio_7, 0)) AS placement_shift_1,
     ln(nullif(campaign_ratio_1, 0) / nullif(v7 / nullif(c7, 0), 0)) AS against_campaign,
     ln(nullif(placement_ratio_1, 0) / nullif(v7 / nullif(c7, 0), 0)) AS against_placement,
     i7 AS impressions_7, k7 AS clicks_7,
     k7 / nullif(i7, 0) AS click_rate_7, c7 / 1e6 / nullif(k7, 0) AS cost_per_click_7, v7 / 1e6 / nullif(k7, 0) AS value_per_click_7,
     least(c7 / nullif(b7, 0), 1.0) AS delivered_7,
-    multiplier_today, drawn_days
+    multiplier_today AS explore_multiplier_today, drawn_days
 FROM beside

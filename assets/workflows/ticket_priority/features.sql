@@ -1,38 +1,46 @@
 -- Tickets as of a day, and the queue around them. Key: (entity_id, moment).
--- moment 'intake': first known during the day, described by its first event, with the queue as it stood before that minute.
+-- moment 'intake': first known during the day, described by its first event, with the queue as it stood until then.
 -- moment 'open': still open at the cut-off, described by its latest event, with the queue as it stood at the cut-off.
 -- The queue is counted by sweeping marks in order of time: a ticket arrives, runs late, is resolved, is judged by its
 -- service level, and each of these leaves its window again. Marks are whole numbers: no order can change their sum.
 WITH
 bounds AS (
-    SELECT $cutoff::TIMESTAMP AS cutoff, $cutoff::TIMESTAMP - INTERVAL 1 DAY AS since, $day::DATE AS for_day
-),
-history AS (
-    SELECT *,
-        row_number() OVER (PARTITION BY ticket_id ORDER BY known_at, updates, source_file_id, source_row) AS nth,
-        row_number() OVER (
-            PARTITION BY ticket_id ORDER BY known_at DESC, updates DESC, source_file_id DESC, source_row DESC
-        ) AS nth_last
-    FROM events
-),
-described AS (
-    SELECT h.*, 'intake' AS moment, h.known_at AS clock
-    FROM history AS h, bounds AS b
-    WHERE h.nth = 1 AND h.known_at > b.since AND h.opened_at > b.since - INTERVAL 21 DAY
-    UNION ALL
-    SELECT h.*, 'open' AS moment, b.cutoff AS clock
-    FROM history AS h, bounds AS b
-    WHERE h.nth_last = 1 AND h.state IN ('open', 'waiting')
+    SELECT $cutoff::TIMESTAMP AS cutoff, $cutoff::TIMESTAMP - INTERVAL 1 DAY AS since
 ),
 spans AS (
     SELECT ticket_id,
         min(known_at) AS arrived,
+        max(known_at) AS changed,
+        arg_max(state, (known_at, updates, source_file_id, source_row)) AS last_state,
         min(known_at) FILTER (state IN ('resolved', 'closed')) AS resolved,
         min(event_at) FILTER (state IN ('resolved', 'closed')) AS resolved_at,
         min(known_at) FILTER (missed IS NOT NULL) AS judged,
-        bool_or(missed)::INT AS missed
-    FROM history
+        arg_min(missed, (known_at, updates, source_file_id, source_row)) FILTER (missed IS NOT NULL)::INT AS missed
+    FROM events
     GROUP BY ticket_id
+),
+first_events AS (
+    SELECT e.*
+    FROM events AS e
+    JOIN spans AS s ON s.ticket_id = e.ticket_id AND s.arrived = e.known_at
+    QUALIFY row_number() OVER (PARTITION BY e.ticket_id ORDER BY e.updates, e.source_file_id, e.source_row) = 1
+),
+last_events AS (
+    SELECT e.*
+    FROM events AS e
+    JOIN spans AS s ON s.ticket_id = e.ticket_id AND s.changed = e.known_at
+    WHERE s.last_state IN ('open', 'waiting')
+    QUALIFY row_number() OVER (
+        PARTITION BY e.ticket_id ORDER BY e.updates DESC, e.source_file_id DESC, e.source_row DESC
+    ) = 1
+),
+described AS (
+    SELECT e.*, 'intake' AS moment, e.known_at AS clock
+    FROM first_events AS e, bounds AS b
+    WHERE e.known_at > b.since AND e.opened_at > b.since - INTERVAL 21 DAY
+    UNION ALL
+    SELECT e.*, 'open' AS moment, b.cutoff AS clock
+    FROM last_events AS e, bounds AS b
 ),
 -- A ticket counts under what its first event said. Late: past its due time, or four days old where none is known.
 tickets AS (
@@ -41,7 +49,7 @@ tickets AS (
         -- thousandths of log2(1 + hours)
         round(1000 * log2(1 + greatest(date_diff('second', h.opened_at, s.resolved_at), 0) / 3600.0))::BIGINT AS took
     FROM spans AS s
-    JOIN history AS h ON h.ticket_id = s.ticket_id AND h.nth = 1
+    JOIN first_events AS h ON h.ticket_id = s.ticket_id
 ),
 marks AS (
     SELECT ticket_id, arrived AS clock, 1 AS arrived_1, 1 AS arrived_7, 1 AS backlog FROM tickets
@@ -57,10 +65,12 @@ marks AS (
         1 AS resolved_28, took AS took_28, (resolved > late)::INT AS late_28
     FROM tickets
     UNION ALL BY NAME
-    SELECT ticket_id, resolved + INTERVAL 7 DAY AS clock, -1 AS resolved_7, -took AS took_7, -(resolved > late)::INT AS late_7
+    SELECT ticket_id, resolved + INTERVAL 7 DAY AS clock,
+        -1 AS resolved_7, -took AS took_7, -(resolved > late)::INT AS late_7
     FROM tickets
     UNION ALL BY NAME
-    SELECT ticket_id, resolved + INTERVAL 28 DAY AS clock, -1 AS resolved_28, -took AS took_28, -(resolved > late)::INT AS late_28
+    SELECT ticket_id, resolved + INTERVAL 28 DAY AS clock,
+        -1 AS resolved_28, -took AS took_28, -(resolved > late)::INT AS late_28
     FROM tickets
     UNION ALL BY NAME
     SELECT ticket_id, judged AS clock, 1 AS judged_14, missed AS missed_14 FROM tickets
@@ -153,76 +163,86 @@ asked AS (
     ]) AS k(key)
 ),
 answered AS (
-    SELECT a.ticket_id, a.moment, a.name, q.* EXCLUDE (name, value, clock)
+    SELECT a.ticket_id, a.moment, a.name,
+        coalesce(arrived_1, 0)::DOUBLE AS arrived_1,
+        coalesce(arrived_7, 0)::DOUBLE AS arrived_7,
+        coalesce(backlog, 0)::DOUBLE AS backlog,
+        coalesce(overdue, 0)::DOUBLE AS overdue,
+        coalesce(resolved_28, 0)::DOUBLE AS resolved_28,
+        (late_7 + overdue + 0.5) / (resolved_7 + overdue + 2) AS late_7,
+        (late_28 + overdue + 0.5) / (resolved_28 + overdue + 2) AS late_28,
+        took_7 / nullif(resolved_7, 0) AS took_7,
+        took_28 / nullif(resolved_28, 0) AS took_28,
+        (missed_14 + 0.5) / (judged_14 + 2) AS missed_14
     FROM asked AS a
     ASOF LEFT JOIN queue AS q ON a.name = q.name AND a.value = q.value AND a.clock > q.clock
 ),
 wide AS (
     SELECT ticket_id, moment,
-        coalesce(max(arrived_1) FILTER (name = 'everything'), 0)::DOUBLE AS everything_arrived_1,
-        coalesce(max(arrived_7) FILTER (name = 'everything'), 0)::DOUBLE AS everything_arrived_7,
-        coalesce(max(backlog) FILTER (name = 'everything'), 0)::DOUBLE AS everything_backlog,
-        coalesce(max(overdue) FILTER (name = 'everything'), 0)::DOUBLE AS everything_overdue,
-        (max(late_7 + overdue) FILTER (name = 'everything') + 0.5) / (max(resolved_7 + overdue) FILTER (name = 'everything') + 2) AS everything_late_7,
-        max(took_7) FILTER (name = 'everything') / nullif(max(resolved_7) FILTER (name = 'everything'), 0) AS everything_took_7,
-        (max(missed_14) FILTER (name = 'everything') + 0.5) / (max(judged_14) FILTER (name = 'everything') + 2) AS everything_missed_14,
-        coalesce(max(arrived_1) FILTER (name = 'team'), 0)::DOUBLE AS team_arrived_1,
-        coalesce(max(arrived_7) FILTER (name = 'team'), 0)::DOUBLE AS team_arrived_7,
-        coalesce(max(backlog) FILTER (name = 'team'), 0)::DOUBLE AS team_backlog,
-        coalesce(max(overdue) FILTER (name = 'team'), 0)::DOUBLE AS team_overdue,
-        (max(late_7 + overdue) FILTER (name = 'team') + 0.5) / (max(resolved_7 + overdue) FILTER (name = 'team') + 2) AS team_late_7,
-        max(took_7) FILTER (name = 'team') / nullif(max(resolved_7) FILTER (name = 'team'), 0) AS team_took_7,
-        (max(late_28 + overdue) FILTER (name = 'team') + 0.5) / (max(resolved_28 + overdue) FILTER (name = 'team') + 2) AS team_late_28,
-        max(took_28) FILTER (name = 'team') / nullif(max(resolved_28) FILTER (name = 'team'), 0) AS team_took_28,
-        (max(missed_14) FILTER (name = 'team') + 0.5) / (max(judged_14) FILTER (name = 'team') + 2) AS team_missed_14,
-        coalesce(max(arrived_1) FILTER (name = 'category'), 0)::DOUBLE AS category_arrived_1,
-        coalesce(max(backlog) FILTER (name = 'category'), 0)::DOUBLE AS category_backlog,
-        coalesce(max(overdue) FILTER (name = 'category'), 0)::DOUBLE AS category_overdue,
-        (max(late_28 + overdue) FILTER (name = 'category') + 0.5) / (max(resolved_28 + overdue) FILTER (name = 'category') + 2) AS category_late_28,
-        max(took_28) FILTER (name = 'category') / nullif(max(resolved_28) FILTER (name = 'category'), 0) AS category_took_28,
-        coalesce(max(arrived_1) FILTER (name = 'subcategory'), 0)::DOUBLE AS subcategory_arrived_1,
-        coalesce(max(arrived_7) FILTER (name = 'subcategory'), 0)::DOUBLE AS subcategory_arrived_7,
-        coalesce(max(backlog) FILTER (name = 'subcategory'), 0)::DOUBLE AS subcategory_backlog,
-        coalesce(max(overdue) FILTER (name = 'subcategory'), 0)::DOUBLE AS subcategory_overdue,
-        (max(late_7 + overdue) FILTER (name = 'subcategory') + 0.5) / (max(resolved_7 + overdue) FILTER (name = 'subcategory') + 2) AS subcategory_late_7,
-        max(took_7) FILTER (name = 'subcategory') / nullif(max(resolved_7) FILTER (name = 'subcategory'), 0) AS subcategory_took_7,
-        (max(late_28 + overdue) FILTER (name = 'subcategory') + 0.5) / (max(resolved_28 + overdue) FILTER (name = 'subcategory') + 2) AS subcategory_late_28,
-        max(took_28) FILTER (name = 'subcategory') / nullif(max(resolved_28) FILTER (name = 'subcategory'), 0) AS subcategory_took_28,
-        coalesce(max(resolved_28) FILTER (name = 'subcategory'), 0)::DOUBLE AS subcategory_resolved_28,
-        (max(missed_14) FILTER (name = 'subcategory') + 0.5) / (max(judged_14) FILTER (name = 'subcategory') + 2) AS subcategory_missed_14,
-        coalesce(max(arrived_1) FILTER (name = 'symptom'), 0)::DOUBLE AS symptom_arrived_1,
-        coalesce(max(backlog) FILTER (name = 'symptom'), 0)::DOUBLE AS symptom_backlog,
-        coalesce(max(overdue) FILTER (name = 'symptom'), 0)::DOUBLE AS symptom_overdue,
-        (max(late_28 + overdue) FILTER (name = 'symptom') + 0.5) / (max(resolved_28 + overdue) FILTER (name = 'symptom') + 2) AS symptom_late_28,
-        max(took_28) FILTER (name = 'symptom') / nullif(max(resolved_28) FILTER (name = 'symptom'), 0) AS symptom_took_28,
-        coalesce(max(resolved_28) FILTER (name = 'symptom'), 0)::DOUBLE AS symptom_resolved_28,
-        coalesce(max(arrived_7) FILTER (name = 'caller'), 0)::DOUBLE AS caller_arrived_7,
-        coalesce(max(backlog) FILTER (name = 'caller'), 0)::DOUBLE AS caller_backlog,
-        coalesce(max(overdue) FILTER (name = 'caller'), 0)::DOUBLE AS caller_overdue,
-        (max(late_28 + overdue) FILTER (name = 'caller') + 0.5) / (max(resolved_28 + overdue) FILTER (name = 'caller') + 2) AS caller_late_28,
-        max(took_28) FILTER (name = 'caller') / nullif(max(resolved_28) FILTER (name = 'caller'), 0) AS caller_took_28,
-        coalesce(max(resolved_28) FILTER (name = 'caller'), 0)::DOUBLE AS caller_resolved_28,
-        coalesce(max(arrived_7) FILTER (name = 'location'), 0)::DOUBLE AS location_arrived_7,
-        coalesce(max(backlog) FILTER (name = 'location'), 0)::DOUBLE AS location_backlog,
-        coalesce(max(overdue) FILTER (name = 'location'), 0)::DOUBLE AS location_overdue,
-        (max(late_28 + overdue) FILTER (name = 'location') + 0.5) / (max(resolved_28 + overdue) FILTER (name = 'location') + 2) AS location_late_28,
-        max(took_28) FILTER (name = 'location') / nullif(max(resolved_28) FILTER (name = 'location'), 0) AS location_took_28,
-        coalesce(max(resolved_28) FILTER (name = 'location'), 0)::DOUBLE AS location_resolved_28,
-        coalesce(max(arrived_7) FILTER (name = 'opened_by'), 0)::DOUBLE AS opened_by_arrived_7,
-        coalesce(max(backlog) FILTER (name = 'opened_by'), 0)::DOUBLE AS opened_by_backlog,
-        coalesce(max(overdue) FILTER (name = 'opened_by'), 0)::DOUBLE AS opened_by_overdue,
-        (max(late_28 + overdue) FILTER (name = 'opened_by') + 0.5) / (max(resolved_28 + overdue) FILTER (name = 'opened_by') + 2) AS opened_by_late_28,
-        max(took_28) FILTER (name = 'opened_by') / nullif(max(resolved_28) FILTER (name = 'opened_by'), 0) AS opened_by_took_28,
-        (max(late_7 + overdue) FILTER (name = 'opened_by') + 0.5) / (max(resolved_7 + overdue) FILTER (name = 'opened_by') + 2) AS opened_by_late_7,
-        max(took_7) FILTER (name = 'opened_by') / nullif(max(resolved_7) FILTER (name = 'opened_by'), 0) AS opened_by_took_7,
-        coalesce(max(resolved_28) FILTER (name = 'opened_by'), 0)::DOUBLE AS opened_by_resolved_28,
-        (max(missed_14) FILTER (name = 'opened_by') + 0.5) / (max(judged_14) FILTER (name = 'opened_by') + 2) AS opened_by_missed_14,
-        coalesce(max(arrived_7) FILTER (name = 'assignee'), 0)::DOUBLE AS assignee_arrived_7,
-        coalesce(max(backlog) FILTER (name = 'assignee'), 0)::DOUBLE AS assignee_backlog,
-        coalesce(max(overdue) FILTER (name = 'assignee'), 0)::DOUBLE AS assignee_overdue,
-        (max(late_28 + overdue) FILTER (name = 'assignee') + 0.5) / (max(resolved_28 + overdue) FILTER (name = 'assignee') + 2) AS assignee_late_28,
-        max(took_28) FILTER (name = 'assignee') / nullif(max(resolved_28) FILTER (name = 'assignee'), 0) AS assignee_took_28,
-        coalesce(max(resolved_28) FILTER (name = 'assignee'), 0)::DOUBLE AS assignee_resolved_28
+        max(arrived_1) FILTER (name = 'everything') AS everything_arrived_1,
+        max(arrived_7) FILTER (name = 'everything') AS everything_arrived_7,
+        max(backlog) FILTER (name = 'everything') AS everything_backlog,
+        max(overdue) FILTER (name = 'everything') AS everything_overdue,
+        max(late_7) FILTER (name = 'everything') AS everything_late_7,
+        max(took_7) FILTER (name = 'everything') AS everything_took_7,
+        max(missed_14) FILTER (name = 'everything') AS everything_missed_14,
+        max(arrived_1) FILTER (name = 'team') AS team_arrived_1,
+        max(arrived_7) FILTER (name = 'team') AS team_arrived_7,
+        max(backlog) FILTER (name = 'team') AS team_backlog,
+        max(overdue) FILTER (name = 'team') AS team_overdue,
+        max(late_7) FILTER (name = 'team') AS team_late_7,
+        max(took_7) FILTER (name = 'team') AS team_took_7,
+        max(late_28) FILTER (name = 'team') AS team_late_28,
+        max(took_28) FILTER (name = 'team') AS team_took_28,
+        max(missed_14) FILTER (name = 'team') AS team_missed_14,
+        max(arrived_1) FILTER (name = 'category') AS category_arrived_1,
+        max(backlog) FILTER (name = 'category') AS category_backlog,
+        max(overdue) FILTER (name = 'category') AS category_overdue,
+        max(late_28) FILTER (name = 'category') AS category_late_28,
+        max(took_28) FILTER (name = 'category') AS category_took_28,
+        max(arrived_1) FILTER (name = 'subcategory') AS subcategory_arrived_1,
+        max(arrived_7) FILTER (name = 'subcategory') AS subcategory_arrived_7,
+        max(backlog) FILTER (name = 'subcategory') AS subcategory_backlog,
+        max(overdue) FILTER (name = 'subcategory') AS subcategory_overdue,
+        max(late_7) FILTER (name = 'subcategory') AS subcategory_late_7,
+        max(took_7) FILTER (name = 'subcategory') AS subcategory_took_7,
+        max(late_28) FILTER (name = 'subcategory') AS subcategory_late_28,
+        max(took_28) FILTER (name = 'subcategory') AS subcategory_took_28,
+        max(resolved_28) FILTER (name = 'subcategory') AS subcategory_resolved_28,
+        max(missed_14) FILTER (name = 'subcategory') AS subcategory_missed_14,
+        max(arrived_1) FILTER (name = 'symptom') AS symptom_arrived_1,
+        max(backlog) FILTER (name = 'symptom') AS symptom_backlog,
+        max(overdue) FILTER (name = 'symptom') AS symptom_overdue,
+        max(late_28) FILTER (name = 'symptom') AS symptom_late_28,
+        max(took_28) FILTER (name = 'symptom') AS symptom_took_28,
+        max(resolved_28) FILTER (name = 'symptom') AS symptom_resolved_28,
+        max(arrived_7) FILTER (name = 'caller') AS caller_arrived_7,
+        max(backlog) FILTER (name = 'caller') AS caller_backlog,
+        max(overdue) FILTER (name = 'caller') AS caller_overdue,
+        max(late_28) FILTER (name = 'caller') AS caller_late_28,
+        max(took_28) FILTER (name = 'caller') AS caller_took_28,
+        max(resolved_28) FILTER (name = 'caller') AS caller_resolved_28,
+        max(arrived_7) FILTER (name = 'location') AS location_arrived_7,
+        max(backlog) FILTER (name = 'location') AS location_backlog,
+        max(overdue) FILTER (name = 'location') AS location_overdue,
+        max(late_28) FILTER (name = 'location') AS location_late_28,
+        max(took_28) FILTER (name = 'location') AS location_took_28,
+        max(resolved_28) FILTER (name = 'location') AS location_resolved_28,
+        max(arrived_7) FILTER (name = 'opened_by') AS opened_by_arrived_7,
+        max(backlog) FILTER (name = 'opened_by') AS opened_by_backlog,
+        max(overdue) FILTER (name = 'opened_by') AS opened_by_overdue,
+        max(late_28) FILTER (name = 'opened_by') AS opened_by_late_28,
+        max(took_28) FILTER (name = 'opened_by') AS opened_by_took_28,
+        max(late_7) FILTER (name = 'opened_by') AS opened_by_late_7,
+        max(took_7) FILTER (name = 'opened_by') AS opened_by_took_7,
+        max(resolved_28) FILTER (name = 'opened_by') AS opened_by_resolved_28,
+        max(missed_14) FILTER (name = 'opened_by') AS opened_by_missed_14,
+        max(arrived_7) FILTER (name = 'assignee') AS assignee_arrived_7,
+        max(backlog) FILTER (name = 'assignee') AS assignee_backlog,
+        max(overdue) FILTER (name = 'assignee') AS assignee_overdue,
+        max(late_28) FILTER (name = 'assignee') AS assignee_late_28,
+        max(took_28) FILTER (name = 'assignee') AS assignee_took_28,
+        max(resolved_28) FILTER (name = 'assignee') AS assignee_resolved_28
     FROM answered
     GROUP BY ticket_id, moment
 )
@@ -233,7 +253,7 @@ SELECT
     d.state,
     d.state = 'waiting' AS is_waiting,
     d.state IN ('resolved', 'closed') AS is_resolved,
-    d.priority, d.impact, d.urgency,
+    d.priority, d.impact, d.urgency, d.due_at,
     d.team, d.category, d.subcategory, d.symptom, d.contact_type, d.location, d.caller, d.opened_by, d.assignee,
     d.reassignments, d.reopens, d.updates,
     date_diff('second', d.opened_at, d.clock) / 3600.0 AS age_hours,

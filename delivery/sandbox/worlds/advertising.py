@@ -1,8 +1,9 @@
 """A seeded advertising world: lines in campaigns, with a saturating true response to spend.
 
-Here belong the truth (`World.true_value`, the only place that knows what spend earns), the incumbent who sets budgets, the optimum under the
-truth, and the files that an advertising platform would export of it. Not here: policies and estimates (they may see the exported rows only), servers.
-The choices and their sources are in docs/world_advertising.md.
+Here belong the truth (`World.true_value`, the only place that knows what spend earns), the incumbent who sets
+budgets, the optimum under the truth, and the files that an advertising platform would export of it. Not here:
+policies and estimates (they may see the exported rows only), servers. The choices and their sources are in
+docs/world_advertising.md.
 """
 
 import gzip
@@ -57,12 +58,16 @@ ROWS = pa.schema(
         ("exported_at", pa.timestamp("us")),
     ]
 )
-"""One row a line a day, as exported. Money in currency units; `explore_probability` is null where nothing was randomised."""
+"""One row a line a day, as exported. Money in currency units; `explore_probability` is null where nothing was
+randomised.
+"""
 
 
 @dataclass(frozen=True)
 class Waves:
-    """Smooth pseudo-random paths, a sum of cosines: any day can be had without the days before it. Shapes (series, waves)."""
+    """Smooth pseudo-random paths, a sum of cosines: any day can be had without the days before it. Shapes (series,
+    waves).
+    """
 
     amplitude: Floats
     period: Floats
@@ -75,22 +80,24 @@ class Waves:
         return cls(amplitude, rng.uniform(shortest, longest, shape), rng.uniform(0, 2 * np.pi, shape))
 
     def at(self, t: float) -> Floats:
-        return np.sum(self.amplitude * np.cos(2 * np.pi * t / self.period + self.phase), axis=1)
+        return np.asarray((self.amplitude * np.cos(2 * np.pi * t / self.period + self.phase)).sum(axis=1))
 
 
 class World:
-    """The truth about `lines` advertising lines. Everything is a pure function of the arguments: the same call gives the same bytes.
+    """The truth about `lines` advertising lines. Everything is a pure function of the arguments: the same call gives
+    the same bytes.
 
     Args:
-        seed: Draws the lines and every day's luck. A day's luck does not depend on the budgets (common random numbers), so two policies can be
-            compared on the same luck.
-        setting: `easy`: budgets ignore return and stay put, returns range widely (`return_spread`), elasticities 0.1-0.95. `hard`: average
-            return is equal over lines (at the reference demand), budgets chase demand, elasticities 0.15-0.95.
+        seed: Draws the lines and every day's luck. A day's luck does not depend on the budgets (common random
+            numbers), so two policies can be compared on the same luck.
+        setting: `easy`: budgets ignore return and stay put, returns range widely (`return_spread`), elasticities
+            0.1-0.95. `hard`: average return is equal over lines (at the reference demand), budgets chase demand,
+            elasticities 0.15-0.95.
         lines: How many.
         origin: The day on which trend is zero.
         return_spread: Easy only: sd of the log of lines' value per unit of spend.
-        drift_on: From this day a new competitor bids on search and shopping: clicks cost more, the same spend earns less, and the incumbent
-            moves budget to the other formats. None: never.
+        drift_on: From this day a new competitor bids on search and shopping: clicks cost more, the same spend earns
+            less, and the incumbent moves budget to the other formats. None: never.
     """
 
     def __init__(
@@ -121,7 +128,8 @@ class World:
         self.format = np.array(formats)[format_of]
         self.placement = np.array([FORMATS[f][2][s] for f, s in zip(self.format, side, strict=True)])
 
-        # Half of the spread of elasticities lies between segments and formats; the normal score keeps the margin uniform.
+        # Half of the spread of elasticities lies between segments and formats; the normal score keeps the margin
+        # uniform.
         score = (
             np.sqrt(0.25) * rng.standard_normal(len(SEGMENTS))[segment_of[self.campaign]]
             + np.sqrt(0.25) * rng.standard_normal(len(formats))[format_of]
@@ -139,7 +147,9 @@ class World:
         self.level: Floats = self.reference * returns
         """Expected value (currency a day) at the reference spend and demand."""
         self.crowding: Floats = rng.uniform(0.05, 0.20, campaigns)
-        """How far a campaign's lines take value from one another: its total grows as (sum over its lines) ** (1 - crowding)."""
+        """How far a campaign's lines take value from one another: its total grows as (sum over its lines) ** (1 -
+        crowding).
+        """
         self._week = (rng.uniform(0.05, 0.25, campaigns), rng.uniform(0, 2 * np.pi, campaigns))
         self._trend = rng.normal(0, 0.15, lines)
         self._campaign_waves = Waves.draw(rng, campaigns, 0.10, 25, 90)
@@ -169,10 +179,12 @@ class World:
     def click_price(self, day: date) -> Floats:
         """Expected price of a click, currency."""
         price = self._cpc * (1 + 0.05 * np.cos(2 * np.pi * self._since_origin(day) / 7))
-        return np.where(self._contested, price * COMPETITOR_PRICE, price) if self._drifted(day) else price
+        return np.asarray(np.where(self._contested, price * COMPETITOR_PRICE, price) if self._drifted(day) else price)
 
     def _alone(self, spend: Floats) -> Floats:
-        """Value at `spend` relative to the reference, were there no other line: r / ((1 - e) r + e), a Hill curve of slope one."""
+        """Value at `spend` relative to the reference, were there no other line: r / ((1 - e) r + e), a Hill curve of
+        slope one.
+        """
         ratio = spend / self.reference
         return np.asarray(ratio / ((1 - self.elasticity) * ratio + self.elasticity))
 
@@ -181,11 +193,13 @@ class World:
         return np.asarray(self.level * self.demand(day) * pressure)
 
     def true_value(self, spend: Floats, day: date) -> Floats:
-        """Expected value of every line that day, if the lines spend `spend` (both currency, shape (lines,)). The one place that knows.
+        """Expected value of every line that day, if the lines spend `spend` (both currency, shape (lines,)). The one
+        place that knows.
 
-        A line alone earns level x demand x r / ((1 - e) r + e) with r = spend / reference: increasing, concave, bounded, of elasticity e at
-        r = 1. A campaign's lines share demand: with x the values alone, X their sum and X0 that sum at the reference spends, each line gets
-        x (X / X0) ** -crowding. The total is concave in all spends jointly, so `optimum` is the global one.
+        A line alone earns level x demand x r / ((1 - e) r + e) with r = spend / reference: increasing, concave,
+        bounded, of elasticity e at r = 1. A campaign's lines share demand: with x the values alone, X their sum and
+        X0 that sum at the reference spends, each line gets x (X / X0) ** -crowding. The total is concave in all
+        spends jointly, so `optimum` is the global one.
         """
         potential = self._potential(day)
         value = potential * self._alone(np.asarray(spend, dtype=float))
@@ -194,7 +208,7 @@ class World:
         return np.asarray(value * crowded[self.campaign])
 
     def _by_campaign(self, x: Floats) -> Floats:
-        return np.bincount(self.campaign, weights=x, minlength=len(self.crowding))
+        return np.asarray(np.bincount(self.campaign, weights=x, minlength=len(self.crowding)), dtype=float)
 
     def expected_value(self, budgets_micros: Micros, day: date) -> Floats:
         """`true_value` when the budgets (micros, shape (lines,)) are spent as far as they usually are."""
@@ -203,9 +217,11 @@ class World:
     def incumbent_budgets(self, day: date, history: pa.Table | None = None) -> Micros:
         """What the people in charge set for `day` if left alone, micros, whole cents.
 
-        Easy: the reference, with a small jitter. Hard: the reference times demand ** 0.7, as foreseen with a small error. After the drift day
-        a quarter of the contested formats' money moves to the others. With `history` (rows as exported) they go on from the newest budgets
-        in it, exploration taken out, and move each as their own plan moves between the two days: what a policy has changed stays changed.
+        Easy: the reference, with a small jitter. Hard: the reference times demand ** 0.7, as foreseen with a small
+            error. After the drift day
+        a quarter of the contested formats' money moves to the others. With `history` (rows as exported) they go on
+        from the newest budgets in it, exploration taken out, and move each as their own plan moves between the two
+            days: what a policy has changed stays changed.
         """
         plan = self._plan(day)
         if history is not None and history.num_rows:
@@ -214,7 +230,9 @@ class World:
             at = {line: i for i, line in enumerate(rows.column("line_id").to_pylist())}
             missing = [line for line in self.line_id.tolist() if line not in at]
             if missing:
-                raise ValueError(f"history of {newest} lacks {len(missing)} lines, the first is {missing[0]}: give whole days")
+                raise ValueError(
+                    f"history of {newest} lacks {len(missing)} lines, the first is {missing[0]}: give whole days"
+                )
             order = np.array([at[line] for line in self.line_id.tolist()])
             multiplier = rows.column("explore_multiplier").to_numpy()[order]
             plan = rows.column("budget").to_numpy()[order] / multiplier * plan / self._plan(newest)
@@ -231,19 +249,27 @@ class World:
         return np.asarray(plan / DELIVERED)
 
     def step(
-        self, day: date, budgets_micros: Micros, *, multipliers: Floats | None = None, probabilities: Floats | None = None
+        self,
+        day: date,
+        budgets_micros: Micros,
+        *,
+        multipliers: Floats | None = None,
+        probabilities: Floats | None = None,
     ) -> pa.Table:
-        """One day happens under these budgets (micros, shape (lines,)); the rows (`ROWS`) that the platform exports of it.
+        """One day happens under these budgets (micros, shape (lines,)); the rows (`ROWS`) that the platform exports
+        of it.
 
-        `multipliers` and `probabilities` are what the caller randomised (already contained in the budgets) and are only passed through; NaN or
-        None: nothing was. Value is a compound of orders: their number Poisson around an over-dispersed mean, so that small lines have many
-        days of zero. More budget under the same luck never earns a line less, other lines' budgets held fixed.
+        `multipliers` and `probabilities` are what the caller randomised (already contained in the budgets) and are
+        only passed through; NaN or None: nothing was. Value is a compound of orders: their number Poisson around an
+        over-dispersed mean, so that small lines have many days of zero. More budget under the same luck never earns a
+        line less, other lines' budgets held fixed.
         """
         from scipy.special import gammaincinv, pdtrik
 
         budgets = np.asarray(budgets_micros, dtype=np.int64)
         if budgets.shape != (self.lines,) or (budgets < 0).any():
-            raise ValueError(f"budgets_micros must be {self.lines} amounts >= 0, got shape {budgets.shape}, least {budgets.min(initial=0)}")
+            got = f"got shape {budgets.shape}, the least is {budgets.min(initial=0)}"
+            raise ValueError(f"budgets_micros must be {self.lines} amounts >= 0, {got}")
         luck = self._luck(day, 2)
         uniform = luck.uniform(1e-9, 1 - 1e-9, (2, self.lines))
         normal = luck.standard_normal((4, self.lines))
@@ -257,7 +283,9 @@ class World:
         mean_orders = self.true_value(cost, day) * shock / self._order
         orders = np.where(mean_orders > 0, np.ceil(pdtrik(uniform[0], np.maximum(mean_orders, 1e-12))), 0)
         shape = orders / ORDER_SPREAD**2
-        revenue = np.where(orders > 0, gammaincinv(np.maximum(shape, 1e-9), uniform[1]) * self._order * ORDER_SPREAD**2, 0)
+        revenue = np.where(
+            orders > 0, gammaincinv(np.maximum(shape, 1e-9), uniform[1]) * self._order * ORDER_SPREAD**2, 0
+        )
         clicks = np.floor(cost / (self.click_price(day) * np.exp(0.05 * normal[1])))
         impressions = np.ceil(clicks / (self._ctr * np.exp(0.08 * normal[2] - 0.1)))
         exported = datetime.combine(day + timedelta(days=1), time(1, 30))
@@ -276,21 +304,27 @@ class World:
                 np.round(revenue, 2),
                 budget,
                 ones if multipliers is None else np.asarray(multipliers, dtype=float),
-                pa.array(np.full(self.lines, np.nan) if probabilities is None else np.asarray(probabilities, dtype=float), from_pandas=True),
+                pa.array(
+                    np.full(self.lines, np.nan) if probabilities is None else np.asarray(probabilities, dtype=float),
+                    from_pandas=True,
+                ),
                 pa.array([exported] * self.lines, pa.timestamp("us")),
             ],
             schema=ROWS,
         )
 
     def optimum(self, day: date, total: int, floor: Micros, cap: Micros) -> Micros:
-        """Budgets (micros) that maximise the day's total expected value: at most `total`, each between `floor` and `cap`. The truth decides.
+        """Budgets (micros) that maximise the day's total expected value: at most `total`, each between `floor` and
+        `cap`. The truth decides.
 
-        The campaigns' crowding enters as a price on their lines, found by fixed-point iteration; given these, a bisection on the shadow price
-        of money solves all lines in closed form. The problem is concave, so what satisfies the first-order conditions is the optimum.
+        The campaigns' crowding enters as a price on their lines, found by fixed-point iteration; given these, a
+        bisection on the shadow price of money solves all lines in closed form. The problem is concave, so what
+        satisfies the first-order conditions is the optimum.
         """
         low, high = np.asarray(floor) / 1e6 * DELIVERED, np.asarray(cap) / 1e6 * DELIVERED
         if int(np.sum(floor)) > total or (low > high).any():
-            raise ValueError(f"no allocation: floors sum to {int(np.sum(floor))} micros, the total is {total}, {int((low > high).sum())} caps are below floors")
+            got = f"floors sum to {int(np.sum(floor))} micros, the total is {total}"
+            raise ValueError(f"no allocation: {got}, {int((low > high).sum())} caps are below their floor")
         money = min(total / 1e6 * DELIVERED, float(high.sum()))
         potential, e = self._potential(day), self.elasticity
         at_reference = self._by_campaign(potential)
@@ -320,12 +354,16 @@ def _hand_out(budgets: Micros, left: int, floor: Micros, cap: Micros) -> Micros:
     return np.asarray(budgets + np.sign(left) * given)
 
 
-def explore(budgets_micros: Micros, *, step: float, share: float, rng: np.random.Generator) -> tuple[Micros, Floats, Floats]:
-    """Randomise a share of the budgets by +-`step`: (budgets in micros, whole cents; multipliers; probability of the multiplier drawn).
+def explore(
+    budgets_micros: Micros, *, step: float, share: float, rng: np.random.Generator
+) -> tuple[Micros, Floats, Floats]:
+    """Randomise a share of the budgets by +-`step`: (budgets in micros, whole cents; multipliers; probability of the
+    multiplier drawn).
 
-    Lines are drawn with probability `share` each; the drawn are sorted by budget and paired with their neighbour, one goes up and one down by
-    the toss of a coin. So each sign has probability one half, and the total moves by no more than `step` x the largest budget (plus cents),
-    usually far less. Every line has a probability: `share` / 2 for either sign, 1 - `share` for the 1.
+    Lines are drawn with probability `share` each; the drawn are sorted by budget and paired with their neighbour, one
+    goes up and one down by the toss of a coin. So each sign has probability one half, and the total moves by no more
+    than `step` x the largest budget (plus cents), usually far less. Every line has a probability: `share` / 2 for
+    either sign, 1 - `share` for the 1.
     """
     if not 0 < step < 1 or not 0 <= share <= 1:
         raise ValueError(f"step is {step}, share is {share}: step must lie between 0 and 1, share from 0 to 1")
@@ -342,7 +380,9 @@ def explore(budgets_micros: Micros, *, step: float, share: float, rng: np.random
 
 
 def history(world: World, start: date, days: int, *, explore_step: float = 0.2, explore_share: float = 0.5) -> pa.Table:
-    """`days` days from `start` under the incumbent, a share of lines explored each day: rows (`ROWS`) sorted by date and line."""
+    """`days` days from `start` under the incumbent, a share of lines explored each day: rows (`ROWS`) sorted by date
+    and line.
+    """
     tables = []
     for offset in range(days):
         day = start + timedelta(days=offset)
@@ -359,7 +399,8 @@ def history(world: World, start: date, days: int, *, explore_step: float = 0.2, 
 def export_day(rows: pa.Table, folder: Path, day: date, *, break_schema: bool = False) -> Path:
     """Write the rows of `day` as `advertising_<day>.csv.gz`, the same bytes for the same rows, and return the path.
 
-    With `break_schema` the upstream team has shipped a change unannounced: `revenue` is called `revenue_usd` and holds whole cents.
+    With `break_schema` the upstream team has shipped a change unannounced: `revenue` is called `revenue_usd` and
+    holds whole cents.
     """
     day_rows = rows.filter(pa.compute.equal(rows.column("date"), pa.scalar(day, pa.date32())))
     if not day_rows.num_rows:

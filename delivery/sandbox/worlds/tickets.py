@@ -1,10 +1,10 @@
 """A ticket queue as a simulated truth: who asks, how long work takes, and what a priority changes.
 
-Belongs here: arrivals, routing, efforts, service levels, the service process of the teams, and a day's export as a file.
+Belongs here: arrivals, routing, efforts, service levels, the service process of the teams, a day's export as a file.
 Does not: HTTP (the sandbox's servers do that), reading exports back, deciding priorities.
 
-The requests (times, categories, efforts, routes, pauses) are drawn day by day from the seed alone, so that two worlds with
-one seed and different priorities serve the same tickets. Where the figures come from: ``docs/world_tickets.md``.
+The requests (times, categories, efforts, routes, pauses) are drawn day by day from the seed alone, so that two worlds
+with one seed and different priorities serve the same tickets. Where the figures come from: ``docs/world_tickets.md``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,8 +27,8 @@ EPOCH = date(1970, 1, 1)
 
 COLUMNS = (
     "ticket_id", "updated_at", "exported_at", "state", "opened_at", "due_at", "priority", "impact", "urgency", "team",
-    "category", "subcategory", "symptom", "contact_type", "location", "caller", "opened_by", "assignee", "reassignments",
-    "reopens", "updates", "sla_missed", "effort_hours",
+    "category", "subcategory", "symptom", "contact_type", "location", "caller", "opened_by", "assignee",
+    "reassignments", "reopens", "updates", "sla_missed", "effort_hours",
 )  # fmt: skip
 EXPORT_AT = DAY + HOUR  # seconds after a day's midnight at which its export is written
 PRIORITIES_AT = 6 * HOUR  # seconds after midnight at which a step's priorities stand in the queue
@@ -106,9 +106,26 @@ class Drift:
     category: str = "collaboration suite"
 
 
-Choose = Callable[["World", int, int, list[tuple[int, int, int]]], int]
+class Request(NamedTuple):
+    """One ticket as it will come, with what nobody upstream knows: the truth about its work."""
 
-_ARRIVE, _FREE, _BACK, _SHIFT, _REOPEN, _CLOSE, _DUE = range(7)
+    second: int  # after midnight
+    category: str
+    team: int  # the one that can do it
+    effort: int  # seconds of work
+    impact: int
+    urgency: int
+    subcategory: str
+    shown: tuple[str, str, str, str, str]  # symptom, contact_type, location, caller, opened_by
+    wrong_teams: tuple[int, ...]  # the teams that see it first
+    pause: tuple[float, int]  # it waits for its caller after this share of the work, for so many seconds; 0: never
+    after: tuple[int, int]  # seconds from resolution to reopening (0: never), and to closing
+
+
+Order = Callable[["World", np.ndarray, int], np.ndarray]
+
+# At one instant things happen in this order: a ticket resolved when it is due is in time.
+_RANK, _ARRIVE, _FREE, _BACK, _SHIFT, _REOPEN, _CLOSE, _DUE = range(8)
 
 
 class World:
@@ -118,15 +135,17 @@ class World:
     load: expected work that arrives in a week over working hours in that week, the same for every team.
     teams: how many teams (1 to 48).
     drift: a change of the world from a day on; nothing before that day differs.
-    choose: for experiments; which ticket a free agent takes: (world, team, now, queue of (priority, opened, ticket)) ->
-        position in the queue. By default the lowest current priority number, then the oldest.
+    order: for experiments; (world, ticket numbers, now in seconds since 1970) -> one key a ticket, the smallest goes
+        first, then the oldest. Asked when a ticket joins a queue and for all queued ones at every full hour. By default
+        the key is the ticket's current priority.
 
-    Within a team every agent works through one ticket at a time, in the team's hours, without interruption except that a
-    ticket may wait for its caller. A ticket that reached a wrong team is looked at there, in that team's order, and passed on.
+    Within a team every agent works through one ticket at a time, in the team's hours, without interruption except that
+    a ticket may wait for its caller. A ticket that reached a wrong team is looked at there, in that team's order, and
+    passed on.
     """
 
     def __init__(
-        self, seed: int, *, load: float = 0.9, teams: int = 12, drift: Drift | None = None, choose: Choose | None = None
+        self, seed: int, *, load: float = 0.9, teams: int = 12, drift: Drift | None = None, order: Order | None = None
     ) -> None:
         if not 0 < load <= 3:
             raise ValueError(f"load {load}: must lie above 0 and at most at 3 (1 = the teams' whole capacity)")
@@ -134,13 +153,14 @@ class World:
             raise ValueError(f"teams {teams}: must lie between 1 and 48")
         if drift is not None and not 0 <= drift.team < teams:
             raise ValueError(f"drift.team {drift.team}: is not one of the {teams} teams (0 to {teams - 1})")
-        self.seed, self.load, self.drift, self.choose = seed, load, drift, choose
+        self.seed, self.load, self.drift, self.order = seed, load, drift, order
         self.teams, self.categories = _structure(seed, teams)
         self.rates = _rates(self.teams, self.categories, load)
         self.next_day: date | None = None
         self._calls = 0
         self._events: list[tuple[int, int, int, int]] = []
-        self._queue: list[list[tuple[int, int, int]]] = [[] for _ in self.teams]
+        self._drawn: dict[date, list[Request]] = {}  # shared by all branches: the same requests come to each
+        self._queue: list[list[tuple[float, int, int]]] = [[] for _ in self.teams]
         self._idle = [list(range(t.agents)) for t in self.teams]
         self._rows: list[tuple[Any, ...]] = []
         self._number: dict[str, int] = {}
@@ -171,7 +191,7 @@ class World:
         self._reopened: list[int] = []
         self._updates: list[int] = []
 
-    def branch(self, choose: Choose | None = None) -> World:
+    def branch(self, order: Order | None = None) -> World:
         """A copy that goes its own way from here: the same requests will arrive, other priorities may be set."""
         other = object.__new__(World)
         for name, value in self.__dict__.items():
@@ -180,18 +200,23 @@ class World:
             elif name == "_number":
                 value = dict(value)
             setattr(other, name, value)
-        other.choose = choose
-        for queue in other._queue:
-            heapq.heapify(queue)
+        other.order = order
+        if self.next_day is not None:
+            other._rekey((self.next_day - EPOCH).days * DAY)
         return other
 
     def step(self, day: date, priorities: Mapping[str, int] | None = None) -> pa.Table:
         """Serves one day and returns its update events in the order in which they happened (columns: ``COLUMNS``).
 
-        priorities: ticket_id -> 1 (first) to 5, standing in the queue from 06:00 on. A ticket that is resolved or closed by
+        priorities: ticket_id -> 1 (first) to 5, standing in the queue from 06:00 on. A ticket resolved or closed by
             then keeps its own. Work already begun is not interrupted.
         Raises ValueError for a day out of order or a priority outside 1..5, KeyError for a ticket that does not exist.
         """
+        self.advance(day, priorities)
+        return self._table((day - EPOCH).days * DAY + EXPORT_AT)
+
+    def advance(self, day: date, priorities: Mapping[str, int] | None = None) -> None:
+        """As ``step``, for those who do not need the events."""
         if self.next_day is not None and day != self.next_day:
             raise ValueError(f"step({day}): days follow each other, {self.next_day} is next")
         for ticket, priority in (priorities or {}).items():
@@ -205,12 +230,14 @@ class World:
         for team, hands in enumerate(self.teams):
             if day.weekday() in hands.weekdays:
                 self._at(midnight + hands.opens * HOUR, _SHIFT, team)
+        if self.order is not None:
+            for hour in range(24):
+                self._at(midnight + hour * HOUR, _RANK, 0)
         if priorities:
             self._run(midnight + PRIORITIES_AT)
             self._set(priorities, midnight + PRIORITIES_AT)
         self._run(midnight + DAY)
         self.next_day = day + timedelta(days=1)
-        return self._table(midnight + EXPORT_AT)
 
     def open_tickets(self) -> pa.Table:
         """The tickets that are neither resolved nor closed now, as the upstream system shows them (no truth in it)."""
@@ -229,7 +256,8 @@ class World:
 
     # Arrivals: drawn from the seed and the day, whatever happened before.
 
-    def _arrivals(self, day: date, midnight: int) -> None:
+    def requests(self, day: date) -> list[Request]:
+        """A day's requests in the order in which they come; they follow from the seed and the day alone."""
         rng = np.random.default_rng([self.seed, 2, day.toordinal()])
         drifted = self.drift if self.drift is not None and day >= self.drift.start else None
         daily = np.array(self.rates) * _WEEKDAY[day.weekday()] / _WEEKDAY.sum()
@@ -243,10 +271,14 @@ class World:
             usual = sum(rate for rate, c in zip(daily, self.categories, strict=True) if c.team == drifted.team)
             drawn += self._draw(extra, np.zeros(extra.poisson(drifted.size * usual), dtype=np.int64), [flood])
         grown = 1 + drifted.size if drifted is not None and drifted.kind == "efforts" else 1.0
-        for second, name, team, effort, impact, urgency, sub, other, wrong, pause, after in sorted(drawn):
+        return [r._replace(effort=max(60, round(r.effort * grown))) for r in sorted(drawn)]
+
+    def _arrivals(self, day: date, midnight: int) -> None:
+        if day not in self._drawn:
+            self._drawn[day] = self.requests(day)
+        for second, name, team, work, impact, urgency, sub, other, wrong, pause, after in self._drawn[day]:
             number = len(self.ticket_id)
             ticket = f"T{number + 1:07d}"
-            work = max(60, round(effort * grown))
             self._number[ticket] = number
             self.ticket_id.append(ticket)
             self.opened.append(midnight + second)
@@ -277,8 +309,8 @@ class World:
             self._at(midnight + second, _ARRIVE, number)
             self._at(self.due[-1], _DUE, number)
 
-    def _draw(self, rng: np.random.Generator, which: np.ndarray, categories: list[Category]) -> list[tuple[Any, ...]]:
-        """The day's requests of `which` categories: plain values, one tuple a request."""
+    def _draw(self, rng: np.random.Generator, which: np.ndarray, categories: list[Category]) -> list[Request]:
+        """One request for each of `which` (places in `categories`)."""
         n = len(which)
         mu = np.array([c.mu for c in categories])[which]
         sigma = np.array([c.sigma for c in categories])[which]
@@ -301,9 +333,9 @@ class World:
         reopens = np.where(rng.random(n) < _REOPENS, rng.integers(2 * HOUR, 2 * DAY, n), 0)
         closes = rng.integers(1 * DAY, 5 * DAY, n)
         return [
-            (
-                int(second[i]), categories[which[i]].name, int(home[i]), float(effort[i]), int(impact[i]), int(urgency[i]),
-                _SUBCATEGORY[sub[i]][0],
+            Request(
+                int(second[i]), categories[which[i]].name, int(home[i]), round(effort[i]), int(impact[i]),
+                int(urgency[i]), _SUBCATEGORY[sub[i]][0],
                 (_SYMPTOMS[symptom[i]], _CONTACT[contact[i]][0], f"site-{caller[i] % _SITES + 1:02d}",
                  f"caller-{caller[i] + 1:04d}", f"desk-{desk[i] + 1:02d}"),
                 tuple(int(t) for t in tried[i] if t != home[i])[: hops[i]],
@@ -324,6 +356,8 @@ class World:
             now, kind, _, what = heapq.heappop(self._events)
             if kind == _SHIFT:
                 self._dispatch(what, now)
+            elif kind == _RANK:
+                self._rekey(now)
             elif kind == _FREE:
                 self._leave(what, now)
             elif kind == _DUE:
@@ -347,7 +381,8 @@ class World:
                 self._enqueue(what, now)
 
     def _enqueue(self, ticket: int, now: int) -> None:
-        heapq.heappush(self._queue[self.team[ticket]], (self.priority[ticket], self.opened[ticket], ticket))
+        key = self.priority[ticket] if self.order is None else float(self.order(self, np.array([ticket]), now)[0])
+        heapq.heappush(self._queue[self.team[ticket]], (key, self.opened[ticket], ticket))
         self._dispatch(self.team[ticket], now)
 
     def _dispatch(self, team: int, now: int) -> None:
@@ -355,10 +390,7 @@ class World:
         if not queue or not idle or not _on_shift(self.teams[team], now):
             return
         while queue and idle:
-            if self.choose is None:
-                ticket = heapq.heappop(queue)[2]
-            else:
-                ticket = queue.pop(self.choose(self, team, now, queue))[2]
+            ticket = heapq.heappop(queue)[2]
             self._agent[ticket] = heapq.heappop(idle)
             work = self._segment(ticket)
             self._emit(ticket, now)
@@ -407,8 +439,16 @@ class World:
             if self.state[i] in ("open", "waiting") and self.priority[i] != priorities[ticket]:
                 self.priority[i] = int(priorities[ticket])
                 self._emit(i, now)
+        self._rekey(now)
+
+    def _rekey(self, now: int) -> None:
+        """Puts every queue in the order of the keys as they are now."""
+        queued = np.array([i for queue in self._queue for _, _, i in queue], dtype=np.int64)
+        keys = iter((self.order(self, queued, now) if self.order is not None and len(queued) else queued).tolist())
         for team, queue in enumerate(self._queue):
-            self._queue[team] = [(self.priority[i], opened, i) for _, opened, i in queue]
+            self._queue[team] = [
+                (self.priority[i] if self.order is None else next(keys), opened, i) for _, opened, i in queue
+            ]
             heapq.heapify(self._queue[team])
 
     # What the upstream system shows.
@@ -419,8 +459,8 @@ class World:
             self.state[i] = "open"
         done = self.state[i] in ("resolved", "closed")
         self._rows.append((
-            i, now, self.state[i], self.priority[i], self.team[i], self._agent[i], self._reassignments[i], self._reopened[i],
-            self._updates[i], self.missed[i], round(self._worked[i] / HOUR, 3) if done else None,
+            i, now, self.state[i], self.priority[i], self.team[i], self._agent[i], self._reassignments[i],
+            self._reopened[i], self._updates[i], self.missed[i], round(self._worked[i] / HOUR, 3) if done else None,
         ))  # fmt: skip
 
     def _table(self, exported: int) -> pa.Table:
@@ -493,7 +533,8 @@ def _structure(seed: int, teams: int) -> tuple[list[Team], list[Category]]:
         suffix = f" {again + 1}" if again else ""
         opens = int(rng.integers(7, 10))
         days = 6 if rng.random() < 0.15 else 5
-        hands.append(Team(base + suffix, int(rng.integers(2, 6)), opens, opens + int(rng.integers(8, 11)), tuple(range(days))))
+        agents, closes = int(rng.integers(2, 6)), opens + int(rng.integers(8, 11))
+        hands.append(Team(base + suffix, agents, opens, closes, tuple(range(days))))
         shares = rng.dirichlet([4.0, 3.0, 2.0])
         for name, share in zip(_CATALOGUE[base], shares, strict=True):
             mu, sigma = float(rng.normal(0.0, 0.7)), float(rng.uniform(0.6, 1.1))
@@ -521,6 +562,14 @@ def _rates(teams: list[Team], categories: list[Category], load: float) -> list[f
         ]
         weekly = [(load * h - k) / e for h, k, e in zip(hours, looks, effort, strict=True)]
     return [weekly[c.team] * c.share for c in categories]
+
+
+def service_seconds(times: np.ndarray) -> np.ndarray:
+    """Service seconds (Monday to Friday, 08:00 to 18:00) from the Monday before 1970 to each of `times` (seconds)."""
+    days, second = np.divmod(times, DAY)
+    weeks, weekday = np.divmod(days + 3, 7)
+    served = np.where(weekday < 5, np.clip(second - _OPENS, 0, _SERVICE_DAY), 0)
+    return np.asarray((weeks * 5 + np.minimum(weekday, 5)) * _SERVICE_DAY + served)
 
 
 def _due(opened: int, allowed: int) -> int:

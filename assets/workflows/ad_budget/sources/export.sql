@@ -7,7 +7,7 @@ SELECT
     format,
     placement,
     parse_time(date, '%Y-%m-%d') AS event_at,
-    parse_time(exported_at, '%Y-%m-%dT%H:%M:%SZ') AS known_at,
+    exported_at AS known_at,
     impressions,
     clicks,
     cost,
