@@ -539,8 +539,3 @@ def replay_row(row: Mapping[str, Any], lake: Lake, registry: Registry) -> Replay
     recorded = {c: row[c] for c in DECISIONS.names}
     return Replayed(row["decision_id"], recorded, mine[0] if mine else {}, row["code_digest"] == code.digest())
 
-
-def finding_sentence(finding: Mapping[str, Any]) -> str:
-    """A guardrail's finding as a person reads it."""
-    arm = f" in arm {finding['arm']}" if finding.get("arm") else ""
-    return f"{finding['name']}{arm}: {finding['observed']} (limit {finding['limit']})"

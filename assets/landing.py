@@ -124,7 +124,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class IngestResult:
-    """What one run of ingest found. ``files`` are the records of every file seen, counts are of rows landed by this run.
+    """What one run of ingest found. ``files`` are the records of every file seen, counts are of rows it landed itself.
 
     ``new`` holds the paths that were not in the manifest before, ``refused`` the reasons by path, ``versions`` the
     newest version of each table.
@@ -848,7 +848,8 @@ def _mark_duplicates(
     shared = " AND ".join(f"k.{_q(c)} IS NOT DISTINCT FROM s.{_q(c)}" for c in unique)
     run(
         'CREATE TEMP TABLE "#first" AS WITH s AS '
-        f'(SELECT source_row, {key}, min(source_row) OVER (PARTITION BY {key}) AS first FROM "#judged" WHERE "#broken" IS NULL), k AS '
+        f"(SELECT source_row, {key}, min(source_row) OVER (PARTITION BY {key}) AS first "
+        'FROM "#judged" WHERE "#broken" IS NULL), k AS '
         f"(SELECT {key}, min({{'file': source_file, 'row': source_row}}) AS place FROM \"#known\" GROUP BY ALL) "
         f"SELECT s.source_row, coalesce(k.place, {{'file': {_s(path)}, 'row': s.first}}) AS place "
         f"FROM s LEFT JOIN k ON {shared} WHERE k.place IS NOT NULL OR s.source_row > s.first",
@@ -904,7 +905,7 @@ class _Ingest:
         self.known: pa.Table | None = None
         self.known_days: set[date | None] = set()
         self.seen: list[FileRecord] = []
-        self.new: list[str] = []
+        self.new: list[FileRecord] = []
         self.rules: Counter[str] = Counter()
         self.by_day: Counter[date] = Counter()
 
@@ -983,7 +984,7 @@ class _Ingest:
         else:
             others = [r for r in self.records.get(key, []) if r.status != "refused"]
             self.put(key, [*others, record])
-            self.new.append(file.name)
+            self.new.append(record)
         self.seen.append(record)
 
     def land(self, name: str, source: Source, snap: Snapshot, current: FileRecord | None, max_bytes: int) -> FileRecord:
@@ -1111,13 +1112,12 @@ class _Ingest:
         self.lake.replace(table, rows, predicate=predicate, partition_by=(day,))
 
     def result(self) -> IngestResult:
-        landed = [r for r in self.seen if r.path in set(self.new)]
         tables = {t: self.lake.version(t) for t in (self.events, self.quarantine, self.manifest)}
         return IngestResult(
             files=tuple(self.seen),
-            new=tuple(self.new),
-            accepted=sum(r.accepted for r in landed),
-            quarantined=sum(r.quarantined for r in landed),
+            new=tuple(r.path for r in self.new),
+            accepted=sum(r.accepted for r in self.new),
+            quarantined=sum(r.quarantined for r in self.new),
             rules=dict(sorted(self.rules.items())),
             accepted_by_day=dict(sorted(self.by_day.items())),
             refused={r.path: r.reason or "" for r in self.seen if r.status == "refused"},

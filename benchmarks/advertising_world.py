@@ -12,7 +12,7 @@ and `models.budget`.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import Any
@@ -145,19 +145,18 @@ def interval(x: Sequence[float]) -> tuple[float, float]:
     )
 
 
-def measure(seeds: range, step: float, show: Callable[[str], None] = print, **world_options: Any) -> bool:
+def measure(seeds: range, step: float, **world_options: Any) -> bool:
     """Print the table; True when every target is met by the mean."""
-    show(
-        f"{len(seeds)} seeds from {seeds.start}, 200 lines, every budget explored by +-{step:.0%} every day; mean +- 95% interval"
-    )
-    show(f"One reallocation, each budget within +-{LARGEST_CHANGE:.0%}.")
+    print(f"{len(seeds)} seeds from {seeds.start}, 200 lines, every budget explored by +-{step:.0%} every day")
+    print("Mean over seeds +- its 95% interval.")
+    print(f"One reallocation, each budget within +-{LARGEST_CHANGE:.0%}.")
     met = True
     for setting, days, target in CASES:
         runs = [share_captured(setting, days, seed, step, **world_options) for seed in seeds]
-        show(f"\n{setting} world, {days} days" + (f" (target for the policy: {target:.0%})" if target else ""))
+        print(f"\n{setting} world, {days} days" + (f" (target for the policy: {target:.0%})" if target else ""))
         for name in runs[0]:
             mean, half = interval([run[name] for run in runs])
-            show(f"  {name:22s} {mean:8.2%} +- {half:.2%}")
+            print(f"  {name:22s} {mean:8.2%} +- {half:.2%}")
         met &= target is None or interval([run["policy"] for run in runs])[0] >= target
     return met
 

@@ -14,7 +14,8 @@ from typing import Any
 _STYLE = """
 body{font:14px/1.45 system-ui,sans-serif;margin:2rem;color:#1c1e21;background:#fff}
 h1{font-size:1.3rem;margin:0 0 .3rem}p{margin:.2rem 0 1rem}
-table{border-collapse:collapse}th,td{text-align:left;vertical-align:top;padding:.35rem .7rem;border-bottom:1px solid #e3e5e8}
+table{border-collapse:collapse}
+th,td{text-align:left;vertical-align:top;padding:.35rem .7rem;border-bottom:1px solid #e3e5e8}
 th{position:sticky;top:0;background:#f4f5f7}td.n{text-align:right;font-variant-numeric:tabular-nums}
 tr.bad td:first-child{color:#b3261e;font-weight:600}tr.warn td:first-child{color:#8a5a00;font-weight:600}
 tr.good td:first-child{color:#1b6e3c}code{background:#f4f5f7;padding:0 .2rem}

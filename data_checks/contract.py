@@ -55,7 +55,9 @@ class ExpectationSpec(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     type: str = Field(description="Snake-case name, e.g. expect_column_mean_to_be_between")
-    severity: Literal["error", "warn"] = Field(default="error", description="error stops what depends on the table; warn is only shown")
+    severity: Literal["error", "warn"] = Field(
+        default="error", description="error stops what depends on the table; warn is only shown"
+    )
     may_be_empty: bool = Field(
         default=False, description="A column without any value passes; otherwise it fails, because nothing was judged"
     )
@@ -64,8 +66,8 @@ class ExpectationSpec(BaseModel):
     @classmethod
     def _known(cls, value: str) -> str:
         if value not in expectation_names():
-            near = difflib.get_close_matches(value, expectation_names(), 3)
-            raise ValueError(f"unknown expectation {value!r}" + (f"; did you mean {' or '.join(map(repr, near))}?" if near else ""))
+            near = " or ".join(map(repr, difflib.get_close_matches(value, expectation_names(), 3)))
+            raise ValueError(f"unknown expectation {value!r}" + (f"; did you mean {near}?" if near else ""))
         return value
 
     @property
@@ -99,25 +101,33 @@ def implied(events: Any) -> list[ExpectationSpec]:
 
     ``events``: ``columns`` (name → required, min, max, allowed) and ``unique`` (columns), as in contract.yaml.
     """
-    found = [Implied(type="expect_table_columns_to_match_set", column_set=list(events.columns), exact_match=False)]
+    found: list[ExpectationSpec] = []
+
+    def add(kind: str, **arguments: Any) -> None:
+        found.append(Implied.model_validate({"type": kind, **arguments}))
+
+    add("expect_table_columns_to_match_set", column_set=list(events.columns), exact_match=False)
     for name, column in events.columns.items():
         common = {"column": name, "may_be_empty": not column.required}
         if column.required:
-            found.append(Implied(type="expect_column_values_to_not_be_null", column=name))
+            add("expect_column_values_to_not_be_null", column=name)
         if column.min is not None or column.max is not None:
-            found.append(Implied(type="expect_column_values_to_be_between", min_value=column.min, max_value=column.max, **common))
+            add("expect_column_values_to_be_between", min_value=column.min, max_value=column.max, **common)
         if column.allowed is not None:
-            found.append(Implied(type="expect_column_values_to_be_in_set", value_set=list(column.allowed), **common))
+            add("expect_column_values_to_be_in_set", value_set=list(column.allowed), **common)
     if len(events.unique) == 1:
-        found.append(Implied(type="expect_column_values_to_be_unique", column=events.unique[0]))
+        add("expect_column_values_to_be_unique", column=events.unique[0])
     elif events.unique:
-        found.append(Implied(type="expect_compound_columns_to_be_unique", column_list=list(events.unique)))
-    return list(found)
+        add("expect_compound_columns_to_be_unique", column_list=list(events.unique))
+    return found
 
 
-def _specs(expectations: Sequence[ExpectationSpec | Mapping[str, Any]], where: str) -> list[tuple[str, ExpectationSpec]]:
+def _specs(
+    expectations: Sequence[ExpectationSpec | Mapping[str, Any]], where: str
+) -> list[tuple[str, ExpectationSpec]]:
     """Each expectation with its place in the file (those implied are not counted)."""
-    placed, declared = [], 0
+    placed: list[tuple[str, ExpectationSpec]] = []
+    declared = 0
     for entry in expectations:
         if isinstance(entry, Implied):
             placed.append((f"columns ({entry.type})", entry))
@@ -128,8 +138,11 @@ def _specs(expectations: Sequence[ExpectationSpec | Mapping[str, Any]], where: s
             try:
                 entry = ExpectationSpec.model_validate(entry)
             except ValidationError as error:
-                problems = [f"{path}.{'.'.join(map(str, p['loc']))}: {p['msg'].removeprefix('Value error, ')}" for p in error.errors()]
-                raise ContractInvalid("\n".join(problems)) from None
+                lines = [
+                    f"{path}.{'.'.join(map(str, p['loc']))}: {p['msg'].removeprefix('Value error, ')}"
+                    for p in error.errors()
+                ]
+                raise ContractInvalid("\n".join(lines)) from None
         placed.append((path, entry))
     return placed
 
@@ -143,28 +156,30 @@ def _at_midnight(value: Any) -> datetime | None:
     return moment if moment == datetime.combine(moment.date(), datetime.min.time()) else None
 
 
-def _moments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Bounds of a timestamp column, as Great Expectations can compare them.
+def _moments(arguments: dict[str, Any], kind: pa.DataType) -> dict[str, Any]:
+    """Bounds of a column of dates or timestamps, as Great Expectations can compare them.
 
-    It reads a midnight as a date and then cannot compare. Columns hold microseconds, so ``t <= midnight`` is written as
-    ``t < midnight + 1 microsecond``, and the like.
+    It reads a midnight as a date and then cannot compare it with timestamps. They hold microseconds, so
+    ``t <= midnight`` is written as ``t < midnight + 1 microsecond``, and the like.
     """
     tick = timedelta(microseconds=1)
     for end, step in (("min", -tick), ("max", tick)):
         moment = _at_midnight(arguments.get(f"{end}_value"))
-        if moment is not None:
+        if moment is not None and pa.types.is_date(kind):
+            arguments[f"{end}_value"] = moment.date()
+        elif moment is not None and pa.types.is_timestamp(kind):
             strict = bool(arguments.get(f"strict_{end}"))
             arguments |= {f"{end}_value": moment - step if strict else moment + step, f"strict_{end}": not strict}
     return arguments
 
 
-def _built(spec: ExpectationSpec, path: str, index: int, timestamps: set[str]) -> Any:
+def _built(spec: ExpectationSpec, path: str, index: int, schema: pa.Schema) -> Any:
     """The Great Expectations object, or ContractInvalid with the argument's place."""
-    from great_expectations.expectations.registry import get_expectation_impl, list_registered_expectation_implementations
+    from great_expectations.expectations import registry
 
-    if spec.type not in list_registered_expectation_implementations():
+    if spec.type not in registry.list_registered_expectation_implementations():
         raise ContractInvalid(f"{path}.type: {spec.type!r} cannot be used in this version of Great Expectations")
-    kind = get_expectation_impl(spec.type)
+    kind = registry.get_expectation_impl(spec.type)
     allowed = sorted(set(kind.__fields__) - _INTERNAL)
     given = spec.arguments
     problems = []
@@ -177,13 +192,13 @@ def _built(spec: ExpectationSpec, path: str, index: int, timestamps: set[str]) -
         problems.append(f"{path}: {spec.type} is given neither min_value nor max_value and would judge nothing")
     if problems:
         raise ContractInvalid("\n".join(problems))
-    if given.get("column") in timestamps:
-        given = _moments(given)
+    if given.get("column") in schema.names:
+        given = _moments(given, schema.field(given["column"]).type)
     try:
         return kind(**given, meta={"index": index}, severity="critical" if spec.severity == "error" else "warning")
     except ValueError as error:
-        errors = getattr(error, "errors", lambda: [{"loc": (), "msg": str(error)}])()
-        lines = {".".join([path, *map(str, e["loc"])]): e["msg"] for e in reversed(errors)}
+        found = error.errors() if hasattr(error, "errors") else [{"loc": (), "msg": str(error)}]
+        lines = {".".join([path, *map(str, e["loc"])]): e["msg"] for e in reversed(found)}
         raise ContractInvalid("\n".join(f"{place}: {text} ({spec.type})" for place, text in lines.items())) from None
 
 
@@ -229,15 +244,19 @@ def _unjudged(spec: ExpectationSpec, frame: Any) -> tuple[bool, str] | None:
     columns = _columns_of(spec.arguments)
     missing = [c for c in columns if c not in frame.columns]
     if missing and spec.type != "expect_column_to_exist":
-        return False, f"column {', '.join(map(repr, missing))} is missing; the table has {', '.join(map(str, frame.columns))}"
+        has = ", ".join(map(str, frame.columns))
+        return False, f"column {', '.join(map(repr, missing))} is missing; the table has {has}"
     if len(columns) == 1 and spec.type not in _JUDGES_EMPTY and len(frame) and frame[columns[0]].isna().all():
         if spec.may_be_empty:
             return True, f"no value to judge: all {len(frame)} are null"
-        return False, f"nothing could be judged: all {len(frame)} values of {columns[0]!r} are null (may_be_empty: true allows that)"
+        values = f"all {len(frame)} values of {columns[0]!r}"
+        return False, f"nothing could be judged: {values} are null (may_be_empty: true allows that)"
     return None
 
 
-def _result(spec: ExpectationSpec, success: bool, found: Mapping[str, Any], reason: str | None, integers: set[str]) -> dict[str, Any]:
+def _result(
+    spec: ExpectationSpec, success: bool, found: Mapping[str, Any], reason: str | None, integers: set[str]
+) -> dict[str, Any]:
     columns = _columns_of(spec.arguments)
     details = found.get("details") or {}
     observed = _plain(found.get("observed_value"))
@@ -274,7 +293,11 @@ def _raised(info: Mapping[str, Any]) -> str | None:
 
 
 def validate(
-    table: pa.Table, expectations: Sequence[ExpectationSpec | Mapping[str, Any]], *, name: str, where: str = "expectations"
+    table: pa.Table,
+    expectations: Sequence[ExpectationSpec | Mapping[str, Any]],
+    *,
+    name: str,
+    where: str = "expectations",
 ) -> ContractResult:
     """Judge a table by expectations.
 
@@ -287,10 +310,9 @@ def validate(
     if placed:
         with without_collection():
             import great_expectations as gx
-            from great_expectations.data_context.types.base import ProgressBarsConfig
+            from great_expectations.data_context.types import base
 
-        timestamps = {f.name for f in table.schema if pa.types.is_timestamp(f.type)}
-        built = [_built(spec, path, i, timestamps) for i, (path, spec) in enumerate(placed)]
+        built = [_built(spec, path, i, table.schema) for i, (path, spec) in enumerate(placed)]
         frame = _frame(table)
         integers = {f.name for f in table.schema if pa.types.is_integer(f.type)}
         asked = []
@@ -301,19 +323,24 @@ def validate(
             else:
                 outcome[i] = _result(spec, judged[0], {}, judged[1], integers)
         if asked:
-            context = gx.get_context(mode="ephemeral")
-            context.variables.progress_bars = ProgressBarsConfig(globally=False)
+            # Without a docs site, for which a temporary folder would be made each time.
+            stores = base.InMemoryStoreBackendDefaults(init_temp_docs_sites=False)
+            quiet = base.ProgressBarsConfig(globally=False)
+            settings = base.DataContextConfig(store_backend_defaults=stores, progress_bars=quiet)
+            context = gx.get_context(mode="ephemeral", project_config=settings)
             asset = context.data_sources.add_pandas("table").add_dataframe_asset("table")
             batch = asset.add_batch_definition_whole_dataframe("table").get_batch({"dataframe": frame})
             suite = gx.ExpectationSuite(name=name, expectations=asked)
-            for found in batch.validate(suite, result_format={"result_format": "BASIC", "partial_unexpected_count": 200}).results:
+            shape = {"result_format": "BASIC", "partial_unexpected_count": 200}
+            for found in batch.validate(suite, result_format=shape).results:
                 # Results come in another order than the suite.
                 i = found.expectation_config.meta["index"]
                 reason = _raised(found.exception_info)
-                outcome[i] = _result(placed[i][1], bool(found.success) and reason is None, found.result, reason, integers)
-            lost = [path for i, (path, _) in enumerate(placed) if i not in outcome]
+                passed = bool(found.success) and reason is None
+                outcome[i] = _result(placed[i][1], passed, found.result, reason, integers)
+            lost = ", ".join(path for i, (path, _) in enumerate(placed) if i not in outcome)
             if lost:
-                raise RuntimeError(f"{name}: Great Expectations gave no result for {', '.join(lost)}; report this as a bug")
+                raise RuntimeError(f"{name}: Great Expectations gave no result for {lost}; report this as a bug")
     results = [outcome[i] for i in range(len(placed))]
     success = all(r["success"] for r in results)
     blocking = any(not r["success"] and r["severity"] == "error" for r in results)

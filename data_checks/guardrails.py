@@ -7,7 +7,7 @@ limit is HELD for a named person.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,19 +30,32 @@ class Guardrails(BaseModel):
 
     max_rows: int | None = Field(default=None, gt=0, description="Decisions in a batch")
     max_changed: int | None = Field(default=None, ge=0, description="Changed decisions in a batch")
-    max_share_changed: float | None = Field(default=None, ge=0, le=1, description="Share of the entities whose value changes")
-    max_share_units: float | None = Field(default=None, ge=0, le=1, description="Share of the units with a changed entity")
-    max_change: float | None = Field(default=None, gt=0, description="Largest change of one entity, as a share of its value before")
-    max_absolute_change: int | None = Field(default=None, gt=0, description="Largest change of one entity, in the unit of the decision")
+    max_share_changed: float | None = Field(
+        default=None, ge=0, le=1, description="Share of the entities whose value changes"
+    )
+    max_share_units: float | None = Field(
+        default=None, ge=0, le=1, description="Share of the units with a changed entity"
+    )
+    max_change: float | None = Field(
+        default=None, gt=0, description="Largest change of one entity, as a share of its value before"
+    )
+    max_absolute_change: int | None = Field(
+        default=None, gt=0, description="Largest change of one entity, in the unit of the decision"
+    )
     max_total_change: float | None = Field(
         default=None, gt=0, description="Sum of all absolute changes, as a share of the sum before"
     )
-    max_net_change: float | None = Field(default=None, ge=0, description="Change of the total of an arm, as a share of the sum before")
+    max_net_change: float | None = Field(
+        default=None, ge=0, description="Change of the total of an arm, as a share of the sum before"
+    )
     pool: Literal["conserved", "ceiling"] | None = Field(
-        default=None, description="conserved: each arm's total is its pool to the last unit; ceiling: at most its pool; null: nothing is shared out"
+        default=None,
+        description="conserved: each arm decides its pool to the last unit; ceiling: at most its pool; null: no pools",
     )
     levels: tuple[int, int] | None = Field(default=None, description="Lowest and highest value that may be decided")
-    keep_sign: bool = Field(default=False, description="A value that was not negative may not become negative, nor the reverse")
+    keep_sign: bool = Field(
+        default=False, description="A value that was not negative may not become negative, nor the reverse"
+    )
     frozen_arms: tuple[str, ...] = Field(default=("holdout",), description="Arms whose decisions may not change")
 
     @model_validator(mode="after")
@@ -63,11 +76,15 @@ class GuardrailResult:
     findings: tuple[dict[str, Any], ...]
 
 
-def _totals(arm: Sequence[str], values: Sequence[int]) -> dict[str, int]:
+def _totals(arm: pa.ChunkedArray, values: np.ndarray) -> dict[str, int]:
     """Exact sums by arm: Arrow's 64-bit sums wrap round silently, so halves are added apart."""
     number = pa.array(values, pa.int64())
     halves = pa.table(
-        {"arm": arm, "high": pc.shift_right(number, 31), "low": pc.bit_wise_and(number, pa.scalar(2**31 - 1, pa.int64()))}
+        {
+            "arm": arm,
+            "high": pc.shift_right(number, 31),
+            "low": pc.bit_wise_and(number, pa.scalar(2**31 - 1, pa.int64())),
+        }
     )
     summed = halves.group_by("arm").aggregate([("high", "sum"), ("low", "sum")])
     return {r["arm"]: (r["high_sum"] << 31) + r["low_sum"] for r in summed.to_pylist()}
@@ -82,7 +99,9 @@ def check(decisions: pa.Table, spec: Guardrails, *, pools: Mapping[str, int] | N
     """
     lacking = [c for c in _COLUMNS if c not in decisions.schema.names]
     if lacking:
-        raise ValueError(f"decisions: column {', '.join(map(repr, lacking))} is missing; guardrails need {', '.join(_COLUMNS)}")
+        raise ValueError(
+            f"decisions: column {', '.join(map(repr, lacking))} is missing; guardrails need {', '.join(_COLUMNS)}"
+        )
     for name in ("before", "after"):
         if decisions.schema.field(name).type != pa.int64():
             raise ValueError(f"decisions: column {name!r} is {decisions.schema.field(name).type}, it must be BIGINT")
@@ -90,9 +109,13 @@ def check(decisions: pa.Table, spec: Guardrails, *, pools: Mapping[str, int] | N
         return GuardrailResult("READY", ())
     findings: list[dict[str, Any]] = []
 
-    def add(name: str, status: Status, limit: Any, observed: Any, rows: pa.Table | None = None, arm: str | None = None) -> None:
+    def add(
+        name: str, status: Status, limit: Any, observed: Any, rows: pa.Table | None = None, arm: str | None = None
+    ) -> None:
         examples = [] if rows is None else rows["entity_id"].slice(0, EXAMPLES).to_pylist()
-        findings.append({"name": name, "status": status, "limit": limit, "observed": observed, "arm": arm, "examples": examples})
+        findings.append(
+            {"name": name, "status": status, "limit": limit, "observed": observed, "arm": arm, "examples": examples}
+        )
 
     def refuse(name: str, limit: Any, broken: Any) -> None:
         rows = decisions.filter(broken)
@@ -103,7 +126,11 @@ def check(decisions: pa.Table, spec: Guardrails, *, pools: Mapping[str, int] | N
     for column, empty in zip(("entity_id", "unit", "arm", "before", "after", "changed"), nulls, strict=True):
         refuse(f"null {column}", 0, empty)
     counts = decisions.group_by("entity_id").aggregate([([], "count_all")])
-    refuse("duplicate entity", 1, pc.is_in(decisions["entity_id"], counts.filter(pc.greater(counts["count_all"], 1))["entity_id"]))
+    refuse(
+        "duplicate entity",
+        1,
+        pc.is_in(decisions["entity_id"], counts.filter(pc.greater(counts["count_all"], 1))["entity_id"]),
+    )
     # What follows counts only complete rows; an incomplete one has been refused already.
     for empty in nulls:
         nulls[0] = pc.or_(nulls[0], empty)
@@ -116,19 +143,24 @@ def check(decisions: pa.Table, spec: Guardrails, *, pools: Mapping[str, int] | N
         if found.num_rows:
             add(name, "REFUSED", limit, found.num_rows, found)
 
-    refuse_where("changed is not what before and after say", 0, differs != rows["changed"].to_numpy(zero_copy_only=False).astype(bool))
+    refuse_where(
+        "changed is not what before and after say",
+        0,
+        differs != rows["changed"].to_numpy(zero_copy_only=False).astype(bool),
+    )
     review = pc.fill_null(rows["review"], False).to_numpy(zero_copy_only=False).astype(bool)
     refuse_where("changed although left to people", 0, differs & review)
     frozen = pc.is_in(rows["arm"], pa.array(spec.frozen_arms, pa.string())).to_numpy(zero_copy_only=False).astype(bool)
     refuse_where("frozen arm changed", 0, differs & frozen)
     if spec.levels:
         # A value that already lay outside and is kept is not this batch's doing.
-        refuse_where("outside levels", list(spec.levels), differs & ((after < spec.levels[0]) | (after > spec.levels[1])))
+        refuse_where(
+            "outside levels", list(spec.levels), differs & ((after < spec.levels[0]) | (after > spec.levels[1]))
+        )
     if spec.keep_sign:
         refuse_where("sign reversed", 0, ((before >= 0) & (after < 0)) | ((before < 0) & (after > 0)))
 
-    arms = rows["arm"].to_pylist()
-    held, decided = _totals(arms, before), _totals(arms, after)
+    held, decided = (_totals(rows["arm"], values) for values in (before, after))
     if spec.pool is not None:
         own = dict(held) if pools is None else dict(pools)
         for arm in sorted(held | own):
@@ -138,7 +170,9 @@ def check(decisions: pa.Table, spec: Guardrails, *, pools: Mapping[str, int] | N
             elif total > pool or (spec.pool == "conserved" and total != pool):
                 add("pool", "REFUSED", pool, total, arm=arm)
 
-    def hold(name: str, limit: float | None, observed: float, found: pa.Table | None = None, arm: str | None = None) -> None:
+    def hold(
+        name: str, limit: float | None, observed: float, found: pa.Table | None = None, arm: str | None = None
+    ) -> None:
         if limit is not None and observed > limit:
             add(name, "HELD", limit, observed, found, arm)
 
@@ -149,16 +183,24 @@ def check(decisions: pa.Table, spec: Guardrails, *, pools: Mapping[str, int] | N
     changed = rows.filter(pa.array(differs))
     hold("rows", spec.max_rows, decisions.num_rows)
     hold("changed", spec.max_changed, changed.num_rows)
-    for name, limit, column in (("share changed", spec.max_share_changed, "entity_id"), ("share of units", spec.max_share_units, "unit")):
+    for name, limit, column in (
+        ("share changed", spec.max_share_changed, "entity_id"),
+        ("share of units", spec.max_share_units, "unit"),
+    ):
         if rows.num_rows:
             hold(name, limit, pc.count_distinct(changed[column]).as_py() / pc.count_distinct(rows[column]).as_py())
-    for name, limit, sizes in (("change", spec.max_change, share), ("absolute change", spec.max_absolute_change, change)):
+    for name, limit, sizes in (
+        ("change", spec.max_change, share),
+        ("absolute change", spec.max_absolute_change, change),
+    ):
         if limit is not None and sizes.size and sizes.max() > limit:
             most = np.argsort(-sizes, kind="stable")[:EXAMPLES]
             found = rows.take(pa.array(most[sizes[most] > limit]))
             # An entity that had nothing has no share: its change is endless, which JSON cannot say.
             largest = float(sizes.max())
-            hold(name, limit, largest, found) if np.isfinite(largest) else add(name, "HELD", limit, "from nothing", found)
+            hold(name, limit, largest, found) if np.isfinite(largest) else add(
+                name, "HELD", limit, "from nothing", found
+            )
     whole = float(np.abs(before.astype(np.float64)).sum())
     if whole:
         hold("total change", spec.max_total_change, float(change.sum()) / whole)

@@ -1,7 +1,8 @@
-"""Arms: who is drawn into which, for how long, with what probability; and the randomised perturbations of the arm ``explore``.
+"""Arms: who is drawn into which, for how long, with what probability; and the randomised perturbations of the arm
+``explore``.
 
-Belongs here: the draw, the epochs, the perturbation, and what a workflow.yaml may say of them. Does not: what an arm then
-does (the policies), or how arms are compared (the regression guard).
+Belongs here: the draw, the epochs, the perturbation, and what a workflow.yaml may say of them. Does not: what an arm
+then does (the policies), or how arms are compared (the regression guard).
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class Explore(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    step: float = Field(gt=0, lt=1, description="How far a line is moved up or down, as a share of its status quo (0.2: ±20%)")
+    step: float = Field(
+        gt=0, lt=1, description="How far a line is moved up or down, as a share of its status quo (0.2: ±20%)"
+    )
 
 
 class Arms(BaseModel):
@@ -42,12 +45,20 @@ class Arms(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     design: Design = Field(
-        description="entity: each is decided on once and affects no other; cohort: the action persists, arms stay drawn for an "
+        description="entity: each is decided on once and affects no other; cohort: the action persists, arms stay "
+        "drawn for an "
         "epoch; switchback: units share a resource and are redrawn every epoch"
     )
-    unit: str = Field(min_length=1, description="Feature column that an arm is drawn for (entity_id, or what competes: campaign, team)")
-    epoch: int = Field(gt=0, description="Days for which an arm stays drawn (cohort: at least 14, switchback: at least 7)")
-    washout: int = Field(default=0, ge=0, description="First days of an epoch after a redraw, which count for no verdict")
+    unit: str = Field(
+        min_length=1,
+        description="Feature column that an arm is drawn for (entity_id, or what competes: campaign, team)",
+    )
+    epoch: int = Field(
+        gt=0, description="Days for which an arm stays drawn (cohort: at least 14, switchback: at least 7)"
+    )
+    washout: int = Field(
+        default=0, ge=0, description="First days of an epoch after a redraw, which count for no verdict"
+    )
     shares: dict[Arm, float] = Field(description="Weight of each arm; normalised to sum to one")
     explore: Explore | None = Field(default=None, description="Needed where the arm explore has a share")
 
@@ -55,7 +66,9 @@ class Arms(BaseModel):
     def _consistent(self) -> Arms:
         normalised(self.shares)
         if self.epoch < SHORTEST_EPOCH[self.design]:
-            raise ValueError(f"epoch: {self.design} needs at least {SHORTEST_EPOCH[self.design]} days, found {self.epoch}")
+            raise ValueError(
+                f"epoch: {self.design} needs at least {SHORTEST_EPOCH[self.design]} days, found {self.epoch}"
+            )
         if self.washout >= self.epoch:
             raise ValueError(f"washout: {self.washout} days leave nothing of an epoch of {self.epoch}")
         if self.design == "entity" and self.washout:
@@ -113,9 +126,10 @@ def draw(
         units: Distinct names.
         epoch: As `epoch_of` names it; another epoch is another draw.
         shares: Weights of the arms, normalised.
-        strata: A label for each unit. Within a stratum of m units every arm then gets its share of m, rounded down or up
-            (systematic sampling in the order of the hashes), and every unit still has the arm's share as its probability.
-            Such a draw depends on which units are there: hold it for the epoch with `keep`.
+        strata: A label for each unit. Within a stratum of m units every arm then gets its share of m, rounded down
+            or up
+            (systematic sampling in the order of the hashes), and every unit still has the arm's share as its
+            probability. Such a draw depends on which units are there: hold it for the epoch with `keep`.
         keep: What was drawn earlier in this epoch (unit, arm, arm_probability): these units keep it.
 
     Returns:
@@ -144,7 +158,9 @@ def draw(
     if strata is None:
         position = _uniform(hashes)
     elif design == "entity":
-        raise ValueError("strata: units of the design 'entity' arrive one by one and are drawn independently; leave strata out")
+        raise ValueError(
+            "strata: units of the design 'entity' arrive one by one and are drawn independently; leave strata out"
+        )
     elif len(strata) != len(names):
         raise ValueError(f"strata: {len(strata)} labels for {len(names)} units")
     else:
@@ -160,7 +176,11 @@ def draw(
     chosen = np.searchsorted(edges, position, side="right")
     arm_of[fresh], probability[fresh] = arms[chosen], np.array(list(weights.values()))[chosen]
     return pa.table(
-        {"unit": pa.array(names, pa.string()), "arm": pa.array(arm_of, pa.string()), "arm_probability": pa.array(probability, pa.float64())}
+        {
+            "unit": pa.array(names, pa.string()),
+            "arm": pa.array(arm_of, pa.string()),
+            "arm_probability": pa.array(probability, pa.float64()),
+        }
     )
 
 
@@ -192,9 +212,10 @@ def perturb(entities: Sequence[str], base: Ints, low: Ints, high: Ints, *, step:
     """Move pairs of entities by the same amount in opposite directions, the direction a fair coin.
 
     Every entity may be moved by min(step x base, its room to `low`, its room to `high`), so that both directions stay
-    inside the bounds; neighbours in that amount form a pair and move by the smaller of the two. So the sum is kept to the
-    micro, the multipliers are symmetric around the status quo, and each sign has probability one half whatever the others
-    drew. The odd one out (the smallest) and what cannot move stay.
+    inside the bounds; neighbours in that amount form a pair and move by the smaller of the two. So the sum is kept
+    to the
+    micro, the multipliers are symmetric around the status quo, and each sign has probability one half whatever the
+    others drew. The odd one out (the smallest) and what cannot move stay.
 
     Args:
         entities: Distinct names; with `key` they decide the coins, so neither their order nor a second run changes one.

@@ -37,32 +37,41 @@ class BudgetPolicy(BaseModel):
     kind: Literal["budget_allocation"] = "budget_allocation"
     decide_on: str = Field(default="true", description="SQL predicate over the features: lines that are decided on")
     spend: str = Field(default="budget_micros", description="Feature column with a line's budget today: the status quo")
-    floor: str | None = Field(default=None, description="Feature column with the least a line may get; null there: no floor")
+    floor: str | None = Field(
+        default=None, description="Feature column with the least a line may get; null there: no floor"
+    )
     cap: str | None = Field(default=None, description="Feature column with the most a line may get; null there: no cap")
     floor_share: float = Field(default=0.0, ge=0, le=1, description="No line falls below this share of its status quo")
-    cap_share: float | None = Field(default=None, ge=1, description="No line rises above this multiple of its status quo")
+    cap_share: float | None = Field(
+        default=None, ge=1, description="No line rises above this multiple of its status quo"
+    )
     largest_daily_change: float | None = Field(
         default=0.3, gt=0, description="A line moves by at most this share of its status quo a day; null: no limit"
     )
     target_return: float | None = Field(
-        default=None, gt=0, description="Expected value for each unit of money, over an arm; then the total is a ceiling"
+        default=None,
+        gt=0,
+        description="Expected value for each unit of money, over an arm; then the total is a ceiling",
     )
     total: Literal["same"] = Field(default="same", description="An arm's pool; same: what its lines have today")
     multiplier: str | None = Field(
         default="explore_multiplier_today",
-        description="Feature column with today's exploring multiplier, which exploring takes out before it draws anew; null: none",
+        description="Feature column with today's exploring multiplier, which exploring takes out before it draws "
+        "anew; null: none",
     )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An allocation with its certificate. Money in micros, value in currency units, prices in value per currency unit."""
+    """An allocation with its certificate. Money in micros, value in currency units, prices in value per
+    currency unit."""
 
     spend: Ints
     value: float
     """Expected value of `spend` on the curves themselves."""
     bound: float
-    """No allocation within the bounds is worth more: the dual function at the prices, or what the exact search left open."""
+    """No allocation within the bounds is worth more: the dual function at the prices, or what the exact search
+    left open."""
     gap: float
     """bound - value, at least 0."""
     shadow_price: float
@@ -75,7 +84,8 @@ class Plan:
     reason: str
     """Why it is infeasible, or why money is left over; else empty."""
     method: str
-    """envelope | envelope, exact (it is tight) | branch and bound, exact | branch and bound, stopped | none (infeasible)."""
+    """envelope | envelope, exact (it is tight) | branch and bound, exact | branch and bound, stopped | none
+    (infeasible)."""
 
 
 def allocate(
@@ -91,7 +101,8 @@ def allocate(
 ) -> Plan:
     """Maximise the summed value of piecewise-linear curves under a total and bounds.
 
-    Each curve is cut to what its line may get (floor, cap, largest change around `before`, the curve's own ends; a bound
+    Each curve is cut to what its line may get (floor, cap, largest change around `before`, the curve's own ends; a
+    bound
     between two grid points is interpolated) and replaced by its upper concave envelope. On envelopes the problem is a
     linear programme whose optimum spends on segments in the order of their slopes until the money is gone (Lagrangian
     dual; Everett 1963). At most one line then ends between two corners, so at most one line can be off its envelope.
@@ -100,7 +111,8 @@ def allocate(
 
     Without a target return the whole total is spent if the bounds permit: flat segments take money as any other, and
     segments that lose value take it last, when nothing else is left (the shadow price is then negative). With a target
-    return R the total is a ceiling: sum(s) <= total and sum(v - R s) >= 0, as in Balseiro et al., arXiv 2302.08530, each
+    return R the total is a ceiling: sum(s) <= total and sum(v - R s) >= 0, as in Balseiro et al., arXiv 2302.08530,
+    each
     with its own dual price; flat and losing segments get nothing, and the return holds on the curves, not on envelopes.
 
     Args:
@@ -112,7 +124,8 @@ def allocate(
         target_return: Value for each currency unit over all lines; None: no target.
 
     Returns:
-        A Plan with sum(spend) + unspent == total. An infeasible one keeps `before`, and its reason names line and figures.
+        A Plan with sum(spend) + unspent == total. An infeasible one keeps `before`, and its reason names line and
+        figures.
 
     Raises:
         ValueError: shapes that do not fit, numbers that are not finite or negative money, spends that descend.
@@ -121,7 +134,18 @@ def allocate(
     floor, cap, before = (np.asarray(a, dtype=np.int64) for a in (floor, cap, before))
     _refuse(spends, values, floor, cap, before, int(total), largest_change, target_return)
     if len(before) == 0:
-        return Plan(before, 0.0, 0.0, 0.0, 0.0, 0.0, int(total), True, "no line may be moved" if total else "", "envelope, exact")
+        return Plan(
+            before,
+            0.0,
+            0.0,
+            0.0,
+            0.0,
+            0.0,
+            int(total),
+            True,
+            "no line may be moved" if total else "",
+            "envelope, exact",
+        )
     low, high = _bounds(spends, floor, cap, before, largest_change)
 
     def refused(reason: str, bound: float = np.nan) -> Plan:
@@ -133,8 +157,8 @@ def allocate(
         i = int(clash[0])
         at_least, at_most = (int(a[i]) for a in _limits(floor, cap, before, largest_change))
         return refused(
-            f"{len(clash)} lines cannot meet their bounds at once; line {i} must get at least {_money(at_least)} and at most "
-            f"{_money(at_most)}, and its curve spans {_money(spends[i, 0])} to {_money(spends[i, -1])}"
+            f"{len(clash)} lines cannot meet their bounds at once; line {i} must get at least {_money(at_least)} "
+            f"and at most {_money(at_most)}, and its curve spans {_money(spends[i, 0])} to {_money(spends[i, -1])}"
         )
     least, most = int(low.sum()), int(high.sum())
     if least > total:
@@ -143,7 +167,9 @@ def allocate(
     curves = _Curves.cut(spends, values, low, high)
     best = _solve(curves, money, target_return)
     if best is None:
-        return refused(f"no allocation within the bounds and {_money(total)} returns {target_return:g} for each unit of money")
+        return refused(
+            f"no allocation within the bounds and {_money(total)} returns {target_return:g} for each unit of money"
+        )
     spend, value, bound, method = best.spend, best.value, best.bound, "envelope"
     if best.tight:
         method = "envelope, exact"
@@ -152,24 +178,38 @@ def allocate(
         method = "branch and bound, stopped" if stopped else "branch and bound, exact"
     if spend is None:
         return refused(
-            f"no allocation was found that returns {target_return:g} for each unit of money; on the curves' concave envelopes there is one", bound
+            f"no allocation was found that returns {target_return:g} for each unit of money; on the curves' "
+            "concave envelopes there is one",
+            bound,
         )
     left = int(total - spend.sum())
     reason = ""
     if left and target_return is None:
         reason = f"{_money(left)} cannot be spent: the lines' upper bounds sum to {_money(most)}"
     elif left:
-        reason = f"{_money(left)} is left: spending it would not earn {target_return:g} for each unit of money, or nothing at all, or pass a bound"
+        reason = (
+            f"{_money(left)} is left: spending it would break the return of {target_return:g} for each unit of money, "
+            "earn nothing at all, or pass a bound"
+        )
     price = 0.0 if money < total else best.shadow_price
     return Plan(spend, value, bound, max(0.0, bound - value), price, best.return_price, left, True, reason, method)
 
 
 def _refuse(
-    spends: Ints, values: Floats, floor: Ints, cap: Ints, before: Ints, total: int, change: float | None, target: float | None
+    spends: Ints,
+    values: Floats,
+    floor: Ints,
+    cap: Ints,
+    before: Ints,
+    total: int,
+    change: float | None,
+    target: float | None,
 ) -> None:
     n = len(before)
     if spends.ndim != 2 or spends.shape[0] != n or spends.shape[1] < 1 or values.shape != spends.shape:
-        raise ValueError(f"spends and values must both be ({n}, k) with k >= 1, found {spends.shape} and {values.shape}")
+        raise ValueError(
+            f"spends and values must both be ({n}, k) with k >= 1, found {spends.shape} and {values.shape}"
+        )
     if floor.shape != (n,) or cap.shape != (n,):
         raise ValueError(f"floor and cap must be ({n},) like before, found {floor.shape} and {cap.shape}")
     for name, number in (("total", float(total)), ("largest_change", change), ("target_return", target)):
@@ -185,7 +225,9 @@ def _refuse(
     ):
         if bad.any():
             rows = np.flatnonzero(bad.any(axis=1))
-            raise ValueError(f"line {rows[0]} has {what} ({len(rows)} such lines): leave them out, or correct their curves")
+            raise ValueError(
+                f"line {rows[0]} has {what} ({len(rows)} such lines): leave them out, or correct their curves"
+            )
 
 
 def _limits(floor: Ints, cap: Ints, before: Ints, change: float | None) -> tuple[Ints, Ints]:
@@ -216,8 +258,8 @@ def _at(spends: Ints, values: Floats, where: Ints) -> Floats:
 class _Curves:
     """Curves cut to their bounds, and the slopes of their envelopes.
 
-    `spends` (n, k) start at the lower and end at the upper bound (points outside collapse onto them); `slopes` (n, k - 1),
-    value per micro, never ascend along a line, and are the same number along one edge of the envelope.
+    `spends` (n, k) start at the lower and end at the upper bound (points outside collapse onto them); `slopes` (n, k
+    - 1), value per micro, never ascend along a line, and are the same number along one edge of the envelope.
     """
 
     spends: Ints
@@ -246,7 +288,9 @@ class _Curves:
 def _held(spends: Ints, values: Floats, low: Ints, high: Ints) -> tuple[Ints, Floats]:
     """Curves between two bounds: points outside collapse onto the bound, with the curve's value there."""
     below, above = spends < low[:, None], spends > high[:, None]
-    kept = np.where(below, _at(spends, values, low)[:, None], np.where(above, _at(spends, values, high)[:, None], values))
+    kept = np.where(
+        below, _at(spends, values, low)[:, None], np.where(above, _at(spends, values, high)[:, None], values)
+    )
     return np.clip(spends, low[:, None], high[:, None]), kept
 
 
@@ -323,7 +367,9 @@ def _solve(curves: _Curves, money: int, target_return: float | None) -> _Solved 
             if slack < 0:
                 return None
             fat = (slope > 0) & ~lean
-            full, partial, left = _cut(np.where(fat, slope, -np.inf), np.where(fat, required - slope, 0.0) * weight, slack)
+            full, partial, left = _cut(
+                np.where(fat, slope, -np.inf), np.where(fat, required - slope, 0.0) * weight, slack
+            )
             full = (full & fat) | lean
             taken, earned = _taken(slope, width, full)
             shadow_price = last = 0.0
@@ -340,7 +386,9 @@ def _solve(curves: _Curves, money: int, target_return: float | None) -> _Solved 
         spend[line] += int(rest)
         at = int(spend[line])
     worth = _at(curves.spends, curves.values, spend)
-    tight = line < 0 or bool(_below(curves, line, np.array([at]))[0] <= ROUNDING * max(1.0, float(np.abs(curves.values[line]).max())))
+    tight = line < 0 or bool(
+        _below(curves, line, np.array([at]))[0] <= ROUNDING * max(1.0, float(np.abs(curves.values[line]).max()))
+    )
     solved = _Solved(spend, float(worth.sum()), bound, shadow_price * MICROS, return_price, tight, line, at)
     if tight or target_return is None:
         return solved
@@ -367,7 +415,9 @@ def _cut(slope: Floats, weight: np.ndarray[Any, Any], capacity: float) -> tuple[
     if weight.sum() <= capacity:
         return np.ones(len(slope), dtype=bool), -1, 0
     some, its, left, rng = slope, weight, capacity, np.random.default_rng(0)
-    while len(some) > 4096:  # weighted selection between two sampled pivots: linear, where sorting 8 million slopes takes a second
+    while (
+        len(some) > 4096
+    ):  # weighted selection between two sampled pivots: linear, where sorting 8 million slopes takes a second
         pick = rng.integers(0, len(some), 2048)
         pick = pick[np.argsort(-some[pick])]
         sums = np.cumsum(its[pick])
@@ -420,7 +470,9 @@ def _finish(curves: _Curves, solved: _Solved, money: int, required: float) -> _S
     return replace(solved, spend=spend, value=worth + float(np.interp(best, x, v)))
 
 
-def _branch(curves: _Curves, root: _Solved, money: int, target_return: float | None) -> tuple[Ints | None, float, float, bool]:
+def _branch(
+    curves: _Curves, root: _Solved, money: int, target_return: float | None
+) -> tuple[Ints | None, float, float, bool]:
     """Best-first branch and bound on the curves: plan, value, bound, and whether the search was stopped."""
     best, count = root, 0
     open_nodes: list[tuple[float, int, _Curves, _Solved]] = [(-root.bound, 0, curves, root)]
@@ -465,26 +517,30 @@ def decide(
 ) -> tuple[pa.Table, dict[str, dict[str, Any]]]:
     """Budgets for every line, each arm within its own pool: the sum of what its lines have today.
 
-    holdout keeps; champion and challenger are allocated; explore moves pairs of lines around their status quo by the toss of
-    a coin (`models.arms.perturb`), today's multiplier taken out first. So that a line may swing from the lower to the upper
-    side within the largest daily change c, the step is held to c / (2 + c). A line without a usable curve, or whose bounds
-    conflict, keeps its status quo, and so does an arm that has no feasible plan; the reasons say so.
+    holdout keeps; champion and challenger are allocated; explore moves pairs of lines around their status quo by the
+    toss of
+    a coin (`models.arms.perturb`), today's multiplier taken out first. So that a line may swing from the lower to
+    the upper
+    side within the largest daily change c, the step is held to c / (2 + c). A line without a usable curve, or whose
+    bounds conflict, keeps its status quo, and so does an arm that has no feasible plan; the reasons say so.
 
     Args:
-        features: `entity_id` (each once), the columns that the spec names (micros), and `unit` where `arms` is keyed by it.
-        scores: `entity_id`, `spends` (list of micros), `values` (list of currency units); lines may be missing.
+        features: `entity_id` (each once), the columns that the spec names (micros), and `unit` where `arms` is keyed
+        by it. scores: `entity_id`, `spends` (list of micros), `values` (list of currency units); lines may be missing.
         arms: `arm`, `arm_probability` by `unit` or by `entity_id` (with `unit`).
         spec: The fields of `BudgetPolicy`; an unknown key is refused.
         explore: The step; None: lines of the arm explore keep their status quo.
         key: Names the draw of the perturbations, for example workflow and day.
 
     Returns:
-        The decisions, in the order of `features` (`perturbation` is the multiplier: after / status quo), and for each arm its
-        certificate: lines, movable, changed, pool, spent, unspent (micros), value, value_before, bound, gap, shadow_price,
-        return_price (of the movable lines; None where nothing was optimised), feasible, reason, method.
+        The decisions, in the order of `features` (`perturbation` is the multiplier: after / status quo), and for
+        each arm its
+        certificate: lines, movable, changed, pool, spent, unspent (micros), value, value_before, bound, gap,
+        shadow_price, return_price (of the movable lines; None where nothing was optimised), feasible, reason, method.
 
     Raises:
-        ValueError: a missing column, a repeated or null entity, a budget that is null or negative, an entity without an arm.
+        ValueError: a missing column, a repeated or null entity, a budget that is null or negative, an entity without
+            an arm.
     """
     policy = spec if isinstance(spec, BudgetPolicy) else BudgetPolicy.model_validate(dict(spec))
     order = pc.sort_indices(_column(features, "entity_id", "features").cast(pa.string()))
@@ -495,7 +551,9 @@ def decide(
     before = _micros(features, policy.spend, ids)
     unit, arm, probability = _arms(features, arms, ids)
     spends, values, trouble = _curves(ids, scores, before)
-    floor = np.maximum(_micros(features, policy.floor, ids, 0), np.ceil(before * policy.floor_share - 1e-6).astype(np.int64))
+    floor = np.maximum(
+        _micros(features, policy.floor, ids, 0), np.ceil(before * policy.floor_share - 1e-6).astype(np.int64)
+    )
     cap = _micros(features, policy.cap, ids, _NO_CAP)
     if policy.cap_share is not None:
         cap = np.minimum(cap, np.floor(before * policy.cap_share + 1e-6).astype(np.int64))
@@ -582,10 +640,15 @@ def _micros(features: pa.Table, name: str | None, ids: pa.Array, default: int | 
         return np.full(len(ids), default, dtype=np.int64)
     column = _column(features, name, "features").cast(pa.int64())
     if default is None and column.null_count:
-        raise ValueError(f"features: {name} of {ids.filter(pc.is_null(column))[0].as_py()!r} is null; a line needs a status quo")
+        raise ValueError(
+            f"features: {name} of {ids.filter(pc.is_null(column))[0].as_py()!r} is null; a line needs a status quo"
+        )
     money = np.asarray(column.fill_null(default or 0), dtype=np.int64)
     if (money < 0).any():
-        raise ValueError(f"features: {name} of {ids[int(np.argmin(money))].as_py()!r} is {_money(money.min())}; money is zero or more")
+        raise ValueError(
+            f"features: {name} of {ids[int(np.argmin(money))].as_py()!r} is {_money(money.min())}; money is zero "
+            f"or more"
+        )
     return money
 
 
@@ -597,11 +660,16 @@ def _arms(features: pa.Table, arms: pa.Table, ids: pa.Array) -> tuple[pa.Array, 
     if at.null_count:
         raise ValueError(f"arms: {by} {keys.filter(pc.is_null(at))[0].as_py()!r} has no arm; draw one for every {by}")
     unit, arm, probability = (_column(arms, c, "arms").take(at) for c in ("unit", "arm", "arm_probability"))
-    return unit.cast(pa.string()), arm.cast(pa.string()).to_numpy(zero_copy_only=False).astype(str), probability.cast(pa.float64())
+    return (
+        unit.cast(pa.string()),
+        arm.cast(pa.string()).to_numpy(zero_copy_only=False).astype(str),
+        probability.cast(pa.float64()),
+    )
 
 
 def _curves(ids: pa.Array, scores: pa.Table, before: Ints) -> tuple[Ints, Floats, Ints]:
-    """Curves (n, k) in the order of the lines, shorter ones padded with their last point, and what is wrong with each."""
+    """Curves (n, k) in the order of the lines, shorter ones padded with their last point, and what is wrong
+    with each."""
     n = len(ids)
     nothing = before[:, None], np.zeros((n, 1)), np.full(n, 1)
     if scores.num_rows == 0 or n == 0:
@@ -639,7 +707,8 @@ def _curves(ids: pa.Array, scores: pa.Table, before: Ints) -> tuple[Ints, Floats
 def _status_quo(
     features: pa.Table, policy: BudgetPolicy, step: float, ids: pa.Array, before: Ints, floor: Ints, cap: Ints, at: Ints
 ) -> tuple[float, Ints]:
-    """The step that may be used, and the arm's budgets with today's multiplier taken out; they sum to what `before` sums to.
+    """The step that may be used, and the arm's budgets with today's multiplier taken out; they sum to what `before`
+    sums to.
 
     What taking it out leaves over (rounding; a partner that is gone) is spread over the lines by their room.
     """
@@ -680,12 +749,16 @@ class _Reasons:
         if len(at):
             words = [p if isinstance(p, str) else _decimals(p[at]) for p in parts]
             self.rows.append(at)
-            self.texts.append(pc.binary_join_element_wise(*words, "") if len(words) > 1 else pa.repeat(words[0], len(at)))
+            self.texts.append(
+                pc.binary_join_element_wise(*words, "") if len(words) > 1 else pa.repeat(words[0], len(at))
+            )
 
     def column(self) -> pa.Array:
         rows, texts = np.concatenate(self.rows), pa.concat_arrays(self.texts)
         offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=self.count))])
-        return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), texts.take(pa.array(np.argsort(rows, kind="stable"))))
+        return pa.ListArray.from_arrays(
+            pa.array(offsets, pa.int32()), texts.take(pa.array(np.argsort(rows, kind="stable")))
+        )
 
 
 def _decimals(numbers: Floats) -> pa.Array:
@@ -712,11 +785,18 @@ def _explain(
     each = np.divide(gain, moved, out=np.zeros(len(now)), where=moved > 0)
     pool = f"the next unit of money in the {arm} pool earns {plan.shadow_price:.2f}"
     up, down = rows & (after > before), rows & (after < before)
-    say.add(up, "Budget raised from ", now, " to ", then, " (+", percent, "%): the extra ", moved, " is expected to earn ", gain, ", or ", each,
+    say.add(up, "Budget raised from ", now, " to ", then, " (+", percent, "%): the extra ", moved, " is expected "
+        "to earn ", gain, ", or ", each,
             f" for each unit of money; {pool}.")  # fmt: skip
-    say.add(down, "Budget lowered from ", now, " to ", then, " (-", percent, "%): the ", moved, " taken away was expected to earn ", -gain, ", or ", -each,
+    say.add(down, "Budget lowered from ", now, " to ", then, " (-", percent, "%): the ", moved, " taken away was "
+        "expected to earn ", -gain, ", or ", -each,
             f" for each unit of money; {pool}.")  # fmt: skip
-    say.add(rows & (after == before), "Budget stays at ", now, f": no move within its bounds is expected to earn more than elsewhere; {pool}.")
+    say.add(
+        rows & (after == before),
+        "Budget stays at ",
+        now,
+        f": no move within its bounds is expected to earn more than elsewhere; {pool}.",
+    )
     change = policy.largest_daily_change
     step = np.full(len(before), _NO_CAP) if change is None else np.floor(before * change + 1e-6).astype(np.int64)
     for stopped, at_limit, rule in (
@@ -736,13 +816,31 @@ def _explain_exploring(
 ) -> None:
     base, percent = after / MICROS / np.where(multiplier > 0, multiplier, 1), 100 * np.abs(multiplier - 1)
     for moved, sign in ((multiplier > 1, "+"), (multiplier < 1, "-")):
-        say.add(rows & moved, f"Exploring: {sign}", percent, "% around its status quo of ", base, ", drawn by a fair coin (probability 0.5 for either sign).")
-    say.add(rows & (multiplier == 1), "Exploring: stays at its status quo of ", base, ", since it has no partner or no room to move both ways.")
+        say.add(
+            rows & moved,
+            f"Exploring: {sign}",
+            percent,
+            "% around its status quo of ",
+            base,
+            ", drawn by a fair coin (probability 0.5 for either sign).",
+        )
+    say.add(
+        rows & (multiplier == 1),
+        "Exploring: stays at its status quo of ",
+        base,
+        ", since it has no partner or no room to move both ways.",
+    )
     if step < wished:
-        say.add(rows, f"The step of {wished:.0%} is held to {step:.1%}, so that no line moves by more than {change or 0:.0%} a day.")
+        say.add(
+            rows,
+            f"The step of {wished:.0%} is held to {step:.1%}, so that no line moves by more than {change or 0:.0%} "
+            f"a day.",
+        )
 
 
-def _certificate(mine: Bools, movable: Bools, before: Ints, after: Ints, was: Floats, plan: Plan | None) -> dict[str, Any]:
+def _certificate(
+    mine: Bools, movable: Bools, before: Ints, after: Ints, was: Floats, plan: Plan | None
+) -> dict[str, Any]:
     pool, spent = int(before[mine].sum()), int(after[mine].sum())
     known: dict[str, Any] = {
         "lines": int(mine.sum()),

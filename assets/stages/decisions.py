@@ -10,6 +10,7 @@ from assets import deciding
 from assets.resources import ClockResource, LakeResource, preview
 from assets.stages.common import days, folded, stage
 from assets.workflow import Workflow
+from data_checks import guardrails
 
 
 def build(workflow: Workflow) -> dg.AssetsDefinition:
@@ -28,7 +29,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         for day in days(context):
             batch = deciding.decide_day(workflow, lake.lake, day)
             deciding.write_batch(workflow, lake.lake, day, batch, decided_at=clock.now(), run_id=context.run_id)
-            text = "; ".join(deciding.finding_sentence(f) for f in batch.findings) or f"{batch.status}, nothing to object to"
+            text = "; ".join(guardrails.sentence(f) for f in batch.findings) or f"{batch.status}, nothing to object to"
             judged[day] = (batch.status == "READY", text)
             context.add_asset_metadata(
                 {

@@ -81,8 +81,8 @@ def settle(rows: pa.Table, group: str) -> Labels:
     Judged rows keep their label. For resolved rows P(missed | handling time) is the monotone (isotonic) fit to the
     judged rows. For rows still open it is the mean of that over the handling times that remain possible, by the
     Kaplan-Meier estimate with late entry (1958; after Efron 1967, the mass of a censored row moves to later times).
-    Each value of ``group`` has its own fit where 50 of its entities are judged and resolved, and time counts as a share
-    of ``allowed_hours`` where that is known. An entity counts once, by its first row.
+    Each value of ``group`` has its own fit where 50 of its entities are judged and resolved, and time counts as a
+    share of ``allowed_hours`` where that is known. An entity counts once, by its first row.
     Raises ValueError where no row has been judged.
     """
     missed, hours, open_hours = (_floats(rows, name) for name in ("missed", "handling_hours", "open_hours"))
@@ -93,7 +93,7 @@ def settle(rows: pa.Table, group: str) -> Labels:
     spent = np.maximum(np.where(resolved, hours, np.nan_to_num(open_hours)), 0.0)
     scale = np.where(np.isnan(allowed), 1.0, np.maximum(allowed, 1e-3))
     age = np.nan_to_num(_floats(rows, "age_hours"))
-    # what is first described within a day is there whatever becomes of it; what is older was still there to be described
+    # what is described within its first day is there whatever becomes of it; older rows only as they were not resolved
     share, entry = spent / scale, np.where(age < 24, -1.0, age) / scale
     once = np.zeros(len(missed))
     once[np.unique(_texts(rows, "entity_id"), return_index=True)[1]] = 1.0

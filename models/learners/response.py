@@ -36,9 +36,9 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 MICROS = 1e6
 WINDOWS = (1, 7, 28)
-BELIEVED_DAYS = (0.25, 1.0, 4.0, 16.0)
-SHRINK_DAYS = 0.25
 STEPS = 4  # the windows' shares are multiples of 1 / STEPS
+BELIEVED_DAYS = (0.25, 1.0, 4.0, 16.0)  # how many days of a line's own money its campaign's return may count for
+SHRINK_DAYS = 0.25  # the same for a window's next longer one
 SPEND_SHIFTS = (
     "spend_shift_1",
     "spend_shift_7",
@@ -68,14 +68,14 @@ class ResponseModel(BaseModel):
     group: tuple[str, ...] = Field(
         default=("segment", "format"),
         min_length=1,
-        description="Feature columns whose values together name the lines that resemble each other in slope",
+        description="Feature columns that together name the lines which resemble each other in slope",
     )
     prior_elasticity: float = Field(
         default=0.5, ge=0, le=1, description="Mean elasticity believed before any perturbation was logged"
     )
     prior_elasticity_sd: float = Field(default=0.29, gt=0, description="Its standard deviation")
     prior_source: str = Field(
-        default="assumed: mean and standard deviation of a uniform on (0, 1), from spend without effect to spend without saturation",
+        default="assumed: uniform on (0, 1), from spend without any effect to spend that never saturates",
         description="Where the prior comes from; shown wherever the prior is used",
     )
 
@@ -92,9 +92,10 @@ class ResponseLearner:
 
     The level at a spend s is base x s x correction. base is a mix of the line's trailing value / cost over 1, 7 and 28
     days, with shares learned by least absolute error; each is drawn towards the next longer one, the longest towards
-    the line's placement and campaign. correction is the Booster's: trained on value / (base x s) with weight base x s
-    under the absolute loss, so that the loss is the absolute error of the value itself. A row whose spend was
-    perturbed by a logged multiplier m is read as level x m ** elasticity, the level being that of the spend without m.
+    the campaign's, as far as least absolute error says. correction is the Booster's: trained on value / (base x s)
+    with weight base x s under the absolute loss, so that the loss is the absolute error of the value itself. A row
+    whose spend was perturbed by a logged multiplier m is read as level x m ** elasticity, the level being that of the
+    spend without m.
     """
 
     def __init__(
@@ -286,7 +287,7 @@ class ResponseLearner:
         mean = (
             self.elasticities.line_mean if len(self.elasticities.lines) else np.array([self.elasticities.overall_mean])
         )
-        axes.hist(np.clip(mean, 0, 1), bins=np.linspace(0, 1, 21))
+        axes.hist(np.clip(mean, 0, 1), bins=np.linspace(0, 1, 21).tolist())
         axes.set(xlabel="elasticity of a line's value to its spend", ylabel="lines", title="\n".join(self.notes))
         axes.title.set_fontsize(8)
         return {"predicted_realised": one, "importance": two, "elasticity": three}
@@ -355,7 +356,7 @@ def _numbers(table: pa.Table, name: str) -> Floats:
     """A column as float64, NULL as NaN."""
     if name not in table.column_names:
         raise KeyError(
-            f"column {name!r} is missing: the response model needs it, and the table has {', '.join(table.column_names)}"
+            f"column {name!r} is missing: the response model needs it; the table has {', '.join(table.column_names)}"
         )
     return np.asarray(table.column(name).cast(pa.float64(), safe=False).to_numpy(), dtype=np.float64)
 
@@ -425,7 +426,8 @@ def _best_base(rows: pa.Table, overall: float, spend: Floats, value: Floats) -> 
 
 def _with_shifts(table: pa.Table, spend: Floats) -> pa.Table:
     """The table with SPEND_SHIFTS beside it; NaN where the line has no trailing spend, or none now."""
-    usual = (_numbers(table, "cost_1"), _numbers(table, "cost_7") / np.maximum(_numbers(table, "active_days_7"), 1))
+    newest = _numbers(table, "cost_1") / _multiplier(table, "explore_multiplier_today")
+    usual = (newest, _numbers(table, "cost_7") / np.maximum(_numbers(table, "active_days_7"), 1))
     for name, then in zip(SPEND_SHIFTS, usual, strict=True):
         both = (spend > 0) & (then > 0)
         shift = np.full(len(spend), np.nan)
@@ -435,7 +437,8 @@ def _with_shifts(table: pa.Table, spend: Floats) -> pa.Table:
 
 
 def _prior_note(spec: ResponseModel) -> str:
-    return f"elasticities are the prior, mean {spec.prior_elasticity:g}, sd {spec.prior_elasticity_sd:g} ({spec.prior_source}): no perturbation was logged"
+    mean, sd = spec.prior_elasticity, spec.prior_elasticity_sd
+    return f"elasticities are the prior, mean {mean:g}, sd {sd:g} ({spec.prior_source}): no perturbation was logged"
 
 
 def _slopes(rows: pa.Table, spec: ResponseModel) -> tuple[Elasticities, str]:
@@ -452,7 +455,6 @@ def _slopes(rows: pa.Table, spec: ResponseModel) -> tuple[Elasticities, str]:
         budget,
         _numbers(kept, "value"),
         multiplier,
-        probability=kept["explore_probability"],
         prior_mean=spec.prior_elasticity,
         prior_sd=spec.prior_elasticity_sd,
     )

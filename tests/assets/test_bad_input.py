@@ -254,7 +254,8 @@ def test_a_fraction_is_never_rounded_into_a_whole_number(desk: Desk) -> None:
 def test_nan_infinite_and_negative_money_is_quarantined(desk: Desk) -> None:
     found = desk.broken(
         HEADER
-        + "a,1/5/2024,NaN,1\nb,1/5/2024,inf,1\nc,1/5/2024,-Infinity,1\nd,1/5/2024,1e999,1\ne,1/5/2024,-0.01,1\nf,1/5/2024,0,1\n"
+        + "a,1/5/2024,NaN,1\nb,1/5/2024,inf,1\nc,1/5/2024,-Infinity,1\n"
+        + "d,1/5/2024,1e999,1\ne,1/5/2024,-0.01,1\nf,1/5/2024,0,1\n"
     )
     assert [rule for _, rule, _ in found] == ["not_finite:spend"] * 4 + ["below_min:spend"]
     assert found[4][2] == "spend = -0.01 is below 0"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -312,6 +313,17 @@ def test_a_landing_into_one_day_leaves_the_files_of_other_days_alone(desk: Desk)
     desk.land(now=LATER)
     new = {p for p in (desk.root / "lake").rglob("*.parquet") if "events" in p.parts} - before
     assert {p.parent.name for p in new} == {"day=2024-01-05"}
+
+
+def test_a_second_ingest_of_the_workflow_waits_for_the_first(desk: Desk) -> None:
+    desk.put("a.csv", line("a"))
+    with ThreadPoolExecutor(1) as pool:
+        with landing._only_writer(desk.lake, "shop"):
+            second = pool.submit(desk.land)
+            with pytest.raises(TimeoutError):
+                second.result(timeout=0.3)
+            assert not desk.lake.exists("shop/files")
+        assert second.result(timeout=60).accepted == 1
 
 
 # --- crashes

@@ -9,7 +9,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from delivery.sandbox.worlds.advertising import CENT, Setting, World, explore, export_day, history
+from delivery.sandbox.worlds.advertising import (
+    CAMPAIGN_NOISE,
+    CENT,
+    DAY_NOISE,
+    ORDER_SPREAD,
+    Setting,
+    World,
+    explore,
+    export_day,
+    history,
+)
 
 DAY = date(2026, 3, 4)
 
@@ -56,11 +66,9 @@ def test_small_lines_have_many_days_of_zero_and_large_ones_vary_more_than_counti
     days = [DAY + timedelta(days=d) for d in range(60)]
     expected = np.array([world.expected_value(world.incumbent_budgets(day), day) for day in days])
     assert (revenue / expected).mean() == pytest.approx(1, abs=0.03)
-    # Counting alone would make the variance shrink as one over the value; a floor remains.
-    order = np.argsort(-world.level)
-    variance = (revenue / expected - 1).var(0)[order]
-    assert variance[:20].mean() < variance[60:100].mean()
-    assert variance[:5].mean() > 0.1**2
+    counting = world._order * (1 + ORDER_SPREAD**2) / expected
+    excess = ((revenue / expected - 1) ** 2 - counting)[:, np.argsort(-world.level)[:60]].mean()
+    assert excess == pytest.approx(DAY_NOISE**2 + CAMPAIGN_NOISE**2, abs=0.004) and excess > 0.007
 
 
 def test_response_rises_saturates_and_is_bounded() -> None:
@@ -229,7 +237,9 @@ def test_a_broken_schema_renames_revenue_and_switches_to_cents(tmp_path: Path) -
 def test_an_export_holds_the_day_asked_for_and_an_absent_day_is_refused(tmp_path: Path) -> None:
     rows = history(World(17, "easy", 24), DAY, 3)
     tomorrow = DAY + timedelta(days=1)
-    written = read(export_day(rows, tmp_path, tomorrow))
+    path = export_day(rows, tmp_path, tomorrow)
+    written = read(path)
+    assert path.read_bytes()[4:8] == bytes(4), "the gzip header holds no time of writing"
     assert {r["date"] for r in written} == {tomorrow.isoformat()} and len(written) == 24
     assert all(r["exported_at"].startswith((tomorrow + timedelta(days=1)).isoformat()) for r in written)
     with pytest.raises(ValueError, match="no rows of 2026-04-01"):

@@ -43,7 +43,9 @@ def test_another_epoch_or_workflow_is_an_independent_draw():
     second, _ = drawn(units, epoch="2026-01-15", shares={"holdout": 1, "champion": 1})
     same = sum(first[u] == second[u] for u in units)
     assert abs(same - 2_000) < 4.5 * np.sqrt(1_000)
-    other = draw(units, workflow="ticket_priority", design="cohort", epoch="2026-01-01", shares={"holdout": 1, "champion": 1})
+    other = draw(
+        units, workflow="ticket_priority", design="cohort", epoch="2026-01-01", shares={"holdout": 1, "champion": 1}
+    )
     assert abs(sum(first[r["unit"]] == r["arm"] for r in other.to_pylist()) - 2_000) < 4.5 * np.sqrt(1_000)
 
 
@@ -133,7 +135,14 @@ def test_epochs_follow_one_another_and_only_redraws_wash_out():
     ],
 )
 def test_a_wrong_arms_section_is_refused(change, says):
-    good = {"design": "cohort", "unit": "campaign", "epoch": 14, "washout": 3, "shares": SHARES, "explore": {"step": 0.2}}
+    good = {
+        "design": "cohort",
+        "unit": "campaign",
+        "epoch": 14,
+        "washout": 3,
+        "shares": SHARES,
+        "explore": {"step": 0.2},
+    }
     assert Arms.model_validate(good).explore.step == 0.2
     with pytest.raises(ValidationError, match=says):
         Arms.model_validate(good | change)

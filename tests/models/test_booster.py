@@ -1,4 +1,4 @@
-"""What a Booster promises: the same bytes from the same input, the same scores from its file, and refusals that say why."""
+"""What a Booster promises: the same bytes from the same input, the same scores from its file, clear refusals."""
 
 from typing import Any
 
@@ -109,7 +109,8 @@ def test_an_encoding_survives_json(encoding):
 def test_early_stopping_keeps_the_rounds_up_to_the_best(table, encoding):
     noise = np.random.default_rng(1).random(table.num_rows).round()
     x = encoding.matrix(table)
-    model = train(table.slice(0, 1000), encoding, noise[:1000], rounds=300, valid=(x[1000:], noise[1000:]), early_stopping=5)
+    held = (x[1000:], noise[1000:])
+    model = train(table.slice(0, 1000), encoding, noise[:1000], rounds=300, valid=held, early_stopping=5)
     assert 1 <= model.num_trees() < 300
 
 

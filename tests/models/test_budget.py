@@ -21,9 +21,7 @@ def curves(rng, n, k, largest=10_000_000_000, shape="mixed"):
     """Random piecewise-linear curves of one or all shapes on uneven grids; spends in micros, values in currency."""
     unit = rng.integers(k, largest, n)
     grid = np.sort(rng.uniform(0, 1, (n, k)), axis=1)
-    spends = np.unique(np.floor(grid * unit[:, None]).astype(np.int64) + np.arange(k), axis=0) if n == 0 else (
-        np.floor(grid * unit[:, None]).astype(np.int64) + np.arange(k)
-    )  # fmt: skip
+    spends = np.floor(grid * unit[:, None]).astype(np.int64) + np.arange(k)
     x = spends / spends[:, -1:]
     size = rng.lognormal(0, 1, (n, 1)) * spends[:, -1:] / MICROS
     bent = rng.uniform(0.1, 0.95, (n, 1))
@@ -31,7 +29,9 @@ def curves(rng, n, k, largest=10_000_000_000, shape="mixed"):
         "concave": x**bent,
         "s_shaped": x**4 / (x**4 + bent**4),
         "flat": np.minimum(x, bent),
-        "ties": np.cumsum(np.diff(spends, axis=1, prepend=0) * np.sort(rng.integers(0, 3, (n, k)), axis=1)[:, ::-1], axis=1)
+        "ties": np.cumsum(
+            np.diff(spends, axis=1, prepend=0) * np.sort(rng.integers(0, 3, (n, k)), axis=1)[:, ::-1], axis=1
+        )
         / np.maximum(spends[:, -1:], 1),
         "wild": np.cumsum(rng.normal(0.2, 1, (n, k)), axis=1) / k,
     }
@@ -73,10 +73,20 @@ def highs(lines, total, target=None):
     else:
         required = target * x / MICROS
         size = max(np.abs(v - required).max(), 1e-9)
-        more = {"A_eq": one, "b_eq": np.ones(len(lines)), "A_ub": np.vstack([x / scale, (required - v) / size]), "b_ub": [total / scale, 0]}
-    for tolerance in (1e-10, 1e-9, 1e-8, 1e-7):  # HiGHS gives up on some instances at the tightest
-        options = {"primal_feasibility_tolerance": tolerance, "dual_feasibility_tolerance": tolerance}
-        found = linprog(-v / worth, **more, bounds=(0, None), method="highs", options=options)
+        more = {
+            "A_eq": one,
+            "b_eq": np.ones(len(lines)),
+            "A_ub": np.vstack([x / scale, (required - v) / size]),
+            "b_ub": [total / scale, 0],
+        }
+    tight = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
+    for method, presolve in (
+        ("highs", True),
+        ("highs", False),
+        ("highs-ipm", True),
+        ("highs-ipm", False),
+    ):  # it may give up on one
+        found = linprog(-v / worth, **more, bounds=(0, None), method=method, options=tight | {"presolve": presolve})
         if found.status in (0, 2):
             return None if found.status == 2 else -found.fun * worth
     raise AssertionError(found.message)
@@ -145,7 +155,9 @@ def test_only_one_line_ends_off_its_points_and_without_the_exact_search_the_gap_
         spends, values = curves(rng, int(rng.integers(2, 80)), 9)
         before, floor, cap, change = bounds(rng, spends)
         lines = cut(spends, values, before, floor, cap, change)
-        plan = allocate(spends, values, total=int(before.sum()), floor=floor, cap=cap, before=before, largest_change=change)
+        plan = allocate(
+            spends, values, total=int(before.sum()), floor=floor, cap=cap, before=before, largest_change=change
+        )
         check(plan, lines, int(before.sum()))
         assert same(plan.bound, highs(lines, int(before.sum())), lines)
         between = [i for i, (s, (x, _)) in enumerate(zip(plan.spend, lines, strict=True)) if s not in x]
@@ -167,7 +179,16 @@ def test_under_a_target_return_the_bound_is_the_optimum_with_both_constraints(mo
         total = int(rng.integers(low, high + 1)) if case % 3 else 2 * high
         worth = sum(v.max() for _, v in lines)
         target = max(0.0, worth / max(high, 1) * MICROS * rng.lognormal(0, 0.7))
-        plan = allocate(spends, values, total=total, floor=floor, cap=cap, before=before, largest_change=change, target_return=target)
+        plan = allocate(
+            spends,
+            values,
+            total=total,
+            floor=floor,
+            cap=cap,
+            before=before,
+            largest_change=change,
+            target_return=target,
+        )
         wanted = highs(lines, total, target)
         if wanted is None:
             assert not plan.feasible and plan.reason
@@ -198,7 +219,9 @@ def test_few_lines_are_solved_exactly_on_the_curves_themselves(target):
         before, floor, cap, change = bounds(rng, spends)
         lines = cut(spends, values, before, floor, cap, change)
         total, price = int(before.sum()), None if target is None else target * MICROS
-        plan = allocate(spends, values, total=total, floor=floor, cap=cap, before=before, largest_change=change, target_return=price)
+        plan = allocate(
+            spends, values, total=total, floor=floor, cap=cap, before=before, largest_change=change, target_return=price
+        )
         check(plan, lines, total, price)
         wanted = best_of_all(lines, total, price)
         if wanted is None:
@@ -280,8 +303,14 @@ def test_a_target_return_stops_spending_and_has_a_price():
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"floor": np.array([12, 0]) * MICROS, "cap": np.array([11, 20]) * MICROS}, r"1 lines .* line 0 .* 12.00 and at most 11.00"),
-        ({"floor": np.array([0, 15]) * MICROS, "largest_change": 0.3}, r"line 1 must get at least 15.00 and at most 13.00"),
+        (
+            {"floor": np.array([12, 0]) * MICROS, "cap": np.array([11, 20]) * MICROS},
+            r"1 lines .* line 0 .* 12.00 and at most 11.00",
+        ),
+        (
+            {"floor": np.array([0, 15]) * MICROS, "largest_change": 0.3},
+            r"line 1 must get at least 15.00 and at most 13.00",
+        ),
         ({"floor": np.array([9, 9]) * MICROS, "total": 17}, r"lower bounds sum to 18.00, the total is 17.00"),
         ({"target_return": 5.0, "floor": np.array([1, 1]) * MICROS}, r"returns 5 for each unit"),
     ],
@@ -309,7 +338,15 @@ def test_what_cannot_be_met_is_said_and_the_status_quo_kept(more, says):
     ],
 )
 def test_malformed_curves_are_refused_naming_the_line(change, says):
-    good = {"spends": [[0, 4]], "values": [[0.0, 1.0]], "total": 2, "floor": [0], "cap": [4], "before": [2], "largest_change": None}
+    good = {
+        "spends": [[0, 4]],
+        "values": [[0.0, 1.0]],
+        "total": 2,
+        "floor": [0],
+        "cap": [4],
+        "before": [2],
+        "largest_change": None,
+    }
     given_ = {k: np.array(v) if isinstance(v, list) else v for k, v in (good | change).items()}
     with pytest.raises(ValueError, match=says):
         allocate(given_.pop("spends"), given_.pop("values"), **given_)
@@ -317,7 +354,9 @@ def test_malformed_curves_are_refused_naming_the_line(change, says):
 
 def test_nothing_to_allocate_leaves_the_total_unspent():
     none = np.zeros(0, dtype=np.int64)
-    plan = allocate(np.zeros((0, 3), int), np.zeros((0, 3)), total=7, floor=none, cap=none, before=none, largest_change=0.3)
+    plan = allocate(
+        np.zeros((0, 3), int), np.zeros((0, 3)), total=7, floor=none, cap=none, before=none, largest_change=0.3
+    )
     assert plan.unspent == 7 and plan.feasible
 
 
@@ -338,7 +377,12 @@ def a_day(seed=0, n=400, broken=True):
         }
     )
     spends = (before[:, None] * np.linspace(0.5, 1.5, 9)).astype(np.int64)
-    values = before[:, None] / MICROS * rng.lognormal(1, 0.5, (n, 1)) * (spends / before[:, None]) ** rng.uniform(0.1, 0.9, (n, 1))
+    values = (
+        before[:, None]
+        / MICROS
+        * rng.lognormal(1, 0.5, (n, 1))
+        * (spends / before[:, None]) ** rng.uniform(0.1, 0.9, (n, 1))
+    )
     x, v = [list(map(int, s)) for s in spends], [list(map(float, s)) for s in values]
     ids = features["entity_id"].to_pylist()
     if broken:
@@ -351,7 +395,9 @@ def a_day(seed=0, n=400, broken=True):
         v[champion[5]][2] = None
     order = rng.permutation(n)
     scores = pa.table({"entity_id": ids, "spends": x, "values": v}).take(order)
-    arms = pa.table({"unit": features["unit"], "arm": arm, "arm_probability": np.full(n, 0.25)}).take(rng.permutation(n))
+    arms = pa.table({"unit": features["unit"], "arm": arm, "arm_probability": np.full(n, 0.25)}).take(
+        rng.permutation(n)
+    )
     return features, scores, arms, arm
 
 
@@ -360,7 +406,9 @@ SPEC = {"largest_daily_change": 0.3}
 
 def test_every_arm_keeps_its_own_pool_to_the_micro():
     features, scores, arms, arm = a_day()
-    decisions, certificates = decide(features, scores, arms, SPEC, explore=Explore(step=0.1), key="ad_budget/2026-01-01")
+    decisions, certificates = decide(
+        features, scores, arms, SPEC, explore=Explore(step=0.1), key="ad_budget/2026-01-01"
+    )
     before, after = (decisions[c].to_numpy() for c in ("before", "after"))
     assert decisions["arm"].to_pylist() == arm.tolist()
     for name in ("holdout", "champion", "challenger", "explore"):
@@ -379,10 +427,19 @@ def test_lines_without_a_usable_curve_keep_the_status_quo_and_say_why():
     features, scores, arms, arm = a_day()
     rows = decide(features, scores, arms, SPEC)[0].to_pylist()
     champion = np.flatnonzero(arm == "champion")
-    for at, why in ((0, "not usable"), (1, "not usable"), (2, "does not reach today's budget"), (3, "gave no response curve"), (5, "not usable")):
+    for at, why in (
+        (0, "not usable"),
+        (1, "not usable"),
+        (2, "does not reach today's budget"),
+        (3, "gave no response curve"),
+        (5, "not usable"),
+    ):
         row = rows[champion[at]]
         assert row["after"] == row["before"] and not row["changed"]
-        assert row["reasons"] == [r for r in row["reasons"] if why in r] and f"{row['before'] / MICROS:.2f}" in row["reasons"][0]
+        assert (
+            row["reasons"] == [r for r in row["reasons"] if why in r]
+            and f"{row['before'] / MICROS:.2f}" in row["reasons"][0]
+        )
     assert rows[champion[0]]["expected_gain"] is None
     good = rows[champion[4]]
     assert good["expected_gain"] is not None and "pool" in good["reasons"][0]
@@ -399,18 +456,25 @@ def test_no_scores_at_all_change_nothing():
 def test_a_reason_carries_the_figures_of_its_line():
     features = pa.table({"entity_id": ["a", "b"], "unit": ["a", "b"], "budget_micros": [100 * MICROS, 50 * MICROS]})
     scores = pa.table(
-        {"entity_id": ["b", "a"], "spends": [[25_000_000, 50_000_000, 75_000_000], [50_000_000, 100_000_000, 150_000_000]],
-         "values": [[50.0, 75.0, 95.0], [250.0, 400.0, 500.0]]}
-    )  # fmt: skip
-    arms = pa.table({"entity_id": ["a", "b"], "unit": ["a", "b"], "arm": ["champion"] * 2, "arm_probability": [1.0, 1.0]})
+        {
+            "entity_id": ["b", "a"],
+            "spends": [[25_000_000, 50_000_000, 75_000_000], [50_000_000, 100_000_000, 150_000_000]],
+            "values": [[50.0, 75.0, 95.0], [250.0, 400.0, 500.0]],
+        }
+    )
+    arms = pa.table(
+        {"entity_id": ["a", "b"], "unit": ["a", "b"], "arm": ["champion"] * 2, "arm_probability": [1.0, 1.0]}
+    )
     up, down = decide(features, scores, arms, SPEC)[0].to_pylist()
     assert (up["after"], down["after"]) == (115 * MICROS, 35 * MICROS)
     assert up["reasons"] == [
-        "Budget raised from 100.00 to 115.00 (+15.00%): the extra 15.00 is expected to earn 30.00, or 2.00 for each unit of money; "
+        "Budget raised from 100.00 to 115.00 (+15.00%): the extra 15.00 is expected to earn 30.00, or 2.00 for "
+        "each unit of money; "
         "the next unit of money in the champion pool earns 2.00."
     ]
     assert down["reasons"] == [
-        "Budget lowered from 50.00 to 35.00 (-30.00%): the 15.00 taken away was expected to earn 15.00, or 1.00 for each unit of money; "
+        "Budget lowered from 50.00 to 35.00 (-30.00%): the 15.00 taken away was expected to earn 15.00, or 1.00 "
+        "for each unit of money; "
         "the next unit of money in the champion pool earns 2.00.",
         "It goes no further: a line moves by at most 30% a day.",
     ]
@@ -430,9 +494,13 @@ def test_exploring_takes_todays_multiplier_out_and_may_swing_within_the_daily_ch
         assert (np.abs(after - before)[mine] <= 0.3 * before[mine] + 1).all()
         last[mine] = decisions["perturbation"].to_numpy(zero_copy_only=False)[mine]
         before = after
-        features = features.set_column(2, "budget_micros", pa.array(before)).set_column(3, "explore_multiplier_today", pa.array(last))
+        features = features.set_column(2, "budget_micros", pa.array(before)).set_column(
+            3, "explore_multiplier_today", pa.array(last)
+        )
     drift = before[mine] / last[mine] / status_quo
-    assert np.ptp(drift) < 0.02  # thirty draws later the status quo is where it was, but for what the first day could not take out
+    assert (
+        np.ptp(drift) < 0.02
+    )  # thirty draws later the status quo is where it was, but for what the first day could not take out
     moved = decisions.filter(pa.array(mine))
     assert set(moved["perturbation_probability"].to_pylist()) <= {0.5, 1.0}
     assert "step of 20% is held to 13.0%" in moved["reasons"].to_pylist()[0][-1]
@@ -464,8 +532,12 @@ def test_floor_and_cap_columns_hold_and_a_conflict_keeps_the_line():
     floor = (before * 9) // 10
     champion = int(np.argmax(arm == "champion"))
     floor[champion] = 2 * before[champion]
-    features = features.append_column("cap_micros", pa.array(cap, pa.int64())).append_column("floor_micros", pa.array(floor))
-    decisions, certificates = decide(features, scores, arms, SPEC | {"cap": "cap_micros", "floor": "floor_micros", "cap_share": 1.2})
+    features = features.append_column("cap_micros", pa.array(cap, pa.int64())).append_column(
+        "floor_micros", pa.array(floor)
+    )
+    decisions, certificates = decide(
+        features, scores, arms, SPEC | {"cap": "cap_micros", "floor": "floor_micros", "cap_share": 1.2}
+    )
     after, decided = decisions["after"].to_numpy(), np.isin(arm, ["champion", "challenger"])
     decided[champion] = False
     most = np.array([b * 1.2 if c is None else c for b, c in zip(before, cap, strict=True)])

@@ -63,6 +63,11 @@ def test_truth_lies_within_the_stated_sd_as_often_as_it_should() -> None:
     assert np.std(errors) < 0.85 * np.std(data["truth"]), "better than knowing the overall mean alone"
 
 
+def test_the_spreads_are_learned() -> None:
+    got = fit(simulate(1, level=300.0, days=90))
+    assert got.spread_within == pytest.approx(0.12, abs=0.02) and got.spread_between == pytest.approx(0.12, abs=0.05)
+
+
 def test_more_days_and_larger_steps_say_more() -> None:
     spread = {
         name: np.std(fit(data).of(data["names"], data["groups"])[0] - data["truth"])
@@ -104,11 +109,14 @@ def test_observed_spend_is_biased_and_the_perturbations_are_not() -> None:
     assert np.mean(ours) == pytest.approx(np.mean(truth), abs=0.05)
 
 
-def test_a_line_alone_in_its_group_is_not_explained_away_by_its_own_days() -> None:
-    data = simulate(3, groups=200, per_group=1, level=200.0)
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_line_in_a_small_group_is_not_explained_away_by_its_own_days(size: int) -> None:
+    data = simulate(3, groups=300 // size, per_group=size, level=200.0)
+    shared = np.exp(np.random.default_rng(0).normal(0, 0.5, (28, 300 // size))).repeat(size, axis=1).ravel()
+    data["value"] = data["value"] * (shared if size > 1 else 1.0)
     mean, _ = fit(data).of(data["names"], data["groups"])
-    assert mean.mean() == pytest.approx(data["truth"].mean(), abs=0.03)
-    assert np.corrcoef(mean, data["truth"])[0, 1] > 0.6
+    assert mean.mean() == pytest.approx(data["truth"].mean(), abs=0.05)
+    assert np.polyfit(mean, data["truth"], 1)[0] > 0.6, "the estimates' differences are believable"
 
 
 def test_rows_that_were_not_randomised_are_left_out() -> None:
@@ -126,7 +134,8 @@ def test_zeros_are_data_and_a_line_that_never_earned_falls_back_on_its_group() -
     assert np.mean(data["value"] == 0) > 0.4
     silent = data["line"] == "l0003"
     data["value"] = np.where(silent, 0.0, data["value"])
-    got = fit(data)
+    with np.errstate(divide="raise", invalid="raise"):
+        got = fit(data)
     mean, sd = got.of(data["names"], data["groups"])
     assert np.isfinite(mean).all() and (sd > 0).all()
     group_mean, group_sd = got.of(["unseen"], ["g00"])

@@ -1,0 +1,278 @@
+"""Drift: what moved is found and named, what did not move is left alone, and nothing goes unjudged in silence."""
+
+import json
+import os
+import socket
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from scipy.spatial.distance import jensenshannon
+from scipy.stats import wasserstein_distance
+
+from data_checks import drift as subject
+from data_checks.drift import DriftImpossible, DriftReport, DriftSpec, drift, save, sentence
+
+NUMERIC = ("x", "count", "flag", "nothing")
+CATEGORICAL = ("team", "code")
+SPEC = DriftSpec(reference_days=4, min_rows=50)
+
+
+def window(rows: int, seed: int, **replaced: Any) -> pa.Table:
+    draw = np.random.default_rng(seed)
+    columns = {
+        "x": pa.array(draw.normal(10, 2, rows)),
+        "count": pa.array(draw.poisson(20, rows), pa.int64(), mask=draw.random(rows) < 0.1),
+        "flag": pa.array(draw.random(rows) < 0.3),
+        "nothing": pa.nulls(rows, pa.float64()),
+        "team": pa.array(draw.choice(["red", "green", "blue"], rows, p=[0.5, 0.3, 0.2])),
+        "code": pa.array(draw.integers(1, 6, rows), pa.int64()),
+    }
+    return pa.table({**columns, **{k: v for k, v in replaced.items() if v is not None}}).drop_columns(
+        [k for k, v in replaced.items() if v is None]
+    )
+
+
+def compare(current: pa.Table, reference: pa.Table | None = None, spec: DriftSpec = SPEC) -> DriftReport:
+    return drift(current, reference or window(1600, 1), numeric=NUMERIC, categorical=CATEGORICAL, spec=spec)
+
+
+@pytest.fixture(scope="module")
+def clean() -> DriftReport:
+    return compare(window(400, 2))
+
+
+def moved(report: DriftReport) -> set[str]:
+    return {name for name, column in report.columns.items() if column["drifted"]}
+
+
+def test_the_same_distribution_is_stable_and_every_column_with_values_is_measured(clean: DriftReport) -> None:
+    assert moved(clean) == set() and not clean.drifted and clean.share_drifted == 0
+    assert {n for n, c in clean.columns.items() if not c["judged"]} == {"nothing"}
+    assert clean.volume == pytest.approx(1.0)
+    assert "not measured: nothing" in sentence(clean)
+
+
+def test_distances_are_those_of_scipy_on_the_rows_themselves(clean: DriftReport) -> None:
+    now, before = window(400, 2), window(1600, 1)
+    a, b = (t["count"].drop_null().to_numpy().astype(float) for t in (now, before))
+    assert clean.columns["count"]["distance"] == pytest.approx(wasserstein_distance(a, b) / b.std())
+    shares = [[t["team"].to_pylist().count(c) / t.num_rows for c in ("red", "green", "blue")] for t in (now, before)]
+    assert clean.columns["team"]["distance"] == pytest.approx(jensenshannon(*shares))
+    assert clean.columns["count"]["null_share_current"] == now["count"].null_count / 400
+
+
+def test_what_moved_is_found_and_named_and_the_rest_is_left_alone() -> None:
+    draw = np.random.default_rng(5)
+    report = compare(
+        window(
+            400,
+            3,
+            x=pa.array(draw.normal(11.2, 2, 400)),
+            count=pa.array(draw.poisson(20, 400), pa.int64(), mask=draw.random(400) < 0.9),
+            team=pa.array(draw.choice(["red", "green", "violet"], 400, p=[0.5, 0.3, 0.2])),
+        )
+    )
+    assert moved(report) == {"x", "count", "team"} and report.share_drifted == 0.5 and report.drifted
+    assert report.columns["x"]["distance"] == pytest.approx(0.6, abs=0.15)
+    assert (report.columns["team"]["new_categories"], report.columns["team"]["vanished_categories"]) == (
+        ["violet"],
+        ["blue"],
+    )
+    assert "nulls 10% → 89%" in report.columns["count"]["reason"] and not report.columns["count"]["judged"]
+    assert "violet" in report.html and "DRIFTED" in report.html
+    assert sentence(report).startswith("3 of 6 columns drifted, volume 1.00×: ")
+
+
+def test_a_column_that_loses_every_value_has_drifted_without_breaking_the_report() -> None:
+    report = compare(window(400, 2, x=pa.nulls(400, pa.float64()), team=pa.nulls(400, pa.string())))
+    assert moved(report) == {"x", "team"}
+    assert report.columns["x"]["null_share_current"] == 1.0 and report.columns["x"]["distance"] is None
+    assert report.columns["team"]["vanished_categories"] == ["red", "green", "blue"], "the most frequent first"
+
+
+def test_infinite_and_undefined_numbers_count_as_missing() -> None:
+    values = window(400, 2)["x"].to_numpy().copy()
+    values[:200] = np.inf
+    values[200:300] = np.nan
+    report = compare(window(400, 2, x=pa.array(values)))
+    assert report.columns["x"]["null_share_current"] == 0.75 and moved(report) == {"x"}
+    assert report.columns["x"]["judged"] and np.isfinite(report.columns["x"]["distance"])
+
+
+def test_a_column_missing_from_the_day_has_drifted_and_a_new_one_is_named() -> None:
+    report = compare(window(400, 2, team=None), window(1600, 1, x=None))
+    assert moved(report) == {"team"} and report.columns["team"]["reason"] == "missing from the current window"
+    assert not report.columns["x"]["judged"] and "new" in report.columns["x"]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("replaced", "message"),
+    [
+        ({"x": None}, r"'x' is in neither window; correct features\.numeric"),
+        ({"x": pa.array(["a"] * 100)}, "'x' is string, not a number; list it as categorical"),
+        ({"x": pa.array([datetime(2020, 1, 1)] * 100)}, r"'x' is timestamp\[us\], not a number"),
+        ({"team": pa.array([["a"]] * 100)}, "'team' is list.*, not a category"),
+    ],
+)
+def test_a_column_that_cannot_be_judged_is_an_error_with_the_way_out(replaced: dict[str, Any], message: str) -> None:
+    with pytest.raises(DriftImpossible, match=message):
+        compare(window(100, 2, **replaced), window(100, 1, **replaced))
+
+
+def test_empty_windows_and_too_few_values_everywhere_are_errors() -> None:
+    with pytest.raises(DriftImpossible, match="current window has no rows"):
+        compare(window(100, 2).slice(0, 0))
+    with pytest.raises(DriftImpossible, match="no column has 500 values"):
+        compare(window(100, 2), spec=DriftSpec(min_rows=500))
+
+
+def test_a_column_on_which_evidently_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = subject._run
+
+    def fails_on_team(columns: dict[str, Any], share: float) -> Any:
+        if "team" in columns:
+            raise ZeroDivisionError("somewhere inside")
+        return run(columns, share)
+
+    monkeypatch.setattr(subject, "_run", fails_on_team)
+    with pytest.raises(
+        DriftImpossible, match=r"'team': Evidently could not judge it \(ZeroDivisionError: somewhere inside\)"
+    ):
+        drift(window(100, 2), window(100, 1), numeric=["x"], categorical=["team"], spec=SPEC)
+
+
+def test_a_distance_that_evidently_does_not_give_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "_run", lambda columns, share: (None, {}))
+    with pytest.raises(DriftImpossible, match="'x': Evidently gave no distance"):
+        compare(window(100, 2))
+
+
+def test_many_rows_are_compressed_and_every_row_still_counts() -> None:
+    draw = np.random.default_rng(8)
+    sides = [draw.lognormal(0, 1, 60_000), draw.lognormal(0.1, 1, 45_000)]
+    teams = [draw.choice([f"t{i}" for i in range(30)], len(s)) for s in sides]
+    codes = [np.where(np.arange(len(s)) == 7, "once", "a") for s in sides]
+    now, before = (pa.table({"x": s, "team": t}) for s, t in zip(sides, teams, strict=True))
+    now = now.append_column("code", pa.array(codes[0]))
+    before = before.append_column("code", pa.array(np.full(45_000, "a")))
+    report = drift(now, before, numeric=["x"], categorical=["team", "code"], spec=SPEC)
+    exact = wasserstein_distance(*sides) / sides[1].std()
+    assert report.columns["x"]["distance"] == pytest.approx(exact, abs=0.005)
+    shares = [np.unique(t, return_counts=True)[1] / len(t) for t in teams]
+    assert report.columns["team"]["distance"] == pytest.approx(jensenshannon(*shares), abs=0.002)
+    assert report.columns["code"]["new_categories"] == ["once"], "one row of 60,000 is seen"
+
+
+def test_compression_keeps_mean_missing_share_and_counts() -> None:
+    values = np.random.default_rng(3).normal(5, 1, 30_000)
+    values[:7_500] = np.nan
+    small = subject.compress_numbers(values, 1_000)
+    assert len(small) == 1_000 and np.isnan(small).mean() == 0.25
+    assert np.nanmean(small) == pytest.approx(np.nanmean(values), rel=1e-12)
+    counts = subject.compress_counts(np.array([70_000, 29_999, 1]), 1_000)
+    assert counts.sum() == 1_000 and np.abs(counts - [700, 299.99, 0.01]).max() < 1
+
+
+@pytest.mark.parametrize("rows", [100, 400, 2_000])
+def test_chance_alone_rarely_passes_the_threshold_and_a_real_shift_does(rows: int) -> None:
+    draw = np.random.default_rng(rows)
+    false = dict.fromkeys(("normal", "lognormal", "even", "skewed"), 0)
+    skewed = 1 / np.arange(1, 201)
+    found, runs = 0, 200
+    for _ in range(runs):
+        for name, sample in (("normal", draw.normal), ("lognormal", draw.lognormal)):
+            now, before = sample(size=rows), sample(size=5_000)
+            limit = np.hypot(0.05, subject.chance_numbers(before, rows))
+            false[name] += wasserstein_distance(now, before) / before.std() >= limit
+        found += wasserstein_distance(draw.normal(0.75, 1, rows), before := draw.normal(size=5_000)) >= np.hypot(
+            0.05, subject.chance_numbers(before, rows)
+        )
+        for name, shares in (("even", np.full(50, 1 / 50)), ("skewed", skewed / skewed.sum())):
+            counts = [draw.multinomial(n, shares) / n for n in (rows, 5_000)]
+            limit = np.hypot(0.05, subject.chance_categories(len(shares), rows, 5_000))
+            false[name] += jensenshannon(*counts) >= limit
+    assert all(count <= 0.01 * runs for count in false.values()), false
+    assert found >= 0.99 * runs
+
+
+def test_categories_beyond_the_limit_are_one_and_rare_ones_do_not_slow_or_alarm() -> None:
+    sides = [np.random.default_rng(s).integers(0, 3_000, n).astype(str) for s, n in ((1, 600), (2, 3_000))]
+    report = drift(
+        *(pa.table({"caller": s}) for s in sides), numeric=[], categorical=["caller"], spec=DriftSpec(min_rows=50)
+    )
+    assert moved(report) == set() and len(report.columns["caller"]["new_categories"]) == 20
+
+
+def test_the_report_is_json_and_the_page_opens_without_a_network(clean: DriftReport) -> None:
+    assert json.loads(json.dumps(clean.json)) == clean.json
+    assert set(clean.json["columns"]) == {*NUMERIC, *CATEGORICAL}
+    assert "://" not in clean.html and "<script" not in clean.html
+    assert compare(window(400, 2)).html == clean.html
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def test_saving_a_day_again_replaces_it_and_another_day_is_added(clean: DriftReport, tmp_path: Path) -> None:
+    from evidently.ui.workspace import Workspace
+
+    day, after = datetime(2016, 5, 1), datetime(2016, 5, 2)
+    first = save(str(tmp_path), "ticket_priority", clean, timestamp=day, tags=["day:2016-05-01"])
+    once = files(tmp_path)
+    assert save(str(tmp_path), "ticket_priority", clean, timestamp=day, tags=["day:2016-05-01"]) == first
+    assert files(tmp_path) == once, "the same report saved again gives the same bytes"
+    second = save(str(tmp_path), "ticket_priority", clean, timestamp=after)
+    other = save(str(tmp_path), "ad_budget", clean, timestamp=day)
+    assert second[0] == first[0] and second[1] != first[1] and other[0] != first[0]
+
+    workspace = Workspace(str(tmp_path))
+    assert {str(i) for i in workspace.list_runs(first[0])} == {first[1], second[1]}
+    kept = workspace.get_run(first[0], first[1])
+    assert kept is not None
+    assert (kept.timestamp, kept.tags, kept.metadata["share_drifted"]) == (day, ["day:2016-05-01"], "0.0000")
+    assert {p.name for p in workspace.list_projects()} == {"ticket_priority", "ad_budget"}
+
+
+def test_the_panels_draw_one_line_a_column_over_the_days(clean: DriftReport, tmp_path: Path) -> None:
+    import asyncio
+    from uuid import UUID
+
+    from evidently.ui.service.base import SeriesFilter
+    from evidently.ui.service.storage.local import create_local_project_manager
+    from evidently.ui.workspace import Workspace
+
+    # Another number of rows gives other thresholds, which must not start other lines.
+    for day, report in ((1, clean), (2, compare(window(200, 6)))):
+        project, _ = save(str(tmp_path), "ticket_priority", report, timestamp=datetime(2016, 5, day))
+    dashboard = Workspace(str(tmp_path)).get_dashboard(UUID(project))
+    assert [p.title for p in dashboard.panels] == ["Share of drifted columns", "Distance of each column"]
+    storage = create_local_project_manager(str(tmp_path), False).data_storage
+    lines = {}
+    for panel in dashboard.panels:
+        value = panel.values[0]
+        wanted = [SeriesFilter(tags=[], metadata={}, metric=value.metric, metric_labels=value.metric_labels)]
+        series = asyncio.run(storage.get_data_series(UUID(project), wanted, None, None)).series
+        lines[panel.title] = {s.params.get("column"): s.values for s in series}
+    assert lines["Share of drifted columns"] == {None: [0.0, 0.0]}
+    assert lines["Distance of each column"]["x"][0] == clean.columns["x"]["distance"]
+    assert {c: len(v) for c, v in lines["Distance of each column"].items()} == dict.fromkeys(
+        ("x", "count", "flag", "team", "code"), 2
+    )
+
+
+def test_judging_writes_no_file_and_calls_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("measuring drift must not use the network")
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    report = drift(window(100, 2), window(100, 1), numeric=["x"], categorical=[], spec=SPEC)
+    save(str(tmp_path / "workspace"), "w", report, timestamp=datetime(2016, 5, 1))
+    assert os.listdir(tmp_path) == ["workspace"] and os.environ["DO_NOT_TRACK"] == "1"
