@@ -69,6 +69,10 @@ class Lake:
     root: str
     storage_options: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if "://" not in self.root and set(self.root) & set("[]*?{}"):
+            raise ValueError(f"{self.root}: the lake's folder may not hold any of [ ] * ? {{ }}; choose another SIGNALBOX_HOME")
+
     def uri(self, table: str) -> str:
         """Where a table lies."""
         return f"{self.root.rstrip('/')}/{table}" if "://" in self.root else os.path.join(self.root, table)
@@ -101,7 +105,11 @@ class Lake:
         Raises TableMissing for a table that was never written and deltalake's own error for a version that
         retention has removed.
         """
-        dataset = self._open(table, version).to_pyarrow_dataset()
+        opened = self._open(table, version)
+        pruned = None
+        if days and "day" in opened.metadata().partition_columns:
+            pruned = [("day", "in", [d.isoformat() for d in days])]  # listing a year's files costs more than reading one day
+        dataset = opened.to_pyarrow_dataset(file_pruning_predicate=pruned)
         condition = where
         if days is not None:
             inside = pc.field("day").isin(pa.array(list(days), pa.date32()))

@@ -185,6 +185,13 @@ class Workflow(Strict):
         """The time (naive UTC) by which ``day`` must be decided."""
         return datetime.combine(day + timedelta(days=1), self.deadline)
 
+    @property
+    def drift_columns(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The numeric and the categorical feature columns that drift is measured on."""
+        numeric = self.features.numeric if self.drift.numeric is None else self.drift.numeric
+        categorical = self.features.categorical if self.drift.categorical is None else self.drift.categorical
+        return numeric, categorical
+
     def table(self, stage: str) -> str:
         """The lake's name of a stage's table."""
         return f"{self.name}/{stage}"
@@ -262,9 +269,26 @@ def _explain(file: Path, error: ValidationError, model: type[BaseModel], under: 
     return "\n".join(lines)
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """YAML in which no key stands twice: the later one would silently win."""
+
+
+def _once(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+        seen.add(key)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep)
+
+
+_OnceLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _once)
+
+
 def _yaml(file: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        found = yaml.load(file.read_text(encoding="utf-8"), Loader=_OnceLoader)  # noqa: S506 - a SafeLoader
     except FileNotFoundError:
         raise WorkflowInvalid(f"{file}: is missing; every workflow has workflow.yaml and contract.yaml") from None
     except yaml.YAMLError as error:

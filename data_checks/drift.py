@@ -57,6 +57,12 @@ class DriftSpec(BaseModel):
     share: float = Field(
         default=0.3, gt=0, le=1, description="Share of drifted columns from which the day counts as drifted"
     )
+    numeric: tuple[str, ...] | None = Field(
+        default=None, description="Feature columns measured as numbers; null: those of the model"
+    )
+    categorical: tuple[str, ...] | None = Field(
+        default=None, description="Feature columns measured as categories; null: those of the model"
+    )
     cooldown_days: int = Field(default=7, ge=0, description="Days after a training in which drift starts no other")
 
 
@@ -159,9 +165,9 @@ def chance_numbers(reference: np.ndarray, rows: int) -> float:
 def chance_categories(categories: int, rows: int, reference_rows: int) -> float:
     """A Jensen-Shannon distance that two samples of the same distribution rarely pass.
 
-    With Δ = Σ(p−q)²/(p+q) the divergence is at most Δ·ln2/2 (Topsøe, IEEE Transactions on Information Theory 2000), and
-    under no change 2Δ/(1/n+1/m) is about χ² with one degree of freedom less than categories: its mean and three standard
-    deviations.
+    With Δ = Σ(p−q)²/(p+q) the divergence is at most Δ·ln2/2 (Topsøe, IEEE Trans. Inf. Theory 46, 2000), and
+    under no change 2Δ/(1/n+1/m) is about χ² with one degree of freedom less than categories: its mean and three
+    standard deviations.
     """
     free = max(categories - 1, 0)
     return float(np.sqrt((free + 3 * np.sqrt(2 * free)) * np.log(2) / 4 * (1 / rows + 1 / reference_rows)))
@@ -381,8 +387,8 @@ def _page(
         [
             f"{verdict}: {share:.0%} of the columns drifted; from {spec.share:.0%} the day counts as drifted.",
             f"{rows[0]} rows beside {rows[1]} of the reference, {volume:.2f} times a mean day of it.",
-            "Distances by Evidently: Wasserstein in standard deviations for numbers, Jensen-Shannon for categories. The "
-            "threshold holds what chance alone gives at this number of rows. Plots are in the Evidently UI.",
+            "Distances by Evidently: Wasserstein in standard deviations for numbers, Jensen-Shannon for categories."
+            " The threshold holds what chance alone gives at this number of rows. Plots are in the Evidently UI.",
         ],
         ["", "column", *(k.replace("_", " ") for k in rest), "vanished categories", "remark"],
         body,

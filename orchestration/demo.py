@@ -44,7 +44,7 @@ class Story:
     durations: dict[str, float] = field(default_factory=dict)
 
 
-def _sources(start: date) -> dict[str, Callable[[date, Path, bool], Path]]:
+def sources(start: date) -> dict[str, Callable[[date, Path, bool], Path]]:
     """For each workflow: write the export of a day; days are asked for in order."""
     live = start + timedelta(days=HISTORY_DAYS)
     ads = advertising.World(SEED, "easy", 120, origin=start, drift_on=live + timedelta(days=DRIFT_ON["ad_budget"]))
@@ -63,16 +63,16 @@ def _sources(start: date) -> dict[str, Callable[[date, Path, bool], Path]]:
     return {"ad_budget": export_ads, "ticket_priority": export_tickets}
 
 
-def _at(day: date, clock: str) -> str:
+def at(day: date, clock: str) -> str:
     """A time of the day after ``day``, when ``day`` is decided."""
     return f"{day + timedelta(days=1)}T{clock}:00"
 
 
-def _land(workflow: Workflow, export: Callable[[date, Path, bool], Path], day: date, broken: bool = False) -> Path:
+def land(workflow: Workflow, export: Callable[[date, Path, bool], Path], day: date, broken: bool = False) -> Path:
     """Let upstream drop a day's export, stamped with the time at which it would have come."""
     folder = home() / "landing" / workflow.name / Path(workflow.sources["export"].files).parent
     path = export(day, folder, broken)
-    came = datetime.fromisoformat(_at(day, "01:30") + "+00:00").timestamp()
+    came = datetime.fromisoformat(at(day, "01:30") + "+00:00").timestamp()
     os.utime(path, (came, came))
     return path
 
@@ -84,26 +84,26 @@ def _failed_checks(result: dg.ExecuteInProcessResult) -> list[str]:
 def _live_day(workflow: Workflow, day: date, number: int, export: Any, instance: dg.DagsterInstance, story: Story, lake: Any) -> str:
     """One morning of a workflow; returns what to print."""
     broken = BREAK_ON.get(workflow.name) == number
-    _land(workflow, export, day, broken)
-    now = _at(day, "04:00")
+    land(workflow, export, day, broken)
+    now = at(day, "04:00")
     result = runner.run(workflow, "daily", day, day, now=now, instance=instance, tags={"signalbox/cause": "new file in the landing zone"})
     said = ""
     if not result.success or _failed_checks(result):
         reasons = _failed_checks(result) or list(runner.failed_steps(result))
         story.events.append((day, workflow.name, f"stopped before deciding: {reasons[0][:140]}"))
-    due = datetime.fromisoformat(_at(day, "06:05"))
+    due = datetime.fromisoformat(at(day, "06:05"))
     request = automation.deadline_request(workflow, lake, due)
     if isinstance(request, dg.RunRequest):
         runner.run(workflow, "decide", day, day, now=due.isoformat(), instance=instance, tags=dict(request.tags))
         batch = lake.read(workflow.table("batches"), days=[day]).to_pylist()[0]
         story.events.append((day, workflow.name, f"deadline came undecided: step '{batch['step']}' ({'; '.join(batch['reasons'])[:120]})"))
     if broken:
-        _land(workflow, export, day, False)
-        again = runner.run(workflow, "prepare", day, day, now=_at(day, "10:00"), instance=instance, tags={"signalbox/cause": "repaired file"})
+        land(workflow, export, day, False)
+        again = runner.run(workflow, "prepare", day, day, now=at(day, "10:00"), instance=instance, tags={"signalbox/cause": "repaired file"})
         story.events.append((day, workflow.name, f"upstream sent a repaired file at 10:00: {'landed' if again.success else 'still refused'}"))
     request = automation.retrain_request(workflow, lake)
     if isinstance(request, dg.RunRequest):
-        retrained = runner.run(workflow, "retrain", day, day, now=_at(day, "05:00"), instance=instance, tags=dict(request.tags))
+        retrained = runner.run(workflow, "retrain", day, day, now=at(day, "05:00"), instance=instance, tags=dict(request.tags))
         verdict = next((r["says"] for r in runner.check_rows(retrained) if r["check"] == "gate"), "; ".join(runner.failed_steps(retrained)))
         story.events.append((day, workflow.name, f"{request.tags['signalbox/cause'][:110]} → retrained; gate: {verdict[:110]}"))
     batch = lake.read(workflow.table("batches"), days=[day]).to_pylist()
@@ -115,28 +115,28 @@ def _live_day(workflow: Workflow, day: date, number: int, export: Any, instance:
 def tell(console: Console) -> None:
     """Generate, ingest, train, decide a week day by day, and sum up. A state folder that holds days already is refused."""
     began = time.monotonic()
-    at = runner.prepare_home()
-    if any((at / "lake").iterdir()):
-        console.print(f"[yellow]{at} already holds days.[/yellow] Look at them with make serve, or start over with make clean demo.")
+    state = runner.prepare_home()
+    if any((state / "lake").iterdir()):
+        console.print(f"[yellow]{state} already holds days.[/yellow] Look at them with make serve, or start over with make clean demo.")
         raise SystemExit(1)
     workflows = {w.name: w for w in (load(FOLDER / n) for n in ("ad_budget", "ticket_priority"))}
     start = min(w.start for w in workflows.values())
     given = resources()
     lake, story = given["lake"].lake, Story()
-    console.print(f"State: {at}")
+    console.print(f"State: {state}")
     with console.status("Simulating both worlds"):
-        exports = _sources(start)
+        exports = sources(start)
     last = start + timedelta(days=HISTORY_DAYS - 1)
     with dg.DagsterInstance.get() as instance:
         for name, workflow in workflows.items():
             for n in range(HISTORY_DAYS):
-                _land(workflow, exports[name], start + timedelta(days=n))
+                land(workflow, exports[name], start + timedelta(days=n))
             clock = time.monotonic()
             with console.status(f"{name}: {HISTORY_DAYS} days of history in one run"):
-                result = runner.run(workflow, "prepare", start, last, now=_at(last, "04:00"), instance=instance)
+                result = runner.run(workflow, "prepare", start, last, now=at(last, "04:00"), instance=instance)
             _must(result, f"{name}: history")
             with console.status(f"{name}: first model"):
-                result = runner.run(workflow, "retrain", last, last, now=_at(last, "05:00"), instance=instance)
+                result = runner.run(workflow, "retrain", last, last, now=at(last, "05:00"), instance=instance)
             _must(result, f"{name}: first model")
             console.print(f"{name:<16} {HISTORY_DAYS} days of history and a first model in {time.monotonic() - clock:.0f} s")
         for number in range(LIVE_DAYS):

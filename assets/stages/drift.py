@@ -34,7 +34,8 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         stored, links = [], {}
         span = days(context)
         table = workflow.table("features")
-        columns = ["day", *workflow.features.numeric, *workflow.features.categorical]
+        numeric, categorical = workflow.drift_columns
+        columns = ["day", *numeric, *categorical]
         for day in span:
             before = [day - timedelta(days=n) for n in range(1, spec.reference_days + 1)]
             current = lake.lake.read(table, days=[day], columns=columns)
@@ -47,8 +48,8 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
             report = evidently.drift(
                 current,
                 reference,
-                numeric=workflow.features.numeric,
-                categorical=workflow.features.categorical,
+                numeric=numeric,
+                categorical=categorical,
                 spec=spec,
             )
             _, page = reports.write(workflow.name, day, "drift.html", report.html)

@@ -457,6 +457,12 @@ def test_a_stray_quote_costs_its_own_line_only(desk: Desk) -> None:
     assert len(desk.rows("events")) == 301
 
 
+def test_a_stray_quote_that_closes_in_a_wrong_place_gives_up_no_good_line_between(desk: Desk) -> None:
+    found = desk.broken(HEADER + '"a,1/5/2024,1,1\nb,1/5/2024,1,1\n",1\nc,1/5/2024,1,1\n')
+    assert [(row, rule) for row, rule, _ in found] == [(1, "malformed"), (3, "malformed")]
+    assert {e["order_id"]: e["source_row"] for e in desk.rows("events")} == {"b": 2, "c": 4}
+
+
 def test_a_quoted_line_break_is_part_of_its_field(desk: Desk) -> None:
     assert desk.broken(HEADER + '"a\nand more, of it",1/5/2024,1,1\nb,1/5/2024,1,1\n') == []
     found = {e["source_row"]: e["order_id"] for e in desk.rows("events")}

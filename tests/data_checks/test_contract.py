@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import tempfile
 from datetime import date, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -168,6 +169,9 @@ def test_wrong_arguments_are_refused_with_their_place(table: pa.Table, arguments
     with pytest.raises(ContractInvalid, match=message):
         # What columns imply stands before the file's own entries and must not move their numbers.
         validate(table, [*implied(promise()), {"type": "expect_column_mean_to_be_between", **arguments}], name="x")
+    good = {"type": "expect_column_to_exist", "column": "cost"}
+    with pytest.raises(ContractInvalid, match=message.replace("[0", "[2")):
+        judge(table, good, good, {"type": "expect_column_mean_to_be_between", **arguments})
 
 
 def test_the_names_known_without_importing_are_those_of_the_registry() -> None:
@@ -232,11 +236,12 @@ def test_judging_writes_no_file_and_calls_nobody(
     table: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
-        raise AssertionError("judging a contract must not use the network")
+        raise AssertionError("judging a contract must not use the network or the disk")
 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", refuse)
     assert judge(table, {"type": "expect_table_row_count_to_be_between", "min_value": 1}).success
     assert os.listdir(tmp_path) == []

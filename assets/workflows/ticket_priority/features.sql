@@ -96,6 +96,21 @@ swept AS (
     WHERE m.clock < b.cutoff
     GROUP BY ALL
 ),
+asked AS (
+    SELECT h.ticket_id, h.moment, h.clock, key.name AS name, key.value AS value
+    FROM described AS h,
+    UNNEST([
+        {name: 'everything', value: ''},
+        {name: 'team', value: h.team},
+        {name: 'category', value: h.category},
+        {name: 'subcategory', value: h.subcategory},
+        {name: 'symptom', value: h.symptom},
+        {name: 'caller', value: h.caller},
+        {name: 'location', value: h.location},
+        {name: 'opened_by', value: h.opened_by},
+        {name: 'assignee', value: h.assignee}
+    ]) AS k(key)
+),
 keyed AS (
     SELECT key.name AS name, key.value AS value, s.clock, s.* EXCLUDE (ticket_id, clock)
     FROM swept AS s
@@ -111,7 +126,7 @@ keyed AS (
         {name: 'opened_by', value: h.opened_by},
         {name: 'assignee', value: h.assignee}
     ]) AS k(key)
-    WHERE key.value IS NOT NULL
+    WHERE (key.name, key.value) IN (SELECT name, value FROM asked)
 ),
 instants AS (
     SELECT name, value, clock,
@@ -146,21 +161,6 @@ queue AS (
         sum(missed_14) OVER w AS missed_14
     FROM instants
     WINDOW w AS (PARTITION BY name, value ORDER BY clock ROWS UNBOUNDED PRECEDING)
-),
-asked AS (
-    SELECT h.ticket_id, h.moment, h.clock, key.name AS name, key.value AS value
-    FROM described AS h,
-    UNNEST([
-        {name: 'everything', value: ''},
-        {name: 'team', value: h.team},
-        {name: 'category', value: h.category},
-        {name: 'subcategory', value: h.subcategory},
-        {name: 'symptom', value: h.symptom},
-        {name: 'caller', value: h.caller},
-        {name: 'location', value: h.location},
-        {name: 'opened_by', value: h.opened_by},
-        {name: 'assignee', value: h.assignee}
-    ]) AS k(key)
 ),
 answered AS (
     SELECT a.ticket_id, a.moment, a.name,

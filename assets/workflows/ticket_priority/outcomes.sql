@@ -1,7 +1,7 @@
 -- What is known of how a ticket went, each time that more of it became known; the latest row of a ticket counts.
--- missed: as judged by then, NULL until it is. handling_hours: from opening to the last time it was resolved, NULL while it
--- is worked on. open_hours: while it is worked on, how long that has been (a lower bound on handling_hours: what a
--- model must know so as not to learn from quick tickets only), told on each of the first eight days and then weekly.
+-- missed: as judged by then, NULL until it is. handling_hours: from opening to the last time it was resolved, NULL while
+-- it is worked on. open_hours: while it is worked on, how long that has been (a lower bound on handling_hours, without
+-- which a model learns from quick tickets only), told on each of the first eight days and then weekly.
 WITH
 latest AS (
     SELECT ticket_id,
@@ -26,7 +26,9 @@ SELECT
     NULL::DATE AS for_day,
     CASE WHEN ended THEN told_at ELSE $cutoff::TIMESTAMP END AS known_at,
     missed,
-    CASE WHEN ended THEN date_diff('second', opened_at, coalesce(resolved_at, closed_at)) / 3600.0 END AS handling_hours,
+    CASE
+        WHEN ended THEN date_diff('second', opened_at, coalesce(resolved_at, closed_at)) / 3600.0
+    END AS handling_hours,
     CASE WHEN NOT ended THEN date_diff('second', opened_at, $cutoff::TIMESTAMP) / 3600.0 END AS open_hours,
     CASE WHEN ended THEN effort_hours END AS effort_hours
 FROM aged

@@ -1,0 +1,4 @@
+"""Measurements behind the figures in docs/benchmarks.md; claims about speed live here and not in the tests.
+
+Belongs here: scripts that print what they measured. Does not: anything that the product imports.
+"""
