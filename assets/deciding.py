@@ -84,7 +84,9 @@ def learner_spec(workflow: Workflow) -> dict[str, Any]:
     }
 
 
-def fit_rule(workflow: Workflow, lake: Lake, day: date, features_version: int | None, outcomes_version: int | None) -> Any:
+def fit_rule(
+    workflow: Workflow, lake: Lake, day: date, features_version: int | None, outcomes_version: int | None
+) -> Any:
     """The baseline rule from what was known at the cut-off of ``day``; needs no registry."""
     rows = point_in_time.training_set(
         workflow, lake, day, features_version=features_version, outcomes_version=outcomes_version
@@ -97,7 +99,9 @@ def _model(kind: str, name: str, number: int, digest: str, registry: Registry) -
     """A version read once a process; versions never change, so their number and digest are the key."""
     version = registry.by_number(name, number)
     if version.digest != digest:
-        raise ModelUnreadable(f"model {name!r} version {number}: carries digest {version.digest[:12]}…, expected {digest[:12]}…")
+        raise ModelUnreadable(
+            f"model {name!r} version {number}: carries digest {version.digest[:12]}…, expected {digest[:12]}…"
+        )
     return catalog.learner(kind).from_files(registry.load(version))
 
 
@@ -143,7 +147,9 @@ def score_day(workflow: Workflow, lake: Lake, registry: Registry, day: date, *, 
     rows = _ordered(rows)
     late = now > deadline and not backfill
     if late:
-        reasons.append(f"the deadline {deadline:%H:%M} UTC had passed when scoring began at {now:%H:%M}: no model was tried")
+        reasons.append(
+            f"the deadline {deadline:%H:%M} UTC had passed when scoring began at {now:%H:%M}: no model was tried"
+        )
     else:
         try:
             candidates = registry.as_of(workflow.name, day)
@@ -199,7 +205,11 @@ def of_policy(workflow: Workflow, features: pa.Table) -> pa.Table:
     unit = chosen[workflow.arms.unit].cast(pa.string())
     # a unit that upstream left empty is a unit of its own rather than nobody's
     unit = pc.fill_null(unit, "(none)")
-    return chosen.drop_columns(["unit"]).append_column("unit", unit) if "unit" in chosen.schema.names else chosen.append_column("unit", unit)
+    return (
+        chosen.drop_columns(["unit"]).append_column("unit", unit)
+        if "unit" in chosen.schema.names
+        else chosen.append_column("unit", unit)
+    )
 
 
 def draw_arms(workflow: Workflow, day: date, units: list[str], keep: pa.Table | None) -> pa.Table:
@@ -333,9 +343,15 @@ def decide_day(workflow: Workflow, lake: Lake, day: date) -> Batch:
     """
     scoring = lake.read(workflow.table("scoring"), days=[day]).to_pylist()
     if not scoring:
-        raise TableMissing(f"{workflow.name}: {day} was never scored; materialise [{workflow.name}, scores] for it first")
+        raise TableMissing(
+            f"{workflow.name}: {day} was never scored; materialise [{workflow.name}, scores] for it first"
+        )
     made = scoring[0]
-    scores = lake.read(workflow.table("scores"), days=[day]).drop_columns(["day"]) if made["step"] != "no_change" else pa.table({})
+    scores = (
+        lake.read(workflow.table("scores"), days=[day]).drop_columns(["day"])
+        if made["step"] != "no_change"
+        else pa.table({})
+    )
     features = _features(workflow, lake, day, made["features_version"])
     arms_version, drawn = _arms(workflow, lake, day, features)
     decisions, certificates = decide(workflow, day, features, scores, drawn, made["step"])
@@ -354,7 +370,9 @@ def decide_day(workflow: Workflow, lake: Lake, day: date) -> Batch:
         "code_commit": code.commit(),
         "code_digest": code.digest(),
     }
-    digest = hashlib.sha256((content_digest(decisions) + json.dumps({**record, "day": str(day)}, sort_keys=True)).encode()).hexdigest()
+    digest = hashlib.sha256(
+        (content_digest(decisions) + json.dumps({**record, "day": str(day)}, sort_keys=True)).encode()
+    ).hexdigest()
     batch_id = f"{workflow.name}-{day}-{digest[:12]}"
     result = guardrails.check(decisions, workflow.guardrails)
     return Batch(
@@ -381,13 +399,23 @@ def _arms(workflow: Workflow, lake: Lake, day: date, features: pa.Table) -> tupl
     """The arms of a day's units, drawn where the epoch has not drawn them yet, and the version of the table that holds them."""
     table = workflow.table("arms")
     if features.num_rows == 0:
-        return lake.version(table), pa.table({"unit": pa.array([], pa.string()), "arm": pa.array([], pa.string()), "arm_probability": pa.array([], pa.float64())})
+        return lake.version(table), pa.table(
+            {
+                "unit": pa.array([], pa.string()),
+                "arm": pa.array([], pa.string()),
+                "arm_probability": pa.array([], pa.float64()),
+            }
+        )
     units = pc.unique(of_policy(workflow, features)["unit"]).sort().to_pylist()
     keep = lake.read(table) if lake.exists(table) else None
     drawn = draw_arms(workflow, day, units, keep)
     epoch = arms.epoch_of(day, workflow.start, workflow.arms.epoch, workflow.arms.washout)[0]
     earlier = keep.filter(pc.equal(keep["epoch"], epoch)) if keep is not None else None
-    fresh = drawn if earlier is None else drawn.filter(pc.invert(pc.is_in(drawn["unit"], value_set=earlier["unit"].combine_chunks())))
+    fresh = (
+        drawn
+        if earlier is None
+        else drawn.filter(pc.invert(pc.is_in(drawn["unit"], value_set=earlier["unit"].combine_chunks())))
+    )
     version = lake.version(table)
     if fresh.num_rows:
         dated = fresh.drop_columns(["washout"]).append_column("drawn_on", pa.array([day] * fresh.num_rows, pa.date32()))
@@ -420,7 +448,10 @@ _BATCHES = pa.schema(
 def with_record(workflow: Workflow, day: date, batch: Batch) -> pa.Table:
     """The decisions as they are stored: each row names itself, its batch, and everything that it was made from."""
     n = batch.decisions.num_rows
-    ids = [hashlib.sha256(f"{batch.batch_id}\0{e}".encode()).hexdigest()[:20] for e in batch.decisions["entity_id"].to_pylist()]
+    ids = [
+        hashlib.sha256(f"{batch.batch_id}\0{e}".encode()).hexdigest()[:20]
+        for e in batch.decisions["entity_id"].to_pylist()
+    ]
     table = batch.decisions.append_column("decision_id", pa.array(ids, pa.string()))
     table = table.append_column("batch_id", pa.array([batch.batch_id] * n, pa.string()))
     table = table.append_column("day", pa.array([day] * n, pa.date32()))
@@ -458,7 +489,8 @@ def largest_changes(decisions: pa.Table, rows: int = 10) -> pa.Table:
         return decisions
     size = pc.abs(pc.subtract(pc.fill_null(decisions["after"], 0), pc.fill_null(decisions["before"], 0)))
     order = pc.sort_indices(
-        pa.table({"size": size, "entity_id": decisions["entity_id"]}), sort_keys=[("size", "descending"), ("entity_id", "ascending")]
+        pa.table({"size": size, "entity_id": decisions["entity_id"]}),
+        sort_keys=[("size", "descending"), ("entity_id", "ascending")],
     )
     wanted = ["decision_id", "entity_id", "arm", "before", "after", "expected_gain", "review", "reasons"]
     return decisions.take(order[:rows]).select([c for c in wanted if c in decisions.schema.names])
@@ -498,7 +530,9 @@ def spec_of(name: str, lake: Lake, digest: str) -> Workflow:
     """What a workflow said when it had this digest; raises ReplayImpossible where it is not kept."""
     found = lake.read(f"{name}/specs", where=pc.field("digest") == digest)
     if not found.num_rows:
-        raise ReplayImpossible(f"{name}: no workflow.yaml with digest {digest[:12]}… is kept; the table {name}/specs was cut")
+        raise ReplayImpossible(
+            f"{name}: no workflow.yaml with digest {digest[:12]}… is kept; the table {name}/specs was cut"
+        )
     return Workflow.model_validate({**json.loads(found["said"][0].as_py()), "folder": Path()})
 
 
@@ -528,14 +562,17 @@ def replay_row(row: Mapping[str, Any], lake: Lake, registry: Registry) -> Replay
     if row["step"] == "no_change":
         scores = pa.table({})
     elif row["step"] == "rule":
-        scores = fit_rule(workflow, lake, day, row["features_version"], row["outcomes_version"]).score(_ordered(features))
+        scores = fit_rule(workflow, lake, day, row["features_version"], row["outcomes_version"]).score(
+            _ordered(features)
+        )
     else:
         version = registry.by_number(name, row["model_version"])
         if version.digest != row["model_digest"]:
-            raise ReplayImpossible(f"model {name!r} version {version.number} is not the one that decided (digest differs)")
+            raise ReplayImpossible(
+                f"model {name!r} version {version.number} is not the one that decided (digest differs)"
+            )
         scores = read_model(workflow, registry, version).score(_ordered(features))
     again, _ = decide(workflow, day, features, scores, drawn, row["step"])
     mine = again.filter(pc.equal(again["entity_id"], row["entity_id"])).to_pylist()
     recorded = {c: row[c] for c in DECISIONS.names}
     return Replayed(row["decision_id"], recorded, mine[0] if mine else {}, row["code_digest"] == code.digest())
-

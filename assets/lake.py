@@ -71,7 +71,9 @@ class Lake:
 
     def __post_init__(self) -> None:
         if "://" not in self.root and set(self.root) & set("[]*?{}"):
-            raise ValueError(f"{self.root}: the lake's folder may not hold any of [ ] * ? {{ }}; choose another SIGNALBOX_HOME")
+            raise ValueError(
+                f"{self.root}: the lake's folder may not hold any of [ ] * ? {{ }}; choose another SIGNALBOX_HOME"
+            )
 
     def uri(self, table: str) -> str:
         """Where a table lies."""
@@ -81,11 +83,13 @@ class Lake:
         try:
             return deltalake.DeltaTable(self.uri(table), version=version, storage_options=self.storage_options or None)
         except TableNotFoundError:
-            raise TableMissing(f"table {table!r} has never been written under {self.root}; materialise it first") from None
+            raise TableMissing(
+                f"table {table!r} has never been written under {self.root}; materialise it first"
+            ) from None
 
     def exists(self, table: str) -> bool:
         """Whether the table has been written at least once."""
-        return deltalake.DeltaTable.is_deltatable(self.uri(table), storage_options=self.storage_options or None)
+        return bool(deltalake.DeltaTable.is_deltatable(self.uri(table), storage_options=self.storage_options or None))
 
     def version(self, table: str) -> int | None:
         """The newest version of a table, or None where it has never been written."""
@@ -108,7 +112,9 @@ class Lake:
         opened = self._open(table, version)
         pruned = None
         if days and "day" in opened.metadata().partition_columns:
-            pruned = [("day", "in", [d.isoformat() for d in days])]  # listing a year's files costs more than reading one day
+            pruned = [
+                ("day", "in", [d.isoformat() for d in days])
+            ]  # listing a year's files costs more than reading one day
         dataset = opened.to_pyarrow_dataset(file_pruning_predicate=pruned)
         condition = where
         if days is not None:
@@ -132,7 +138,7 @@ class Lake:
             deltalake.write_deltalake(
                 self.uri(table), rows, mode="overwrite", predicate=predicate, schema_mode="merge", **options
             )
-        return self._open(table).version()
+        return int(self._open(table).version())
 
     def replace_days(self, table: str, data: pa.Table, days: Sequence[date]) -> int:
         """Replace whole days of a table partitioned by ``day`` (days without rows end up empty)."""

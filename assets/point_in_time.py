@@ -71,14 +71,32 @@ def _run(workflow: Workflow, path: str, connection: duckdb.DuckDBPyConnection, d
         raise StageSqlError(f"{workflow.folder / path}: {what} of {day}: {error}") from error
 
 
+def _entities_once(found: pa.Table, keys: Sequence[str], where: str) -> None:
+    """Raise StageSqlError unless ``entity_id`` is text, stands in every row, and no key stands twice."""
+    kind = found.schema.field("entity_id").type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise StageSqlError(f"{where}: entity_id is {kind}, it must be VARCHAR; cast it")
+    if found["entity_id"].null_count:
+        raise StageSqlError(f"{where}: entity_id is null in {found['entity_id'].null_count} rows")
+    twice = found.group_by(list(keys)).aggregate([([], "count_all")]).filter(pc.field("count_all") > 1)
+    if twice.num_rows:
+        raise StageSqlError(
+            f"{where}: {twice.num_rows} keys stand more than once, such as {twice.slice(0, 1).to_pylist()[0]}"
+        )
+
+
 def _stamped(table: pa.Table, day: date) -> pa.Table:
     column = pa.array([day] * table.num_rows, pa.date32())
-    return table.append_column("day", column) if "day" not in table.schema.names else table.set_column(
-        table.schema.get_field_index("day"), "day", column
+    return (
+        table.append_column("day", column)
+        if "day" not in table.schema.names
+        else table.set_column(table.schema.get_field_index("day"), "day", column)
     )
 
 
-def features(workflow: Workflow, lake: Lake, days: Sequence[date], *, version: int | None = None) -> Iterator[tuple[date, pa.Table]]:
+def features(
+    workflow: Workflow, lake: Lake, days: Sequence[date], *, version: int | None = None
+) -> Iterator[tuple[date, pa.Table]]:
     """The features of each day: entities as of its cut-off, sorted by key, with ``day`` added.
 
     ``version`` is the version of the events table to read (newest where None). Raises StageSqlError where the SQL
@@ -87,24 +105,25 @@ def features(workflow: Workflow, lake: Lake, days: Sequence[date], *, version: i
     for day, connection in _as_of(workflow, lake, days, workflow.features.lookback_days, version):
         found = _run(workflow, workflow.features.sql, connection, day, "features")
         if "entity_id" not in found.schema.names:
-            raise StageSqlError(f"{workflow.folder / workflow.features.sql}: must yield entity_id, yields {found.schema.names}")
-        missing = [c for c in (*workflow.features.numeric, *workflow.features.categorical) if c not in found.schema.names]
+            raise StageSqlError(
+                f"{workflow.folder / workflow.features.sql}: must yield entity_id, yields {found.schema.names}"
+            )
+        missing = [
+            c for c in (*workflow.features.numeric, *workflow.features.categorical) if c not in found.schema.names
+        ]
         if missing:
             raise StageSqlError(
                 f"{workflow.folder / workflow.features.sql}: does not yield {', '.join(missing)}, which features.numeric "
                 "or features.categorical in workflow.yaml name"
             )
         keys = _keys(workflow, found.schema.names)
-        twice = found.group_by(keys).aggregate([([], "count_all")]).filter(pc.field("count_all") > 1)
-        if twice.num_rows:
-            raise StageSqlError(
-                f"{workflow.folder / workflow.features.sql}: features of {day}: {twice.num_rows} keys stand more than once, "
-                f"such as {twice.slice(0, 1).to_pylist()[0]}"
-            )
+        _entities_once(found, keys, f"{workflow.folder / workflow.features.sql}: features of {day}")
         yield day, _stamped(found.sort_by([(k, "ascending") for k in keys]), day)
 
 
-def outcomes(workflow: Workflow, lake: Lake, days: Sequence[date], *, version: int | None = None) -> Iterator[tuple[date, pa.Table]]:
+def outcomes(
+    workflow: Workflow, lake: Lake, days: Sequence[date], *, version: int | None = None
+) -> Iterator[tuple[date, pa.Table]]:
     """What became known for each day's cut-off and not for the one before: ``entity_id``, ``for_day``, ``known_at``, outcomes."""
     for day, connection in _as_of(workflow, lake, days, workflow.outcomes.lookback_days, version):
         found = _run(workflow, workflow.outcomes.sql, connection, day, "outcomes")
@@ -112,9 +131,12 @@ def outcomes(workflow: Workflow, lake: Lake, days: Sequence[date], *, version: i
         if absent:
             raise StageSqlError(f"{workflow.folder / workflow.outcomes.sql}: must yield {', '.join(sorted(absent))}")
         previous = _BEGINNING if day <= workflow.start else workflow.cutoff_of(day - timedelta(days=1))
-        fresh = found.filter((pc.field("known_at") > pc.scalar(previous)) & (pc.field("known_at") <= pc.scalar(workflow.cutoff_of(day))))
-        # order_by of every column: the same outcomes give the same bytes whatever order the SQL found them in
-        yield day, _stamped(fresh.sort_by([("entity_id", "ascending"), ("for_day", "ascending"), ("known_at", "ascending")]), day)
+        fresh = found.filter(
+            (pc.field("known_at") > pc.scalar(previous)) & (pc.field("known_at") <= pc.scalar(workflow.cutoff_of(day)))
+        )
+        _entities_once(fresh, ["entity_id", "for_day"], f"{workflow.folder / workflow.outcomes.sql}: outcomes of {day}")
+        # sorted by its key: the same outcomes give the same bytes whatever order the SQL found them in
+        yield day, _stamped(fresh.sort_by([("entity_id", "ascending"), ("for_day", "ascending")]), day)
 
 
 def training_set(

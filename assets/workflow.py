@@ -56,11 +56,16 @@ class Source(Strict):
     delimiter: str = Field(default=",", min_length=1, max_length=1, description="Between the fields of a CSV file")
     encoding: str = Field(default="utf-8", description="Decoded strictly; a byte that does not fit refuses the file")
     null: tuple[str, ...] = Field(default=("",), description="Texts that mean null")
-    columns: tuple[str, ...] | None = Field(default=None, description="The header that must stand in the file, in any order unless given")
-    header: Literal["strict", "given"] = Field(
-        default="strict", description="given: the first line is skipped and `columns` are the names (for ambiguous headers)"
+    columns: tuple[str, ...] | None = Field(
+        default=None, description="The header that must stand in the file, in any order unless given"
     )
-    extra_columns: Literal["refuse", "ignore"] = Field(default="refuse", description="What a column beyond `columns` does to the file")
+    header: Literal["strict", "given"] = Field(
+        default="strict",
+        description="given: the first line is skipped and `columns` are the names (for ambiguous headers)",
+    )
+    extra_columns: Literal["refuse", "ignore"] = Field(
+        default="refuse", description="What a column beyond `columns` does to the file"
+    )
 
     @model_validator(mode="after")
     def _given_needs_columns(self) -> Source:
@@ -76,7 +81,9 @@ class Column(Strict):
     required: bool = Field(default=False, description="Null is a broken row")
     min: float | None = Field(default=None, description="Smallest allowed value")
     max: float | None = Field(default=None, description="Largest allowed value")
-    allowed: tuple[str | int | bool, ...] | None = Field(default=None, description="The only values that may stand here")
+    allowed: tuple[str | int | bool, ...] | None = Field(
+        default=None, description="The only values that may stand here"
+    )
 
 
 class RowRule(Strict):
@@ -90,16 +97,24 @@ class EventsContract(Strict):
     """The contract of the events."""
 
     columns: dict[str, Column] = Field(description="Columns by name, in order")
-    unique: tuple[str, ...] = Field(default=(), description="Columns that name a row; later rows with the same are `duplicate`")
+    unique: tuple[str, ...] = Field(
+        default=(), description="Columns that name a row; later rows with the same are `duplicate`"
+    )
     rows: tuple[RowRule, ...] = Field(default=(), description="Row rules beyond those of the columns")
-    max_quarantined_share: float = Field(default=0.05, ge=0, le=1, description="Above this share the day's batch is stopped")
-    expectations: tuple[ExpectationSpec, ...] = Field(default=(), description="Great Expectations on the day's accepted rows")
+    max_quarantined_share: float = Field(
+        default=0.05, ge=0, le=1, description="Above this share the day's batch is stopped"
+    )
+    expectations: tuple[ExpectationSpec, ...] = Field(
+        default=(), description="Great Expectations on the day's accepted rows"
+    )
 
 
 class FeaturesContract(Strict):
     """The contract of the features."""
 
-    expectations: tuple[ExpectationSpec, ...] = Field(default=(), description="Great Expectations on the day's features")
+    expectations: tuple[ExpectationSpec, ...] = Field(
+        default=(), description="Great Expectations on the day's features"
+    )
 
 
 class Contract(Strict):
@@ -138,12 +153,20 @@ class Training(Strict):
     train_on: str = Field(default="true", description="SQL predicate over the features: rows to learn from")
     evaluate_on: str = Field(default="true", description="SQL predicate over the features: rows that the gate judges")
     history_days: int = Field(gt=0, description="How many days of features the training set reaches back")
-    holdout_days: int = Field(gt=0, description="The last matured days are kept out of training and judge the candidate")
-    maturity_days: int = Field(default=0, ge=0, description="Days after which a row's outcome is (nearly) always known; younger rows judge nobody")
+    holdout_days: int = Field(
+        gt=0, description="The last matured days are kept out of training and judge the candidate"
+    )
+    maturity_days: int = Field(
+        default=0,
+        ge=0,
+        description="Days after which a row's outcome is (nearly) always known; younger rows judge nobody",
+    )
     min_rows: int = Field(default=200, gt=0, description="Fewer training rows are refused")
     metric: str = Field(description="The workflow's own metric, as the learner's evaluate() names it")
     better: Literal["lower", "higher"] = Field(description="Which direction of the metric is better")
-    margin: float = Field(ge=0, description="A candidate may be worse than the champion by this share of the metric at most")
+    margin: float = Field(
+        ge=0, description="A candidate may be worse than the champion by this share of the metric at most"
+    )
     device: Literal["auto", "cpu", "gpu", "cuda"] = Field(
         default="auto", description="Asked for and missing is an error; auto takes what is there and says which"
     )
@@ -156,7 +179,9 @@ class Workflow(Strict):
     owner: str = Field(description="Who answers for it, as Dagster shows it: team:name or an e-mail address")
     description: str = Field(description="One or two sentences for the asset catalogue")
     start: date = Field(description="The first day (UTC)")
-    cutoff: time = Field(default=time(3), description="What is known by this time (UTC) of the next day counts for a day")
+    cutoff: time = Field(
+        default=time(3), description="What is known by this time (UTC) of the next day counts for a day"
+    )
     deadline: time = Field(default=time(6), description="A day must be decided by this time (UTC) of the next day")
     sources: dict[str, Source] = Field(min_length=1, description="Named sources")
     features: Features
@@ -169,6 +194,15 @@ class Workflow(Strict):
     drift: DriftSpec
     contract: Contract = Field(description="contract.yaml; never written in workflow.yaml")
     folder: Path = Field(description="Where it was read; never written in workflow.yaml")
+
+    @field_validator("cutoff", "deadline", mode="wrap")
+    @classmethod
+    def _plain_time(cls, value: Any, read: Any) -> time:
+        # YAML reads 12:30 without quotes as the number 750, which would pass as so many seconds
+        found: time | None = read(value) if isinstance(value, str | time) else None
+        if found is None or found.tzinfo is not None:
+            raise ValueError(f'must be a time of day in UTC in quotes, such as "12:30", found {value!r}')
+        return found
 
     @field_validator("deadline")
     @classmethod
@@ -236,6 +270,8 @@ def _allowed_at(model: Any, path: tuple[str | int, ...]) -> list[str]:
             return []
     while typing.get_origin(current) is Annotated:
         current = typing.get_args(current)[0]
+    if typing.get_origin(current) in (typing.Union, types.UnionType):
+        current = next(a for a in typing.get_args(current) if a is not type(None))
     if isinstance(current, type) and issubclass(current, BaseModel):
         return sorted(set(current.model_fields) - {"contract", "folder"})
     return []
@@ -288,10 +324,10 @@ _OnceLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _onc
 
 def _yaml(file: Path) -> dict[str, Any]:
     try:
-        found = yaml.load(file.read_text(encoding="utf-8"), Loader=_OnceLoader)  # noqa: S506 - a SafeLoader
+        found = yaml.load(file.read_text(encoding="utf-8"), Loader=_OnceLoader)
     except FileNotFoundError:
         raise WorkflowInvalid(f"{file}: is missing; every workflow has workflow.yaml and contract.yaml") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise WorkflowInvalid(f"{file}: is not YAML: {error}") from error
     if not isinstance(found, dict):
         raise WorkflowInvalid(f"{file}: must hold keys and values, found {type(found).__name__}")
@@ -316,7 +352,9 @@ def load(folder: Path) -> Workflow:
     except ValidationError as error:
         raise WorkflowInvalid(_explain(folder / "workflow.yaml", error, Workflow)) from None
     if workflow.name != folder.name:
-        raise WorkflowInvalid(f"{folder / 'workflow.yaml'}: name: {workflow.name!r} is not the folder's name {folder.name!r}")
+        raise WorkflowInvalid(
+            f"{folder / 'workflow.yaml'}: name: {workflow.name!r} is not the folder's name {folder.name!r}"
+        )
     wanted = [workflow.features.sql, workflow.outcomes.sql, *(s.sql for s in workflow.sources.values())]
     for path in wanted:
         if not (folder / path).resolve().is_relative_to(folder.resolve()):
@@ -327,8 +365,8 @@ def load(folder: Path) -> Workflow:
 
 
 def load_all(folder: Path = FOLDER) -> list[Workflow]:
-    """Every workflow below a folder, by name; adding one is adding a folder."""
-    return [load(path.parent) for path in sorted(folder.glob("*/workflow.yaml"))]
+    """Every workflow below a folder, by name; adding one is adding a folder, and each must be one."""
+    return [load(path) for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(("_", "."))]
 
 
 def utc(moment: datetime) -> datetime:

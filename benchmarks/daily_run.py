@@ -68,7 +68,9 @@ def plain() -> None:
     landing.ingest(workflow, lake, given["landing"].root, now=now, days=[day])
     landed = lake.read(workflow.table("events"), days=[day])
     promised = workflow.contract
-    page = contract.validate(landed, contract.implied(promised.events) + list(promised.events.expectations), name="events")
+    page = contract.validate(
+        landed, contract.implied(promised.events) + list(promised.events.expectations), name="events"
+    )
     reports.write(WORKFLOW, day, "events-contract.html", page.html)
     for table in ("features", "outcomes"):
         rows = pa.concat_tables(t for _, t in getattr(point_in_time, table)(workflow, lake, [day]))
@@ -98,7 +100,11 @@ def _timed(what: str, template: Path, folder: Path) -> float:
     # artifacts were registered under the template's path
     began = time.monotonic()
     subprocess.run(
-        [sys.executable, "-m", "benchmarks.daily_run", what], env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "benchmarks.daily_run", what],
+        env=environment,
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     took = time.monotonic() - began
     shutil.rmtree(at)
@@ -111,12 +117,22 @@ def main() -> int:
         folder = Path(name)
         template = folder / "template"
         environment = {**os.environ, "SIGNALBOX_HOME": str(template), "DAGSTER_HOME": str(template / "dagster")}
-        subprocess.run([sys.executable, "-m", "benchmarks.daily_run", "prepare"], env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-m", "benchmarks.daily_run", "prepare"],
+            env=environment,
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         pairs = [(_timed("with_dagster", template, folder), _timed("plain", template, folder)) for _ in range(RUNS)]
     dagster, script = (statistics.median(p[i] for p in pairs) for i in (0, 1))
     ratio = statistics.median(a / b for a, b in pairs)
-    print(f"one day of {WORKFLOW}, whole process, median of {RUNS}: Dagster {dagster:.1f} s, plain script {script:.1f} s, ratio {ratio:.2f}")
-    print(f"range: Dagster {min(p[0] for p in pairs):.1f}–{max(p[0] for p in pairs):.1f} s, plain {min(p[1] for p in pairs):.1f}–{max(p[1] for p in pairs):.1f} s")
+    print(
+        f"one day of {WORKFLOW}, whole process, median of {RUNS}: Dagster {dagster:.1f} s, plain script {script:.1f} s, ratio {ratio:.2f}"
+    )
+    print(
+        f"range: Dagster {min(p[0] for p in pairs):.1f}–{max(p[0] for p in pairs):.1f} s, plain {min(p[1] for p in pairs):.1f}–{max(p[1] for p in pairs):.1f} s"
+    )
     return int(dagster >= 15 or ratio > 1.3)
 
 

@@ -41,7 +41,12 @@ class DriftSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    reference_days: int = Field(default=28, gt=0, description="Days before that a day is compared with")
+    window_days: int = Field(
+        default=7,
+        gt=0,
+        description="Days judged together, the partition's own the last: a week, so that no weekday is mistaken for drift",
+    )
+    reference_days: int = Field(default=28, gt=0, description="Days before the window that it is compared with")
     min_rows: int = Field(
         default=100, gt=1, description="Fewer rows, or fewer values of a column, on either side are not measured"
     )
@@ -72,7 +77,7 @@ class DriftReport:
 
     ``columns``: name → distance, method, threshold (with the allowance for chance), drifted, null_share_current,
     null_share_reference, new_categories, vanished_categories, judged (a distance was measured), reason (why it drifted
-    or was not measured), all JSON-ready. ``volume``: rows beside the mean day of the reference. ``html``: a page that
+    or was not measured), all JSON-ready. ``volume``: rows of a mean day beside a mean day of the reference. ``html``: a page that
     opens offline. ``snapshot``: Evidently's, with its plots.
     """
 
@@ -343,7 +348,8 @@ def drift(
             entry |= {"drifted": True, "reason": f"{entry['reason']}; {far}" if entry["reason"] else far}
     share = sum(c["drifted"] for c in columns.values()) / len(columns)
     days = pc.count_distinct(reference["day"]).as_py() if "day" in reference.schema.names else spec.reference_days
-    volume = current.num_rows / (reference.num_rows / max(days, 1))
+    mine = pc.count_distinct(current["day"]).as_py() if "day" in current.schema.names else 1
+    volume = (current.num_rows / max(mine, 1)) / (reference.num_rows / max(days, 1))
     rows = (current.num_rows, reference.num_rows)
     drifted = share >= spec.share
     return DriftReport(

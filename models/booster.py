@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -23,9 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NUMBERS = (
-    pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null, pa.types.is_decimal
-)
+NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null, pa.types.is_decimal)
 DEVICES = ("auto", "cpu", "gpu", "cuda")
 
 
@@ -149,7 +149,12 @@ def train(
     }
     categories = list(range(len(encoding.numeric), len(encoding.names)))
     data = lgb.Dataset(
-        x, y, weight=weight, init_score=init_score, feature_name=encoding.names, categorical_feature=categories,
+        x,
+        y,
+        weight=weight,
+        init_score=init_score,
+        feature_name=encoding.names,
+        categorical_feature=categories,
         params=settings,
     )
     watched = [] if valid is None else [lgb.Dataset(*valid, reference=data)]
@@ -182,10 +187,12 @@ def top_contributions(
     names = np.array(encoding.names, dtype=object)[order]
     moved = np.take_along_axis(effects, order, axis=1)
     offsets = np.arange(len(x) + 1, dtype=np.int32) * width
-    return pa.table({
-        "features": pa.ListArray.from_arrays(offsets, pa.array(names.ravel(), pa.string())),
-        "effects": pa.ListArray.from_arrays(offsets, pa.array(moved.ravel(), pa.float64())),
-    })
+    return pa.table(
+        {
+            "features": pa.ListArray.from_arrays(offsets, pa.array(names.ravel(), pa.string())),
+            "effects": pa.ListArray.from_arrays(offsets, pa.array(moved.ravel(), pa.float64())),
+        }
+    )
 
 
 def booster_bytes(booster: lightgbm.Booster) -> bytes:
@@ -245,7 +252,22 @@ def _fault(device: str) -> str | None:
     x = np.arange(64, dtype=np.float64).reshape(-1, 1)
     settings = {"device_type": device, "verbosity": -2, "min_data_in_leaf": 1, "num_threads": 1}
     try:
-        lgb.train(settings, lgb.Dataset(x, x[:, 0], params=settings), num_boost_round=1)
+        with _silent_stderr():
+            lgb.train(settings, lgb.Dataset(x, x[:, 0], params=settings), num_boost_round=1)
     except lgb.basic.LightGBMError as fault:
         return str(fault).splitlines()[0]
     return None
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """LightGBM writes a fatal error to the process's stderr before it raises it; here the raised one is the answer."""
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -6,6 +6,7 @@ Belongs here: comparing figures measured on the same rows, and writing them down
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -33,15 +34,23 @@ def judge(
     """Compare a candidate with the rule and with the champion on the same ``rows`` held-out rows.
 
     It passes when it beats the rule and is not worse than the champion by more than ``margin`` (a share of the
-    champion's figure). No held-out rows, a missing figure or NaN never pass.
+    champion's figure). No held-out rows, a missing figure, NaN or infinity never pass.
     """
     if rows == 0:
         return Verdict(False, ("no matured rows were held out: nothing to judge the candidate on",))
 
+    judged = {"candidate": candidate, "rule": rule, **({"champion": champion} if champion is not None else {})}
+    lacking = tuple(
+        f"the {who} has no usable figure {metric!r} ({one.get(metric)}); its figures are {', '.join(one) or 'none'}"
+        for who, one in judged.items()
+        if not math.isfinite(one.get(metric, math.nan))
+    )
+    if lacking:
+        return Verdict(False, lacking)
+
     def worse(mine: float, other: float, slack: float) -> bool:
         bound = other + abs(other) * slack if better == "lower" else other - abs(other) * slack
-        within = mine <= bound if better == "lower" else mine >= bound
-        return not within  # NaN compares false and is therefore worse
+        return mine > bound if better == "lower" else mine < bound
 
     reasons, passed = [], True
     mine = candidate[metric]
@@ -52,7 +61,15 @@ def judge(
         fails = worse(mine, theirs, slack) or (strictly and mine == theirs)
         passed = passed and not fails
         allowed = f" by more than {slack:.1%}" if slack else ""
-        relation = "does not beat" if strictly and fails else "beats" if strictly else "is worse than" if fails else "is not worse than"
+        relation = (
+            "does not beat"
+            if strictly and fails
+            else "beats"
+            if strictly
+            else "is worse than"
+            if fails
+            else "is not worse than"
+        )
         reasons.append(f"{metric} {mine:.6g} {relation} {who}'s {theirs:.6g}{allowed} on {rows} held-out rows")
     if champion is None:
         reasons.append("there is no champion yet")
@@ -88,7 +105,9 @@ def card(
         "| figure | " + " | ".join(metrics) + " |",
         "|---|" + "---:|" * len(metrics),
         *[
-            f"| {figure} | " + " | ".join(f"{one[figure]:.6g}" if figure in one else "–" for one in metrics.values()) + " |"
+            f"| {figure} | "
+            + " | ".join(f"{one[figure]:.6g}" if figure in one else "–" for one in metrics.values())
+            + " |"
             for figure in figures
         ],
         "",

@@ -161,7 +161,12 @@ class Registry:
                 f"{_TAG}gate": "passed" if passed else "refused",
             }
             made = self.client.create_model_version(
-                name, source=logged.model_uri, run_id=run_id, tags=version_tags, description=card, model_id=logged.model_id
+                name,
+                source=logged.model_uri,
+                run_id=run_id,
+                tags=version_tags,
+                description=card,
+                model_id=logged.model_id,
             )
         return Version(name, int(made.version), run_id, trained_day, digest, passed)
 
@@ -222,9 +227,22 @@ class Registry:
         passed = [v for v in self.versions(name) if v.passed and v.trained_day <= day]
         if held is not None and held.trained_day <= day:
             before = self.by_alias(name, PREVIOUS)
-            return [held, *([before] if before is not None and before.number != held.number else [])]
+            counts = before is not None and before.number != held.number and before.trained_day <= day
+            return [held, before] if before is not None and counts else [held]
         newest_first = sorted(passed, key=lambda v: (v.trained_day, v.number), reverse=True)
         return newest_first[:2]
+
+    def recipe(self, version: Version) -> dict[str, Any]:
+        """What a version's learner was given (model section and feature lists); raises ModelUnreadable where no run says so."""
+        import mlflow
+
+        try:
+            said = self.client.get_run(version.run_id).data.params["recipe"]
+        except (mlflow.exceptions.MlflowException, KeyError) as error:
+            raise ModelUnreadable(
+                f"model {version.name!r} version {version.number}: its run says no recipe: {error}"
+            ) from error
+        return dict(json.loads(said))
 
     def load(self, version: Version) -> dict[str, bytes]:
         """A version's files, each checked against the digest recorded when it was registered.
@@ -235,17 +253,30 @@ class Registry:
         import yaml
 
         place = f"model {version.name!r} version {version.number}"
-        recorded = self.client.get_model_version(version.name, str(version.number)).tags.get(f"{_TAG}files")
+        try:
+            recorded = self.client.get_model_version(version.name, str(version.number)).tags.get(f"{_TAG}files")
+        except mlflow.exceptions.MlflowException as error:
+            raise ModelMissing(f"{place}: is not in the registry: {error}") from error
         if recorded is None:
-            raise ModelUnreadable(f"{place}: was not registered by this project (no digests); train it with the job {version.name}_retrain")
+            raise ModelUnreadable(
+                f"{place}: was not registered by this project (no digests); train it with the job {version.name}_retrain"
+            )
         try:
             with quiet():
-                folder = Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.number}"))
-            flavours = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))["flavors"]
+                uri = f"models:/{version.name}/{version.number}"
+                folder = Path(
+                    mlflow.artifacts.download_artifacts(uri, tracking_uri=self.uri, registry_uri=self.uri)
+                )
+            flavours = dict(yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))["flavors"])
         except (mlflow.exceptions.MlflowException, OSError, yaml.YAMLError, KeyError, TypeError) as error:
             raise ModelUnreadable(f"{place}: its artifacts cannot be read: {error}") from error
-        if not set(flavours) <= _ALLOWED_FLAVOURS or flavours.get("lightgbm", {}).get("model_class") != "lightgbm.basic.Booster":
-            raise ModelUnreadable(f"{place}: flavours {sorted(flavours)} are not a plain LightGBM Booster; only its text file is ever read")
+        if (
+            not set(flavours) <= _ALLOWED_FLAVOURS
+            or flavours.get("lightgbm", {}).get("model_class") != "lightgbm.basic.Booster"
+        ):
+            raise ModelUnreadable(
+                f"{place}: flavours {sorted(flavours)} are not a plain LightGBM Booster; only its text file is ever read"
+            )
         files = {}
         for file, wanted in json.loads(recorded).items():
             path = folder / "extra_files" / file
@@ -253,7 +284,11 @@ class Registry:
                 raise ModelUnreadable(f"{place}: file {file!r} is gone from its artifacts")
             files[file] = path.read_bytes()
             if hashlib.sha256(files[file]).hexdigest() != wanted:
-                raise ModelUnreadable(f"{place}: file {file!r} differs from what was registered (SHA-256 {wanted[:12]}…)")
+                raise ModelUnreadable(
+                    f"{place}: file {file!r} differs from what was registered (SHA-256 {wanted[:12]}…)"
+                )
         if files_digest(files) != version.digest:
-            raise ModelUnreadable(f"{place}: its files do not give the digest {version.digest[:12]}… that the version carries")
+            raise ModelUnreadable(
+                f"{place}: its files do not give the digest {version.digest[:12]}… that the version carries"
+            )
         return files

@@ -43,7 +43,11 @@ def day_of(source: Source, name: str) -> date | None:
     """The day that ``{day}`` stands for in a file's name, or None where the source's pattern has no ``{day}``."""
     if "{day}" not in source.files:
         return None
-    pattern = fnmatch.translate(source.files.replace("{day}", "\0")).replace("\\\0", "\0").replace("\0", r"(\d{4}-\d{2}-\d{2})", 1)
+    pattern = (
+        fnmatch.translate(source.files.replace("{day}", "\0"))
+        .replace("\\\0", "\0")
+        .replace("\0", r"(\d{4}-\d{2}-\d{2})", 1)
+    )
     found = re.match(pattern, name) or re.search(r"(\d{4}-\d{2}-\d{2})", name)
     return date.fromisoformat(found[1]) if found else None
 
@@ -65,7 +69,10 @@ def landing_requests(
             mark = f"{info['size']}:{changed}"
             if seen.get(file.name) == mark:
                 continue
-            if isinstance(changed, int | float) and now - datetime.fromtimestamp(changed, UTC).replace(tzinfo=None) < SETTLE:
+            if (
+                isinstance(changed, int | float)
+                and now - datetime.fromtimestamp(changed, UTC).replace(tzinfo=None) < SETTLE
+            ):
                 continue
             day = day_of(source, file.name) or newest
             if day > newest or day < workflow.start:
@@ -86,7 +93,11 @@ def landing_requests(
 def retrain_request(workflow: Workflow, lake: Lake) -> dg.RunRequest | dg.SkipReason:
     """A retraining for the newest day found drifted, unless one was trained within the cooldown."""
     try:
-        rows = lake.read(workflow.table("drift"), columns=["day", "drifted", "text"]).sort_by([("day", "descending")]).to_pylist()
+        rows = (
+            lake.read(workflow.table("drift"), columns=["day", "drifted", "text"])
+            .sort_by([("day", "descending")])
+            .to_pylist()
+        )
     except TableMissing:
         return dg.SkipReason(f"{workflow.name}: no drift has been measured yet")
     drifted = next((r for r in rows if r["drifted"]), None)
@@ -98,7 +109,9 @@ def retrain_request(workflow: Workflow, lake: Lake) -> dg.RunRequest | dg.SkipRe
         trained = None
     day, cooldown = drifted["day"], workflow.drift.cooldown_days
     if trained is not None and (day - trained).days < cooldown:
-        return dg.SkipReason(f"{workflow.name}: drift on {day}, but a model was trained for {trained}: cooldown is {cooldown} days")
+        return dg.SkipReason(
+            f"{workflow.name}: drift on {day}, but a model was trained for {trained}: cooldown is {cooldown} days"
+        )
     # The window stands in the key: the same drift starts one retraining, a later one starts another.
     return dg.RunRequest(
         run_key=f"{workflow.name}:drift:{day}",
@@ -195,9 +208,18 @@ def unattended(workflows: Sequence[Workflow]) -> list[Unattended]:
     for workflow in workflows:
         name = workflow.name
         found += [
-            Unattended(f"{name}_landing", f"{name}_daily", "a new file, after its day's cut-off", _landing_sensor(workflow)),
-            Unattended(f"{name}_retrain_on_drift", f"{name}_retrain", "drift, outside the cooldown", _drift_sensor(workflow)),
-            Unattended(f"{name}_deadline", f"{name}_decide", f"{workflow.deadline:%H:%M} UTC, undecided", _deadline_schedule(workflow)),
+            Unattended(
+                f"{name}_landing", f"{name}_daily", "a new file, after its day's cut-off", _landing_sensor(workflow)
+            ),
+            Unattended(
+                f"{name}_retrain_on_drift", f"{name}_retrain", "drift, outside the cooldown", _drift_sensor(workflow)
+            ),
+            Unattended(
+                f"{name}_deadline",
+                f"{name}_decide",
+                f"{workflow.deadline:%H:%M} UTC, undecided",
+                _deadline_schedule(workflow),
+            ),
             Unattended(f"{name}_weekly_retrain", f"{name}_retrain", "Mondays 08:00 UTC", _weekly_schedule(workflow)),
         ]
     return found

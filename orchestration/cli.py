@@ -95,7 +95,11 @@ def run(
     found = _workflow(workflow)
     last = day or closed_days(found, runner.clock_now(now))
     result = runner.run(found, job, since or last, last, now=now)
-    _shown(runner.check_rows(result), f"{workflow} {job} {since or last} – {last}: {'done' if result.success else 'FAILED'}", False)
+    _shown(
+        runner.check_rows(result),
+        f"{workflow} {job} {since or last} – {last}: {'done' if result.success else 'FAILED'}",
+        False,
+    )
     if not result.success:
         raise typer.Exit(1)
 

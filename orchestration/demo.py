@@ -29,10 +29,10 @@ from orchestration import automation, runner
 
 SEED = 7
 HISTORY_DAYS = 35
-LIVE_DAYS = 7
-BREAK_ON = {"ad_budget": 3, "ticket_priority": 2}
+LIVE_DAYS = 10
+BREAK_ON = {"ad_budget": 2, "ticket_priority": 1}
 """The live day (from 0) on which upstream breaks its schema."""
-DRIFT_ON = {"ad_budget": 4, "ticket_priority": 4}
+DRIFT_ON = {"ad_budget": 3, "ticket_priority": 3}
 """The live day (from 0) on which the world changes."""
 
 
@@ -50,9 +50,14 @@ def sources(start: date) -> dict[str, Callable[[date, Path, bool], Path]]:
     ads = advertising.World(SEED, "easy", 120, origin=start, drift_on=live + timedelta(days=DRIFT_ON["ad_budget"]))
     ad_rows = advertising.history(ads, start, HISTORY_DAYS + LIVE_DAYS)
     queue = tickets.World(
-        SEED, load=0.9, teams=12, drift=tickets.Drift(live + timedelta(days=DRIFT_ON["ticket_priority"]), "new_category", size=1.0)
+        SEED,
+        load=0.9,
+        teams=12,
+        drift=tickets.Drift(live + timedelta(days=DRIFT_ON["ticket_priority"]), "new_category", size=1.0),
     )
-    ticket_days = {start + timedelta(days=n): queue.step(start + timedelta(days=n)) for n in range(HISTORY_DAYS + LIVE_DAYS)}
+    ticket_days = {
+        start + timedelta(days=n): queue.step(start + timedelta(days=n)) for n in range(HISTORY_DAYS + LIVE_DAYS)
+    }
 
     def export_ads(day: date, folder: Path, broken: bool) -> Path:
         return advertising.export_day(ad_rows, folder, day, break_schema=broken)
@@ -81,12 +86,22 @@ def _failed_checks(result: dg.ExecuteInProcessResult) -> list[str]:
     return [f"{r['asset']} {r['check']}: {r['says']}" for r in runner.check_rows(result) if r["result"] == "ERROR"]
 
 
-def _live_day(workflow: Workflow, day: date, number: int, export: Any, instance: dg.DagsterInstance, story: Story, lake: Any) -> str:
+def _live_day(
+    workflow: Workflow, day: date, number: int, export: Any, instance: dg.DagsterInstance, story: Story, lake: Any
+) -> str:
     """One morning of a workflow; returns what to print."""
     broken = BREAK_ON.get(workflow.name) == number
     land(workflow, export, day, broken)
     now = at(day, "04:00")
-    result = runner.run(workflow, "daily", day, day, now=now, instance=instance, tags={"signalbox/cause": "new file in the landing zone"})
+    result = runner.run(
+        workflow,
+        "daily",
+        day,
+        day,
+        now=now,
+        instance=instance,
+        tags={"signalbox/cause": "new file in the landing zone"},
+    )
     said = ""
     if not result.success or _failed_checks(result):
         reasons = _failed_checks(result) or list(runner.failed_steps(result))
@@ -96,16 +111,43 @@ def _live_day(workflow: Workflow, day: date, number: int, export: Any, instance:
     if isinstance(request, dg.RunRequest):
         runner.run(workflow, "decide", day, day, now=due.isoformat(), instance=instance, tags=dict(request.tags))
         batch = lake.read(workflow.table("batches"), days=[day]).to_pylist()[0]
-        story.events.append((day, workflow.name, f"deadline came undecided: step '{batch['step']}' ({'; '.join(batch['reasons'])[:120]})"))
+        story.events.append(
+            (
+                day,
+                workflow.name,
+                f"deadline came undecided: step '{batch['step']}' ({'; '.join(batch['reasons'])[:120]})",
+            )
+        )
     if broken:
         land(workflow, export, day, False)
-        again = runner.run(workflow, "prepare", day, day, now=at(day, "10:00"), instance=instance, tags={"signalbox/cause": "repaired file"})
-        story.events.append((day, workflow.name, f"upstream sent a repaired file at 10:00: {'landed' if again.success else 'still refused'}"))
+        again = runner.run(
+            workflow,
+            "prepare",
+            day,
+            day,
+            now=at(day, "10:00"),
+            instance=instance,
+            tags={"signalbox/cause": "repaired file"},
+        )
+        story.events.append(
+            (
+                day,
+                workflow.name,
+                f"upstream sent a repaired file at 10:00: {'landed' if again.success else 'still refused'}",
+            )
+        )
     request = automation.retrain_request(workflow, lake)
     if isinstance(request, dg.RunRequest):
-        retrained = runner.run(workflow, "retrain", day, day, now=at(day, "05:00"), instance=instance, tags=dict(request.tags))
-        verdict = next((r["says"] for r in runner.check_rows(retrained) if r["check"] == "gate"), "; ".join(runner.failed_steps(retrained)))
-        story.events.append((day, workflow.name, f"{request.tags['signalbox/cause'][:110]} → retrained; gate: {verdict[:110]}"))
+        retrained = runner.run(
+            workflow, "retrain", day, day, now=at(day, "05:00"), instance=instance, tags=dict(request.tags)
+        )
+        verdict = next(
+            (r["says"] for r in runner.check_rows(retrained) if r["check"] == "gate"),
+            "; ".join(runner.failed_steps(retrained)),
+        )
+        story.events.append(
+            (day, workflow.name, f"{request.tags['signalbox/cause'][:110]} → retrained; gate: {verdict[:110]}")
+        )
     batch = lake.read(workflow.table("batches"), days=[day]).to_pylist()
     if batch:
         said = f"{batch[0]['step']}, {batch[0]['status']}, {batch[0]['changed']} of {batch[0]['rows']} changed"
@@ -117,7 +159,9 @@ def tell(console: Console) -> None:
     began = time.monotonic()
     state = runner.prepare_home()
     if any((state / "lake").iterdir()):
-        console.print(f"[yellow]{state} already holds days.[/yellow] Look at them with make serve, or start over with make clean demo.")
+        console.print(
+            f"[yellow]{state} already holds days.[/yellow] Look at them with make serve, or start over with make clean demo."
+        )
         raise SystemExit(1)
     workflows = {w.name: w for w in (load(FOLDER / n) for n in ("ad_budget", "ticket_priority"))}
     start = min(w.start for w in workflows.values())
@@ -138,7 +182,9 @@ def tell(console: Console) -> None:
             with console.status(f"{name}: first model"):
                 result = runner.run(workflow, "retrain", last, last, now=at(last, "05:00"), instance=instance)
             _must(result, f"{name}: first model")
-            console.print(f"{name:<16} {HISTORY_DAYS} days of history and a first model in {time.monotonic() - clock:.0f} s")
+            console.print(
+                f"{name:<16} {HISTORY_DAYS} days of history and a first model in {time.monotonic() - clock:.0f} s"
+            )
         for number in range(LIVE_DAYS):
             day = last + timedelta(days=1 + number)
             for name, workflow in workflows.items():
@@ -167,7 +213,11 @@ def _summary(console: Console, workflows: dict[str, Workflow], story: Story, lak
         batch = lake.read(workflow.table("batches")).sort_by("day").to_pylist()[-1]
         decisions = lake.read(workflow.table("decisions"), days=[batch["day"]])
         largest = deciding.largest_changes(decisions, 3).to_pylist()
-        quarantined = lake.read(workflow.table("quarantine"), columns=["rule"]) if lake.exists(workflow.table("quarantine")) else pa.table({"rule": []})
+        quarantined = (
+            lake.read(workflow.table("quarantine"), columns=["rule"])
+            if lake.exists(workflow.table("quarantine"))
+            else pa.table({"rule": []})
+        )
         console.print(
             f"\n[bold]{name}[/bold]: champion is version {champion.number if champion else '–'}; "
             f"{lake.read(workflow.table('events'), columns=['day']).num_rows} events, {quarantined.num_rows} rows in quarantine; "

@@ -74,7 +74,12 @@ def run(
         }
     with _instance(instance) as at:
         return wanted.execute_in_process(
-            instance=at, resources=given or resources(now), tags=marks, raise_on_error=False, **selection
+            instance=at,
+            resources=given or resources(now),
+            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},  # the events are in the UI
+            tags=marks,
+            raise_on_error=False,
+            **selection,
         )
 
 
@@ -82,7 +87,8 @@ class _instance:
     """The given instance as it is, or the one at DAGSTER_HOME closed after use."""
 
     def __init__(self, given: dg.DagsterInstance | None) -> None:
-        self._given, self._opened = given, None
+        self._given = given
+        self._opened: dg.DagsterInstance | None = None
 
     def __enter__(self) -> dg.DagsterInstance:
         if self._given is not None:

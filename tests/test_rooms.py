@@ -37,7 +37,8 @@ def test_imports_run_one_way(room: str) -> None:
         f"{file.relative_to(ROOT)}:{line} imports {name}"
         for file in modules(room)
         for name, line in imported(ast.parse(file.read_text()))
-        if (name in ALLOWED and name not in ALLOWED[room]) or (name == "dagster" and room not in ("orchestration", "assets"))
+        if (name in ALLOWED and name not in ALLOWED[room])
+        or (name == "dagster" and room not in ("orchestration", "assets"))
     ]
     assert modules(room) and not wrong, "\n".join(wrong)
 
@@ -84,4 +85,6 @@ def test_the_lock_is_hashed_and_names_no_index() -> None:
     assert len(pins) > 100
     assert all("==" in pin for pin in pins), [p for p in pins if "==" not in p]
     assert sum("--hash=sha256:" in line for line in lines) >= len(pins)
-    assert not [line for line in lines if "://" in line or line.startswith(("--index", "--extra-index", "--find-links"))]
+    assert not [
+        line for line in lines if "://" in line or line.startswith(("--index", "--extra-index", "--find-links"))
+    ]

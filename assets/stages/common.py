@@ -43,7 +43,7 @@ def stage(
 ) -> Callable[[Callable[..., Any]], dg.AssetsDefinition]:
     """``@asset`` with everything that the stages share. ``checks`` maps a check's name to (blocking, description)."""
     asset_key = key(workflow, name)
-    return dg.asset(
+    made: Callable[[Callable[..., Any]], dg.AssetsDefinition] = dg.asset(
         key=asset_key,
         deps=[key(workflow, d) for d in deps],
         description=description,
@@ -58,9 +58,12 @@ def stage(
         ],
         **more,
     )
+    return made
 
 
-def folded(name: str, by_day: Mapping[date, tuple[bool, str]], *, metadata: Mapping[str, Any] | None = None, warn: bool = False) -> dg.AssetCheckResult:
+def folded(
+    name: str, by_day: Mapping[date, tuple[bool, str]], *, metadata: Mapping[str, Any] | None = None, warn: bool = False
+) -> dg.AssetCheckResult:
     """One check result over the days of a run: it passes when every day does, and names those that do not."""
     failed = {day: text for day, (passed, text) in by_day.items() if not passed}
     shown = failed or {day: text for day, (_, text) in by_day.items()}

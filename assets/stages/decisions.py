@@ -22,7 +22,9 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         deps=["scores", "features"],
         description="before → after for each entity, with arm, probability and reasons; the batch says by which step it was made.",
         kinds={"deltalake"},
-        checks={"guardrails": (True, "Rows, shares, changes and totals are within bounds; each arm's money is conserved")},
+        checks={
+            "guardrails": (True, "Rows, shares, changes and totals are within bounds; each arm's money is conserved")
+        },
     )
     def decisions(context: dg.AssetExecutionContext, lake: LakeResource, clock: ClockResource) -> dg.MaterializeResult:
         judged, last = {}, None

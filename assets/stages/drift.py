@@ -15,6 +15,13 @@ from assets.stages.common import days, folded, stage
 from assets.workflow import Workflow
 
 
+def windows(workflow: Workflow, day: date) -> tuple[list[date], list[date]]:
+    """The days judged together at ``day``, and the days that they are compared with."""
+    spec = workflow.drift
+    window = [day - timedelta(days=n) for n in range(spec.window_days)]
+    return window, [window[-1] - timedelta(days=n) for n in range(1, spec.reference_days + 1)]
+
+
 def build(workflow: Workflow) -> dg.AssetsDefinition:
     """The asset [workflow, drift]."""
     spec = workflow.drift
@@ -23,7 +30,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         workflow,
         "drift",
         deps=["features"],
-        description=f"Each day's features beside those of the {spec.reference_days} days before, judged by Evidently.",
+        description=f"The features of the last {spec.window_days} days beside those of the {spec.reference_days} days before, by Evidently.",
         kinds={"evidently"},
         checks={"stable": (False, "The share of drifted columns is below the limit")},
     )
@@ -37,13 +44,23 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         numeric, categorical = workflow.drift_columns
         columns = ["day", *numeric, *categorical]
         for day in span:
-            before = [day - timedelta(days=n) for n in range(1, spec.reference_days + 1)]
-            current = lake.lake.read(table, days=[day], columns=columns)
+            window, before = windows(workflow, day)
+            current = lake.lake.read(table, days=window, columns=columns)
             reference = lake.lake.read(table, days=before, columns=columns)
             if current.num_rows < spec.min_rows or reference.num_rows < spec.min_rows:
                 text = f"not judged: {current.num_rows} rows beside {reference.num_rows}, {spec.min_rows} of each are needed"
                 judged[day] = (True, text)
-                stored.append({"day": day, "judged": False, "drifted": False, "share": None, "columns": "{}", "page": "", "text": text})
+                stored.append(
+                    {
+                        "day": day,
+                        "judged": False,
+                        "drifted": False,
+                        "share": None,
+                        "columns": "{}",
+                        "page": "",
+                        "text": text,
+                    }
+                )
                 continue
             report = evidently.drift(
                 current,
@@ -71,7 +88,10 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
                 "in Evidently": dg.MetadataValue.url(f"{reports.evidently_ui}/projects/{project}"),
                 "columns": dg.MetadataValue.json(report.columns),
             }
-            context.add_asset_metadata({"share drifted": report.share_drifted, "report": dg.MetadataValue.url(page)}, partition_key=day.isoformat())
+            context.add_asset_metadata(
+                {"share drifted": report.share_drifted, "report": dg.MetadataValue.url(page)},
+                partition_key=day.isoformat(),
+            )
         schema = pa.schema(
             {"day": pa.date32(), "judged": pa.bool_(), "drifted": pa.bool_(), "share": pa.float64(),
              "columns": pa.string(), "page": pa.string(), "text": pa.string()}

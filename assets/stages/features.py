@@ -26,7 +26,9 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         kinds={"deltalake", "duckdb"},
         checks={"contract": (True, "Great Expectations on the features of each day")},
     )
-    def features(context: dg.AssetExecutionContext, lake: LakeResource, reports: ReportsResource) -> dg.MaterializeResult:
+    def features(
+        context: dg.AssetExecutionContext, lake: LakeResource, reports: ReportsResource
+    ) -> dg.MaterializeResult:
         from data_checks import contract
 
         version = lake.lake.version(workflow.table("events"))
@@ -35,7 +37,9 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         page = ""
         for day, table in point_in_time.features(workflow, lake.lake, days(context), version=version):
             tables.append(table)
-            result = contract.validate(table, list(workflow.contract.features.expectations), name=f"{workflow.name} features {day}")
+            result = contract.validate(
+                table, list(workflow.contract.features.expectations), name=f"{workflow.name} features {day}"
+            )
             _, url = reports.write(workflow.name, day, "features-contract.html", result.html)
             if not page or result.blocking_failed:
                 page = url
@@ -44,7 +48,11 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
             text = "; ".join(contract.sentence(r) for r in broken) or f"{len(result.results)} expectations met"
             checked[day] = (good, text if table.num_rows else "no entities: events of the lookback are missing")
             context.add_asset_metadata(
-                {"dagster/partition_row_count": table.num_rows, "digest": content_digest(table), "events version": version},
+                {
+                    "dagster/partition_row_count": table.num_rows,
+                    "digest": content_digest(table),
+                    "events version": version,
+                },
                 partition_key=day.isoformat(),
             )
         whole = pa.concat_tables(tables, promote_options="default")

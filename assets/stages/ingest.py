@@ -21,7 +21,9 @@ from assets.workflow import Workflow
 def _volume(lake: Lake, workflow: Workflow, day: date, rows: int) -> tuple[bool, str]:
     """Rows of a day beside the median of the same weekday over the four weeks before (none: nothing to compare)."""
     before = [day - timedelta(weeks=w) for w in range(1, 5)]
-    counts = lake.read(workflow.table("events"), days=before, columns=["day"]).group_by("day").aggregate([([], "count_all")])
+    counts = (
+        lake.read(workflow.table("events"), days=before, columns=["day"]).group_by("day").aggregate([([], "count_all")])
+    )
     if rows == 0:
         return False, "no events at all"
     if counts.num_rows == 0:
@@ -62,7 +64,10 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         if not lake.lake.exists(workflow.table("events")):
             raise dg.Failure(
                 "No event has ever landed. "
-                + ("\n".join(f"{f.path}: {f.reason}" for f in refused) or f"No file in {landing.of(workflow.name)} fits {', '.join(s.files for s in workflow.sources.values())}.")
+                + (
+                    "\n".join(f"{f.path}: {f.reason}" for f in refused)
+                    or f"No file in {landing.of(workflow.name)} fits {', '.join(s.files for s in workflow.sources.values())}."
+                )
             )
         landed = lake.lake.read(workflow.table("events"), days=span)
         landed = landed.filter(pc.is_null(landed["superseded_at"]))
@@ -72,12 +77,17 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         examples: list[dict[str, object]] = []
         for day in span:
             rows = landed.filter(pc.equal(landed["day"], pa.scalar(day)))
-            result = contract.validate(rows, contract.implied(promised) + list(promised.expectations), name=f"{workflow.name} events {day}")
+            result = contract.validate(
+                rows, contract.implied(promised) + list(promised.expectations), name=f"{workflow.name} events {day}"
+            )
             _, url = reports.write(workflow.name, day, "events-contract.html", result.html)
             if not page or result.blocking_failed:
                 page = url
             broken = [r for r in result.results if not r["success"]]
-            checked[day] = (not result.blocking_failed, "; ".join(contract.sentence(r) for r in broken) or f"{len(result.results)} expectations met")
+            checked[day] = (
+                not result.blocking_failed,
+                "; ".join(contract.sentence(r) for r in broken) or f"{len(result.results)} expectations met",
+            )
             examples += [{"day": str(day), **r} for r in broken][:20]
             volumes[day] = _volume(lake.lake, workflow, day, rows.num_rows)
             context.add_asset_metadata(
@@ -100,7 +110,8 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
                 dg.AssetCheckResult(
                     check_name="files",
                     passed=not refused,
-                    description="\n".join(f"{f.path}: {f.reason}" for f in refused) or f"{len(done.files)} new files landed whole",
+                    description="\n".join(f"{f.path}: {f.reason}" for f in refused)
+                    or f"{len(done.files)} new files landed whole",
                     metadata={"refused": len(refused)},
                 ),
                 dg.AssetCheckResult(
@@ -109,7 +120,14 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
                     description=f"{done.quarantined} of {total} rows ({share:.2%}); {promised.max_quarantined_share:.2%} allowed",
                     metadata={"share": share, "by rule": dg.MetadataValue.md(by_rule)},
                 ),
-                folded("contract", checked, metadata={"page": dg.MetadataValue.url(page), "failed expectations": dg.MetadataValue.json(examples[:20])}),
+                folded(
+                    "contract",
+                    checked,
+                    metadata={
+                        "page": dg.MetadataValue.url(page),
+                        "failed expectations": dg.MetadataValue.json(examples[:20]),
+                    },
+                ),
                 folded("volume", volumes, warn=True),
             ],
         )

@@ -31,7 +31,12 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         whole = pa.concat_tables(tables, promote_options="default")
         written = lake.lake.replace_days(workflow.table("outcomes"), whole, days(context))
         return dg.MaterializeResult(
-            metadata={"outcomes": whole.num_rows, "first rows": preview(whole.slice(0, 5)), "table version": written, "events version": version}
+            metadata={
+                "outcomes": whole.num_rows,
+                "first rows": preview(whole.slice(0, 5)),
+                "table version": written,
+                "events version": version,
+            }
         )
 
     return outcomes

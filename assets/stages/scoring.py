@@ -32,7 +32,8 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
             deciding.write_scores(workflow, lake.lake, day, scored)
             steps[day] = (scored.step == "champion", f"{scored.step}: {'; '.join(scored.reasons) or 'as it should be'}")
             context.add_asset_metadata(
-                {"dagster/partition_row_count": scored.table.num_rows, "step": scored.step}, partition_key=day.isoformat()
+                {"dagster/partition_row_count": scored.table.num_rows, "step": scored.step},
+                partition_key=day.isoformat(),
             )
             last = scored
         assert last is not None, "a run always has a day"
@@ -42,7 +43,11 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
                 "step": last.step,
                 "why": "; ".join(last.reasons) or "the champion scored",
                 "first rows": preview(last.table.slice(0, 5)),
-                **({"model": dg.MetadataValue.url(registry.version_url(version.name, version.number))} if version else {}),
+                **(
+                    {"model": dg.MetadataValue.url(registry.version_url(version.name, version.number))}
+                    if version
+                    else {}
+                ),
             },
             check_results=[folded("step", steps, warn=True)],
         )

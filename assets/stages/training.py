@@ -4,7 +4,7 @@ Belongs here: the two assets. Does not: learning (``models.learners``), judging 
 """
 
 import json
-from datetime import timedelta
+from datetime import date, timedelta
 
 import dagster as dg
 import pyarrow as pa
@@ -16,7 +16,7 @@ from assets.resources import LakeResource, RegistryResource, preview
 from assets.stages.common import days, stage
 from assets.workflow import Workflow
 from models import catalog, fitting, gate
-from models.registry import CHAMPION, ModelUnreadable
+from models.registry import CHAMPION, ModelUnreadable, Registry
 
 GPU_POOL = "gpu"
 THREADS = 2
@@ -55,6 +55,29 @@ def build_training_set(workflow: Workflow) -> dg.AssetsDefinition:
     return training_set
 
 
+def _champion(
+    workflow: Workflow, registry: Registry, learner: type[catalog.Learner], known: pa.Table, split: date, device: str
+) -> tuple[catalog.Scorer | None, str]:
+    """Whom the candidate is compared with, and a sentence about it.
+
+    A champion that has learned from the held-out days would be judged on its own lessons. Its twin stands in: the same
+    recipe, fitted on what was known before them.
+    """
+    held = registry.by_alias(workflow.name, CHAMPION)
+    if held is None:
+        return None, ""
+    try:
+        if held.trained_day <= split:
+            return deciding.read_model(workflow, registry, held), f" Compared with version {held.number} as it is."
+        twin = learner.fit(known, registry.recipe(held), seed=deciding.SEED, device=device, threads=THREADS)
+    except (ModelUnreadable, KeyError, ValueError) as error:
+        return None, f" Version {held.number} could not be compared: {error}."
+    return (
+        twin,
+        f" Version {held.number} has learned from the held-out days: its recipe, fitted before them, stands in for it.",
+    )
+
+
 def build_model(workflow: Workflow) -> dg.AssetsDefinition:
     """The asset [workflow, model]; it takes a slot of the pool ``gpu``."""
     training = workflow.training
@@ -68,7 +91,9 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
         checks={"gate": (False, "Beats the rule, and is not worse than the champion by more than the margin")},
         pool=GPU_POOL,
     )
-    def model(context: dg.AssetExecutionContext, lake: LakeResource, registry: RegistryResource) -> dg.MaterializeResult:
+    def model(
+        context: dg.AssetExecutionContext, lake: LakeResource, registry: RegistryResource
+    ) -> dg.MaterializeResult:
         from models.booster import resolve_device
 
         day = days(context)[-1]
@@ -77,24 +102,20 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
         rows = lake.lake.read(table, version=version, where=pc.field("as_of") == pa.scalar(day))
         order = [("day", "ascending"), ("entity_id", "ascending")]
         rows = rows.sort_by([*order, *([("moment", "ascending")] if "moment" in rows.schema.names else [])])
-        held = registry.registry.by_alias(workflow.name, CHAMPION)
-        champion, unreadable = None, ""
-        if held is not None:
-            try:
-                champion = deciding.read_model(workflow, registry.registry, held)
-            except ModelUnreadable as error:
-                unreadable = f" The champion could not be read and was not compared: {error}"
         device = resolve_device(training.device)
         split = day - timedelta(days=training.holdout_days + training.maturity_days)
         mature = day - timedelta(days=training.maturity_days)
         judged = rows.filter((pc.field("day") > pc.scalar(split)) & (pc.field("day") <= pc.scalar(mature)))
         held_out = point_in_time.rows_where(judged, training.evaluate_on)
         early = point_in_time.training_set(workflow, lake.lake, split)
+        learner = catalog.learner(workflow.model.kind)
+        known = point_in_time.rows_where(early, training.train_on)
+        champion, note = _champion(workflow, registry.registry, learner, known, split, device)
         fitted = fitting.fit_and_judge(
             point_in_time.rows_where(rows, training.train_on),
-            point_in_time.rows_where(early, training.train_on),
+            known,
             held_out,
-            learner=catalog.learner(workflow.model.kind),
+            learner=learner,
             rule=catalog.rule(workflow.model.kind),
             champion=champion,
             spec=deciding.learner_spec(workflow),
@@ -116,17 +137,28 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
             "code commit": code.commit(),
             "code digest": code.digest(),
             "device": device,
+            "champion": note.strip() or "none yet",
             "Dagster run": context.run_id,
         }
         text = gate.card(
-            name=workflow.name, description=workflow.description, trained_day=day, verdict=fitted.verdict, metrics=fitted.metrics, facts=facts
+            name=workflow.name,
+            description=workflow.description,
+            trained_day=day,
+            verdict=fitted.verdict,
+            metrics=fitted.metrics,
+            facts=facts,
         )
         made = registry.registry.register(
             workflow.name,
             fitted.model.files(),
             trained_day=day,
             passed=fitted.verdict.passed,
-            params={"model": json.dumps(workflow.model.model_dump(mode="json")), "device": device, "day": day.isoformat()},
+            params={
+                "recipe": json.dumps(deciding.learner_spec(workflow)),
+                "device": device,
+                "day": day.isoformat(),
+                "threads": THREADS,
+            },
             metrics={f"{who}_{name}": value for who, one in fitted.metrics.items() for name, value in one.items()},
             tags={f"signalbox.{k.replace(' ', '_')}": str(v) for k, v in facts.items()},
             plots=fitted.model.plots(held_out if held_out.num_rows else rows),
@@ -149,7 +181,7 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
                     check_name="gate",
                     passed=fitted.verdict.passed,
                     severity=dg.AssetCheckSeverity.WARN,
-                    description="; ".join(fitted.verdict.reasons) + unreadable,
+                    description="; ".join(fitted.verdict.reasons) + note,
                 )
             ],
         )

@@ -244,7 +244,12 @@ class Spread:
 
 
 def _scored(
-    features: pa.Table, p_miss: Array, expected: Array, spread: Spread, effort: Array, effort_spread: Spread | None,
+    features: pa.Table,
+    p_miss: Array,
+    expected: Array,
+    spread: Spread,
+    effort: Array,
+    effort_spread: Spread | None,
     delay: float,
 ) -> pa.Table:
     """The score table. A known due time is compared with the hands-on time (with the handling time where that is not
@@ -259,14 +264,16 @@ def _scored(
         now, later = effort_spread.late(level, to_due), effort_spread.late(level, to_due - delay)
     now = np.where(unknown, p_miss, now)
     later = np.where(unknown, np.maximum(spread.late(expected, implied - delay), p_miss), later)
-    return pa.table({
-        **_keys(features),
-        "p_miss": p_miss,
-        "p_miss_now": now,
-        "p_miss_later": np.maximum(later, now),
-        "effort_hours": effort if effort_spread is None else effort_spread.mean(np.log1p(effort)),
-        "uncertainty": 2.0 * np.minimum(p_miss, 1.0 - p_miss),
-    })
+    return pa.table(
+        {
+            **_keys(features),
+            "p_miss": p_miss,
+            "p_miss_now": now,
+            "p_miss_later": np.maximum(later, now),
+            "effort_hours": effort if effort_spread is None else effort_spread.mean(np.log1p(effort)),
+            "uncertainty": 2.0 * np.minimum(p_miss, 1.0 - p_miss),
+        }
+    )
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -347,8 +354,11 @@ class DurationLearner:
         """
         settings = _settings(spec)
         encoding = Encoding.learn(
-            rows, spec["numeric"], spec["categorical"],
-            max_categories=settings.max_categories, min_count=settings.min_category_count,
+            rows,
+            spec["numeric"],
+            spec["categorical"],
+            max_categories=settings.max_categories,
+            min_count=settings.min_category_count,
         )
         x = encoding.matrix(rows)
         labels = settle(rows, settings.group)
@@ -358,15 +368,29 @@ class DurationLearner:
         effort = np.log1p(np.maximum(_floats(rows, "effort_hours"), 0.0))
         fold = np.unique(_texts(rows, "entity_id"), return_inverse=True)[1] % FOLDS
         shape = {
-            "num_leaves": settings.num_leaves, "learning_rate": settings.learning_rate,
-            "min_data_in_leaf": settings.min_data_in_leaf, "feature_fraction": 0.5, "bagging_fraction": 0.7,
-            "bagging_freq": 1, "lambda_l2": 5.0, "cat_smooth": 30.0, "cat_l2": 20.0, "max_cat_threshold": 16,
+            "num_leaves": settings.num_leaves,
+            "learning_rate": settings.learning_rate,
+            "min_data_in_leaf": settings.min_data_in_leaf,
+            "feature_fraction": 0.5,
+            "bagging_fraction": 0.7,
+            "bagging_freq": 1,
+            "lambda_l2": 5.0,
+            "cat_smooth": 30.0,
+            "cat_l2": 20.0,
+            "max_cat_threshold": 16,
         }
 
         def learn(objective: str, y: Array, chosen: Array, seed: int) -> lightgbm.Booster:
             return train(
-                x[chosen], y[chosen], encoding=encoding, params={**shape, "objective": objective},
-                rounds=settings.rounds, seed=seed, device=device, threads=threads, weight=weight[chosen],
+                x[chosen],
+                y[chosen],
+                encoding=encoding,
+                params={**shape, "objective": objective},
+                rounds=settings.rounds,
+                seed=seed,
+                device=device,
+                threads=threads,
+                weight=weight[chosen],
             )
 
         def unseen(objective: str, y: Array, chosen: Array) -> Array:
@@ -419,8 +443,13 @@ class DurationLearner:
             else np.expm1(np.maximum(predict(self.effort, x, threads=self.threads), 0.0))
         )
         return _scored(
-            features, self.p_miss(features), predict(self.duration, x, threads=self.threads), self.spread, effort,
-            self.effort_spread, settings.delay_hours,
+            features,
+            self.p_miss(features),
+            predict(self.duration, x, threads=self.threads),
+            self.spread,
+            effort,
+            self.effort_spread,
+            settings.delay_hours,
         )
 
     def contributions(self, features: pa.Table) -> pa.Table:
@@ -565,8 +594,12 @@ class DurationRule:
     def files(self) -> dict[str, bytes]:
         """rule.json."""
         raw = {
-            "kind": "duration", "columns": self.columns, "rates": self.rates, "spread": self.spread.to_dict(),
-            "mean_log_hours": self.mean_log_hours, "spec": self.spec,
+            "kind": "duration",
+            "columns": self.columns,
+            "rates": self.rates,
+            "spread": self.spread.to_dict(),
+            "mean_log_hours": self.mean_log_hours,
+            "spec": self.spec,
         }
         return {"rule.json": json.dumps(raw, ensure_ascii=False, indent=1).encode()}
 

@@ -55,7 +55,7 @@ def test_a_day_can_be_emptied(tmp_path: Path) -> None:
 def test_rows_outside_the_replaced_days_are_refused(tmp_path: Path) -> None:
     lake = Lake(str(tmp_path))
     lake.replace_days("w/t", rows(MONDAY, 1), [MONDAY])
-    with pytest.raises(Exception, match="predicate|day"):
+    with pytest.raises(Exception, match=r"predicate|day"):
         lake.replace_days("w/t", rows(TUESDAY, 2), [MONDAY])
     assert values(lake.read("w/t")) == [1]
 

@@ -14,12 +14,14 @@ from models.booster import DeviceMissing, Encoding, WrongDigest
 def table() -> pa.Table:
     rng = np.random.default_rng(7)
     n = 1500
-    return pa.table({
-        "size": rng.normal(size=n),
-        "count": pa.array([None if i % 7 == 0 else i % 5 for i in range(n)], pa.int64()),
-        "flag": pa.array([i % 3 == 0 for i in range(n)]),
-        "kind": pa.array([None if i % 50 == 0 else f"k{i}" for i in rng.integers(0, 12, n)]),
-    })
+    return pa.table(
+        {
+            "size": rng.normal(size=n),
+            "count": pa.array([None if i % 7 == 0 else i % 5 for i in range(n)], pa.int64()),
+            "flag": pa.array([i % 3 == 0 for i in range(n)]),
+            "kind": pa.array([None if i % 50 == 0 else f"k{i}" for i in rng.integers(0, 12, n)]),
+        }
+    )
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,13 @@ DAYS = 30
 FACTOR = np.array([0.3, 0.6, 1.0, 2.0, 4.0])
 ALLOWED = np.array([20.0, 60.0, 90.0])
 SPEC: dict[str, Any] = {
-    "kind": "duration", "rounds": 25, "learning_rate": 0.15, "min_category_count": 3, "half_life_days": None,
-    "numeric": ["priority", "age_hours", "hours_to_due", "allowed_hours"], "categorical": ["category"],
+    "kind": "duration",
+    "rounds": 25,
+    "learning_rate": 0.15,
+    "min_category_count": 3,
+    "half_life_days": None,
+    "numeric": ["priority", "age_hours", "hours_to_due", "allowed_hours"],
+    "categorical": ["category"],
 }
 
 
@@ -39,20 +44,22 @@ def tickets(
     missed, now = hours > allowed, DAYS * 24
     resolved = opened + hours <= now
     told = np.where(missed & (known_on == "due"), opened + allowed, opened + hours + 120) <= now
-    return pa.table({
-        "entity_id": [f"T{i:05d}" for i in range(n)],
-        "moment": ["intake"] * n,
-        "day": pa.array([date(2026, 1, 1) + timedelta(days=int(h // 24)) for h in opened], pa.date32()),
-        "priority": pa.array(priority + 1, pa.int64()),
-        "category": [f"c{k}" for k in category],
-        "age_hours": np.zeros(n),
-        "hours_to_due": pa.array(allowed, mask=np.full(n, not due_known)),
-        "allowed_hours": pa.array(allowed, mask=np.full(n, not due_known)),
-        "missed": pa.array(missed, mask=~told),
-        "handling_hours": pa.array(hours, mask=~resolved),
-        "open_hours": pa.array(now - opened, mask=resolved),
-        "effort_hours": pa.array(FACTOR[category] * rng.lognormal(0, 0.3, n), mask=~resolved),
-    }), missed
+    return pa.table(
+        {
+            "entity_id": [f"T{i:05d}" for i in range(n)],
+            "moment": ["intake"] * n,
+            "day": pa.array([date(2026, 1, 1) + timedelta(days=int(h // 24)) for h in opened], pa.date32()),
+            "priority": pa.array(priority + 1, pa.int64()),
+            "category": [f"c{k}" for k in category],
+            "age_hours": np.zeros(n),
+            "hours_to_due": pa.array(allowed, mask=np.full(n, not due_known)),
+            "allowed_hours": pa.array(allowed, mask=np.full(n, not due_known)),
+            "missed": pa.array(missed, mask=~told),
+            "handling_hours": pa.array(hours, mask=~resolved),
+            "open_hours": pa.array(now - opened, mask=resolved),
+            "effort_hours": pa.array(FACTOR[category] * rng.lognormal(0, 0.3, n), mask=~resolved),
+        }
+    ), missed
 
 
 def fit(rows: pa.Table, learner: Any = DurationLearner, **more: Any) -> Any:
@@ -85,12 +92,14 @@ def test_labels_as_known_have_far_less_bias_than_the_judged_rows_alone(known_on,
 
 
 def test_open_rows_get_the_kaplan_meier_share_of_late_times():
-    rows = pa.table({
-        "entity_id": list("abcdef"),
-        "missed": [False, False, True, True, None, None],
-        "handling_hours": [1.0, 2.0, 10.0, 20.0, None, None],
-        "open_hours": [None, None, None, None, 1.5, 5.0],
-    })
+    rows = pa.table(
+        {
+            "entity_id": list("abcdef"),
+            "missed": [False, False, True, True, None, None],
+            "handling_hours": [1.0, 2.0, 10.0, 20.0, None, None],
+            "open_hours": [None, None, None, None, 1.5, 5.0],
+        }
+    )
     labels = settle(rows, "priority")
     # alive after 1, 2, 10, 20 hours: 5/6, 5/6 x 3/4, half of that, none. Of what outlives 1.5 hours 3/4 outlives 2.
     np.testing.assert_allclose(labels.missed, [0, 0, 1, 1, 0.75, 1.0])
@@ -214,13 +223,15 @@ def test_a_missing_feature_is_named(model):
 
 
 def test_the_rule_draws_small_groups_towards_larger_ones():
-    rows = pa.table({
-        "entity_id": [str(i) for i in range(120)],
-        "priority": [1] * 100 + [2] * 20,
-        "category": ["a"] * 99 + ["b"] + ["a"] * 20,
-        "missed": [False] * 50 + [True] * 70,
-        "handling_hours": [1.0] * 120,
-    })
+    rows = pa.table(
+        {
+            "entity_id": [str(i) for i in range(120)],
+            "priority": [1] * 100 + [2] * 20,
+            "category": ["a"] * 99 + ["b"] + ["a"] * 20,
+            "missed": [False] * 50 + [True] * 70,
+            "handling_hours": [1.0] * 120,
+        }
+    )
     rule = fit(rows, DurationRule)
     overall, first = 70 / 120, (50 + 20 * 70 / 120) / 120
     ask = pa.table({"entity_id": ["x", "y", "z"], "priority": [1, 1, 9], "category": ["b", "never", "a"]})

@@ -1,0 +1,189 @@
+"""Small prepared worlds and registries that tests copy: made once a session, since both take seconds to make."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import date, datetime, time, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from assets import deciding, landing, point_in_time
+from assets.lake import Lake
+from assets.workflow import FOLDER, Workflow, load
+from delivery.sandbox.worlds import advertising, tickets
+from models import catalog
+from models.registry import Registry, Version
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A workflow, its landing zone and lake below ``root``; ``days`` are landed and built, ``write`` exports a day."""
+
+    workflow: Workflow
+    root: Path
+    days: Sequence[date]
+    write: Callable[[date, Path], Path]
+
+    @property
+    def lake(self) -> Lake:
+        return Lake(str(self.root / "lake"))
+
+    @property
+    def last(self) -> date:
+        return self.days[-1]
+
+    def morning(self, day: date, hour: int = 4) -> datetime:
+        """When ``day`` is usually decided: after its cut-off, before its deadline."""
+        return datetime.combine(day + timedelta(days=1), time(hour))
+
+    def copy(self, to: Path) -> Bench:
+        return replace(self, root=Path(shutil.copytree(self.root, to)))
+
+    def folder(self) -> Path:
+        return (self.root / "landing" / self.workflow.name / self.workflow.sources["export"].files).parent
+
+    def land(self, days: Sequence[date], now: datetime | None = None) -> None:
+        for day in days:
+            self.write(day, self.folder())
+        landing.ingest(self.workflow, self.lake, self.root / "landing", now=now or self.morning(max(days)))
+
+    def build(self, days: Sequence[date]) -> None:
+        """Features and outcomes of the days, as the stages write them."""
+        for stage, made in (("features", point_in_time.features), ("outcomes", point_in_time.outcomes)):
+            tables = [table for _, table in made(self.workflow, self.lake, days)]
+            self.lake.replace_days(
+                self.workflow.table(stage), pa.concat_tables(tables, promote_options="default"), list(days)
+            )
+
+    def fit(self, day: date) -> Any:
+        """A model from what was known at the cut-off of ``day``."""
+        rows = point_in_time.training_set(self.workflow, self.lake, day)
+        chosen = point_in_time.rows_where(rows, self.workflow.training.train_on)
+        learner = catalog.learner(self.workflow.model.kind)
+        return learner.fit(chosen, deciding.learner_spec(self.workflow), seed=deciding.SEED, device="cpu", threads=1)
+
+    def register(self, registry: Registry, day: date, *, passed: bool = True, files: Any = None) -> Version:
+        return registry.register(
+            self.workflow.name, files or self.fit(day).files(), trained_day=day, passed=passed, params={},
+            metrics={"m": 1.0}, tags={}, plots={}, card="card", seed=1,
+            inputs=dict.fromkeys(self.workflow.features.numeric, "double"),
+        )  # fmt: skip
+
+    def decide(self, registry: Registry, day: date, now: datetime | None = None) -> deciding.Batch:
+        """Score and decide a day as the stages do."""
+        now = now or self.morning(day)
+        scored = deciding.score_day(self.workflow, self.lake, registry, day, now=now)
+        deciding.write_scores(self.workflow, self.lake, day, scored)
+        batch = deciding.decide_day(self.workflow, self.lake, day)
+        deciding.write_batch(self.workflow, self.lake, day, batch, decided_at=now, run_id="test")
+        return batch
+
+    def decided(self, day: date) -> list[dict[str, Any]]:
+        return self.lake.read(self.workflow.table("decisions"), days=[day]).sort_by("entity_id").to_pylist()
+
+
+def _bench(name: str, root: Path, days: int, write: Callable[[date, Path], Path]) -> Bench:
+    said = load(FOLDER / name)
+    small = said.model_copy(
+        update={
+            "model": said.model.model_copy(update={"rounds": 8}),
+            "training": said.training.model_copy(update={"min_rows": 50}),
+        }
+    )
+    bench = Bench(small, root, [said.start + timedelta(days=n) for n in range(days)], write)
+    bench.land(bench.days)
+    bench.build(bench.days)
+    return bench
+
+
+@pytest.fixture(scope="session")
+def ads(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """``ad_budget``: 24 lines, 21 days. Shared: copy it before writing."""
+    start = load(FOLDER / "ad_budget").start
+    rows = advertising.history(advertising.World(7, "easy", 24, origin=start), start, 24)
+    return _bench(
+        "ad_budget",
+        tmp_path_factory.mktemp("ads"),
+        21,
+        lambda day, folder: advertising.export_day(rows, folder, day),
+    )
+
+
+@pytest.fixture(scope="session")
+def queue(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """``ticket_priority``: 4 teams, 12 days. Shared: copy it before writing."""
+    start = load(FOLDER / "ticket_priority").start
+    world = tickets.World(7, load=0.9, teams=4)
+    events = {start + timedelta(days=n): world.step(start + timedelta(days=n)) for n in range(15)}
+    return _bench(
+        "ticket_priority",
+        tmp_path_factory.mktemp("queue"),
+        12,
+        lambda day, folder: tickets.export_day(events[day], folder, day),
+    )
+
+
+@pytest.fixture(params=["ads", "queue"])
+def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Bench:
+    """Each shipped workflow in turn, to write to."""
+    shared: Bench = request.getfixturevalue(request.param)
+    return shared.copy(tmp_path / "bench")
+
+
+def at(folder: Path) -> Registry:
+    """The registry in a folder."""
+    return Registry(f"sqlite:///{folder / 'mlflow.db'}", (folder / "artifacts").as_uri())
+
+
+def moved(old: Path, new: Path) -> Registry:
+    """A copy of a registry. MLflow keeps absolute paths in its database: they are made to name the copy."""
+    shutil.copytree(old, new)
+    with sqlite3.connect(new / "mlflow.db") as database:
+        tables = [t for (t,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        for table in tables:
+            for _, column, kind, *_ in database.execute(f'PRAGMA table_info("{table}")').fetchall():
+                if kind.upper().startswith(("VARCHAR", "TEXT")):
+                    database.execute(
+                        f'UPDATE "{table}" SET "{column}" = replace("{column}", ?, ?) WHERE instr("{column}", ?)',
+                        (str(old), str(new), str(old)),
+                    )
+    database.close()
+    return at(new)
+
+
+@pytest.fixture(scope="session")
+def empty_registry_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``mlflow.db``, migrated and empty: migrating takes seconds, copying does not."""
+    folder = tmp_path_factory.mktemp("registry")
+    at(folder).client.search_registered_models()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def _two_versions(
+    tmp_path_factory: pytest.TempPathFactory, empty_registry_folder: Path, ads: Bench, queue: Bench
+) -> Path:
+    folder = tmp_path_factory.mktemp("versions") / "registry"
+    registry = moved(empty_registry_folder, folder)
+    for one in (ads, queue):
+        for days_ago in (4, 1):
+            registry.promote(one.register(registry, one.last - timedelta(days=days_ago)))
+    return folder
+
+
+@pytest.fixture
+def empty_registry(tmp_path: Path, empty_registry_folder: Path) -> Registry:
+    """A registry without a model."""
+    return moved(empty_registry_folder, tmp_path / "empty-registry")
+
+
+@pytest.fixture
+def registry(tmp_path: Path, _two_versions: Path) -> Registry:
+    """Two versions of each shipped workflow's model, trained 4 and 1 days before the last: 2 is champion, 1 was it."""
+    return moved(_two_versions, tmp_path / "registry")

@@ -1,0 +1,124 @@
+"""The gate: a candidate passes on evidence only, better than the rule, not worse than the champion by the margin."""
+
+from __future__ import annotations
+
+import math
+from datetime import date
+from typing import Any
+
+import pytest
+
+from models.gate import card, judge
+
+
+def verdict(mine: float, rule: float, champion: float | None = None, **changed: Any) -> bool:
+    said: dict[str, Any] = {"metric": "mae", "better": "lower", "margin": 0.02, "rows": 100, **changed}
+    return judge(
+        **said,
+        candidate={said["metric"]: mine},
+        rule={said["metric"]: rule},
+        champion=None if champion is None else {said["metric"]: champion},
+    ).passed
+
+
+@pytest.mark.parametrize(
+    ("better", "mine", "rule", "passes"),
+    [
+        ("lower", 0.99, 1.0, True),
+        ("lower", 1.0, 1.0, False),
+        ("lower", 1.01, 1.0, False),
+        ("higher", 1.01, 1.0, True),
+        ("higher", 1.0, 1.0, False),
+        ("higher", 0.99, 1.0, False),
+        ("lower", -2.0, -1.0, True),
+        ("higher", -2.0, -1.0, False),
+    ],
+)
+@pytest.mark.parametrize("margin", [0.0, 0.5])
+def test_the_rule_must_be_beaten_strictly_whatever_the_margin(
+    better: str, mine: float, rule: float, passes: bool, margin: float
+) -> None:
+    assert verdict(mine, rule, better=better, margin=margin) is passes
+
+
+@pytest.mark.parametrize(
+    ("better", "mine", "champion", "passes"),
+    [
+        ("lower", 0.5, 1.0, True),
+        ("lower", 1.0, 1.0, True),
+        ("lower", 1.019, 1.0, True),
+        ("lower", 1.021, 1.0, False),
+        ("higher", 0.981, 1.0, True),
+        ("higher", 0.979, 1.0, False),
+        # the margin is a share of the size of a figure: a negative one is not loosened the wrong way
+        ("lower", -0.981, -1.0, True),
+        ("lower", -0.979, -1.0, False),
+        ("higher", -1.019, -1.0, True),
+        ("higher", -1.021, -1.0, False),
+    ],
+)
+def test_the_champion_may_be_missed_by_the_margin_only(better: str, mine: float, champion: float, passes: bool) -> None:
+    rule = 9.0 if better == "lower" else -9.0
+    assert verdict(mine, rule, champion, better=better) is passes
+
+
+def test_without_a_margin_a_candidate_as_good_as_the_champion_passes_and_a_worse_one_does_not() -> None:
+    assert verdict(1.0, 2.0, 1.0, margin=0.0)
+    assert not verdict(math.nextafter(1.0, 2.0), 2.0, 1.0, margin=0.0)
+
+
+def test_beating_the_champion_does_not_excuse_losing_to_the_rule() -> None:
+    assert not verdict(1.0, 0.9, 5.0)
+
+
+@pytest.mark.parametrize("better", ["lower", "higher"])
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_figure_that_is_no_number_never_passes(better: str, odd: float, place: int) -> None:
+    figures = [1.0, 2.0, 1.0] if better == "lower" else [1.0, 0.5, 1.0]
+    assert verdict(*figures, better=better)
+    figures[place] = odd
+    assert not verdict(*figures, better=better)
+
+
+@pytest.mark.parametrize("place", ["candidate", "rule", "champion"])
+def test_a_missing_figure_never_passes_and_is_named(place: str) -> None:
+    who = {"candidate": {"mae": 1.0, "bias": 0.0}, "rule": {"mae": 2.0}, "champion": {"mae": 1.0}}
+    who[place] = {"bias": 0.0}
+    found = judge(metric="mae", better="lower", margin=0.0, rows=9, **who)  # type: ignore[arg-type]
+    assert not found.passed
+    assert any("mae" in reason and "bias" in reason and place in reason for reason in found.reasons)
+
+
+def test_no_held_out_rows_is_no_evidence() -> None:
+    assert not verdict(0.1, 9.0, 9.0, rows=0)
+
+
+def test_every_comparison_is_told_with_its_figures() -> None:
+    found = judge(
+        metric="mae", better="lower", margin=0.02, rows=77, candidate={"mae": 1.5}, rule={"mae": 2.5},
+        champion={"mae": 1.0},
+    )  # fmt: skip
+    assert len(found.reasons) == 2
+    assert all("1.5" in reason and "77" in reason for reason in found.reasons)
+    assert "beats the rule's 2.5" in found.reasons[0]
+    assert "is worse than the champion's 1" in found.reasons[1] and "2.0%" in found.reasons[1]
+    assert any("no champion" in reason for reason in judge(
+        metric="mae", better="lower", margin=0.0, rows=1, candidate={"mae": 1.0}, rule={"mae": 2.0}, champion=None
+    ).reasons)  # fmt: skip
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_the_card_says_the_verdict_the_figures_and_what_it_was_made_from(passed: bool) -> None:
+    figures = {"candidate": {"mae": 1.25, "bias": -0.5}, "rule": {"mae": 2.0 if passed else 1.0}}
+    found = judge(metric="mae", better="lower", margin=0.0, rows=5, champion=None, **figures)
+    text = card(
+        name="shop", description="What it is for.", trained_day=date(2026, 3, 9), verdict=found, metrics=figures,
+        facts={"code commit": "abc", "held-out rows": 5},
+    )  # fmt: skip
+    assert ("passed" in text) is passed and ("refused" in text) is not passed
+    assert "2026-03-09" in text and "What it is for." in text
+    assert "| mae | 1.25 |" in text
+    assert "| bias | -0.5 | – |" in text  # a figure that the rule does not have
+    assert "code commit: abc" in text
+    assert all(reason in text for reason in found.reasons)

@@ -1,0 +1,257 @@
+"""The registry: the version that counts for a day, and files that are read by their digests and never run."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from dataclasses import replace
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from models.registry import CHAMPION, PREVIOUS, ModelMissing, ModelUnreadable, Registry, Version, files_digest
+
+NAME = "ad_budget"
+
+
+def artifacts(registry: Registry, version: Version) -> Path:
+    """The folder in which a version's files lie."""
+    found = registry.client.get_model_version(version.name, str(version.number))
+    model = registry.client.get_logged_model(str(found.source).removeprefix("models:/"))
+    return Path(str(model.artifact_location).removeprefix("file://"))
+
+
+def refused(registry: Registry, version: Version) -> str:
+    with pytest.raises(ModelUnreadable) as caught:
+        registry.load(version)
+    said = str(caught.value)
+    assert repr(version.name) in said and f"version {version.number}" in said
+    return said
+
+
+def test_what_was_registered_is_read_back_to_the_byte(registry: Registry, ads: Any) -> None:
+    version = registry.by_number(NAME, 2)
+    files = registry.load(version)
+    assert files == ads.fit(version.trained_day).files()
+    assert version.digest == files_digest(files)
+    assert version.passed and version.trained_day == ads.last - timedelta(days=1)
+
+
+def test_the_digest_covers_names_and_contents() -> None:
+    one = files_digest({"a.txt": b"1", "b.json": b"2"})
+    assert one == files_digest({"b.json": b"2", "a.txt": b"1"})
+    others = [
+        {"a.txt": b"1", "b.json": b"3"},
+        {"a.txt": b"1", "c.json": b"2"},
+        {"a.txt": b"1"},
+        {"a.txt": b"12", "b.json": b""},
+    ]
+    assert one not in {files_digest(o) for o in others}
+
+
+@pytest.mark.parametrize("file", ["level.txt", "meta.json"])
+def test_a_file_that_was_changed_is_refused_before_it_is_parsed(registry: Registry, file: str) -> None:
+    version = registry.by_number(NAME, 2)
+    path = artifacts(registry, version) / "extra_files" / file
+    path.write_bytes(path.read_bytes()[:-1] + b" ")
+    said = refused(registry, version)
+    assert file in said and "differs" in said
+    assert registry.load(registry.by_number(NAME, 1)), "the other version is as it was"
+
+
+@pytest.mark.parametrize("file", ["extra_files/level.txt", "extra_files/meta.json", "MLmodel"])
+def test_a_file_that_is_gone_is_named(registry: Registry, file: str) -> None:
+    version = registry.by_number(NAME, 2)
+    (artifacts(registry, version) / file).unlink()
+    assert Path(file).name in refused(registry, version)
+
+
+def test_artifacts_that_are_gone_are_unreadable(registry: Registry) -> None:
+    version = registry.by_number(NAME, 2)
+    folder = artifacts(registry, version)
+    folder.rename(folder.with_name("elsewhere"))
+    refused(registry, version)
+
+
+def test_a_link_out_of_the_artifacts_is_refused(registry: Registry, tmp_path: Path) -> None:
+    version = registry.by_number(NAME, 2)
+    path = artifacts(registry, version) / "extra_files" / "meta.json"
+    (tmp_path / "meta.json").write_bytes(path.read_bytes())
+    path.unlink()
+    path.symlink_to(tmp_path / "meta.json")
+    refused(registry, version)
+
+
+def test_a_file_name_that_climbs_out_is_refused(registry: Registry, tmp_path: Path) -> None:
+    version = registry.by_number(NAME, 2)
+    recorded = json.loads(registry.client.get_model_version(NAME, "2").tags["signalbox.files"])
+    outside = os.path.relpath(tmp_path / "secret", artifacts(registry, version) / "extra_files")
+    (tmp_path / "secret").write_bytes(b"")
+    recorded[outside] = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    registry.client.set_model_version_tag(NAME, "2", "signalbox.files", json.dumps(recorded))
+    assert "secret" in refused(registry, version)
+
+
+def test_tags_that_were_changed_with_the_file_do_not_make_it_readable(registry: Registry) -> None:
+    """The version's own digest covers all files: changing a file and what is recorded of it is not enough."""
+    version = registry.by_number(NAME, 2)
+    path = artifacts(registry, version) / "extra_files" / "meta.json"
+    path.write_bytes(b"{}")
+    recorded = json.loads(registry.client.get_model_version(NAME, "2").tags["signalbox.files"])
+    recorded["meta.json"] = "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+    registry.client.set_model_version_tag(NAME, "2", "signalbox.files", json.dumps(recorded))
+    assert version.digest[:12] in refused(registry, version)
+
+
+class Bomb:
+    """Leaves a mark where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize(
+    "flavours",
+    [
+        {"sklearn": {"pickled_model": "model.pkl", "serialization_format": "pickle"}},
+        {"python_function": {"loader_module": "mlflow.sklearn", "model_path": "model.pkl"}},
+        {"lightgbm": {"model_class": "lightgbm.sklearn.LGBMClassifier", "data": "model.pkl"}},
+        {"lightgbm": {"model_class": "lightgbm.basic.Booster"}, "sklearn": {"pickled_model": "model.pkl"}},
+        {},
+        None,
+    ],
+)
+def test_another_flavour_is_refused_and_never_run(registry: Registry, tmp_path: Path, flavours: Any) -> None:
+    version = registry.by_number(NAME, 2)
+    folder = artifacts(registry, version)
+    (folder / "model.pkl").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    said = yaml.safe_load((folder / "MLmodel").read_text())
+    (folder / "MLmodel").write_text(yaml.safe_dump({**said, "flavors": flavours}))
+    refused(registry, version)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_code_beside_a_plain_booster_is_not_run(registry: Registry, tmp_path: Path) -> None:
+    version = registry.by_number(NAME, 2)
+    folder = artifacts(registry, version)
+    (folder / "model.pkl").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    (folder / "code").mkdir()
+    (folder / "code" / "lightgbm.py").write_text(f"open({str(tmp_path / 'exploded')!r}, 'w')")
+    said = yaml.safe_load((folder / "MLmodel").read_text())
+    said["flavors"]["python_function"] = {"loader_module": "mlflow.sklearn", "code": "code", "data": "model.pkl"}
+    (folder / "MLmodel").write_text(yaml.safe_dump(said))
+    assert set(registry.load(version)) == {"level.txt", "meta.json"}
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_mlflow_is_told_not_to_unpickle(empty_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "true")
+    empty_registry.client.search_registered_models()
+    from mlflow.environment_variables import MLFLOW_ALLOW_PICKLE_DESERIALIZATION
+
+    assert MLFLOW_ALLOW_PICKLE_DESERIALIZATION.get() is False
+
+
+def test_a_version_registered_by_hand_is_never_read_and_counts_for_no_day(registry: Registry, ads: Any) -> None:
+    first = registry.client.get_model_version(NAME, "1")
+    made = registry.client.create_model_version(NAME, source=first.source, run_id=first.run_id)
+    registry.client.set_registered_model_alias(NAME, CHAMPION, made.version)
+    by_hand = registry.by_number(NAME, int(made.version))
+    assert "train it with the job ad_budget_retrain" in refused(registry, by_hand)
+    assert by_hand.number not in {v.number for v in registry.as_of(NAME, ads.last)}
+    assert by_hand.number not in {v.number for v in registry.as_of(NAME, date(2100, 1, 1))}
+
+
+# --- which version counts ---------------------------------------------------------------------------------------------
+
+
+def numbers(registry: Registry, day: date) -> list[int]:
+    return [v.number for v in registry.as_of(NAME, day)]
+
+
+def test_the_champion_comes_first_and_who_held_the_alias_before_it_second(registry: Registry, ads: Any) -> None:
+    assert numbers(registry, ads.last) == [2, 1]
+    held, before = registry.by_alias(NAME, CHAMPION), registry.by_alias(NAME, PREVIOUS)
+    assert held is not None and before is not None
+    assert (held.number, before.number) == (2, 1)
+
+
+def test_promoting_the_champion_again_keeps_who_was_before_it(registry: Registry, ads: Any) -> None:
+    registry.promote(registry.by_number(NAME, 2))
+    assert numbers(registry, ads.last) == [2, 1]
+
+
+@pytest.mark.parametrize(("days_ago", "expected"), [(0, [2, 1]), (1, [2, 1]), (2, [1]), (4, [1]), (5, [])])
+def test_no_version_trained_after_a_day_counts_for_it(
+    registry: Registry, ads: Any, days_ago: int, expected: list[int]
+) -> None:
+    assert numbers(registry, ads.last - timedelta(days=days_ago)) == expected
+
+
+@pytest.mark.parametrize("alias_of", [1, 2])
+def test_moving_the_alias_back_does_not_let_a_later_version_look_ahead(
+    registry: Registry, ads: Any, alias_of: int
+) -> None:
+    """Champion 1 with 2 before it, as after a rollback: a backfill of a day between them must not fall back to 2."""
+    registry.promote(registry.by_number(NAME, alias_of))
+    for days_ago in range(7):
+        day = ads.last - timedelta(days=days_ago)
+        assert all(v.trained_day <= day for v in registry.as_of(NAME, day)), day
+
+
+def test_a_version_that_did_not_pass_counts_only_when_somebody_gives_it_the_alias(registry: Registry, ads: Any) -> None:
+    refused_one = ads.register(registry, ads.last, passed=False, files=registry.load(registry.by_number(NAME, 1)))
+    assert not registry.by_number(NAME, refused_one.number).passed
+    assert numbers(registry, ads.last) == [2, 1]
+    registry.promote(refused_one)
+    assert numbers(registry, ads.last) == [refused_one.number, 2]
+    assert numbers(registry, ads.last - timedelta(days=1)) == [2, 1]
+
+
+def test_a_deleted_version_is_missing_by_name(registry: Registry, ads: Any) -> None:
+    version = registry.by_number(NAME, 2)
+    registry.client.delete_model_version(NAME, "2")
+    with pytest.raises(ModelMissing, match="'ad_budget' has no version 2"):
+        registry.by_number(NAME, 2)
+    with pytest.raises((ModelMissing, ModelUnreadable), match="version 2"):
+        registry.load(version)
+    assert numbers(registry, ads.last) == [1]
+
+
+def test_a_model_that_does_not_exist_has_no_versions(empty_registry: Registry) -> None:
+    assert empty_registry.as_of("nobody", date(2026, 3, 9)) == []
+    assert empty_registry.versions("nobody") == []
+    assert empty_registry.by_alias("nobody", CHAMPION) is None
+    with pytest.raises(ModelMissing, match="nobody"):
+        empty_registry.by_number("nobody", 1)
+
+
+def test_two_registries_in_one_process_do_not_mix(registry: Registry, empty_registry: Registry, ads: Any) -> None:
+    version = registry.by_number(NAME, 2)
+    other = ads.register(empty_registry, ads.last)
+    assert other.number == 1
+    assert files_digest(registry.load(version)) == version.digest
+    assert files_digest(empty_registry.load(other)) == other.digest
+
+
+def test_a_registered_version_carries_its_evidence(empty_registry: Registry, ads: Any) -> None:
+    model = ads.fit(ads.last)
+    version = empty_registry.register(
+        NAME, model.files(), trained_day=ads.last, passed=True, params={"model": "{}"}, metrics={"candidate_mae": 1.5},
+        tags={"signalbox.training_set": "version 3"}, plots={}, card="# the card", inputs={"shift_1": "double"}, seed=9,
+    )  # fmt: skip
+    assert replace(empty_registry.by_number(NAME, 1)) == version
+    run = empty_registry.client.get_run(version.run_id)
+    assert run.data.metrics["candidate_mae"] == 1.5 and run.data.params["seed"] == "9"
+    assert run.data.tags["signalbox.training_set"] == "version 3"
+    assert empty_registry.client.get_model_version(NAME, "1").description == "# the card"
+    said = yaml.safe_load((artifacts(empty_registry, version) / "MLmodel").read_text())
+    assert set(said["flavors"]) <= {"lightgbm", "python_function"} and "shift_1" in said["signature"]["inputs"]
+    assert not [p for p in artifacts(empty_registry, version).rglob("*") if p.suffix in {".pkl", ".pickle", ".skops"}]
