@@ -6,9 +6,11 @@ chooses (``models``), or what is shown (``assets.stages``).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from functools import cache
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from deltalake.exceptions import DeltaError
 
 from assets import code, point_in_time
 from assets.lake import Lake, TableMissing, content_digest
@@ -125,8 +128,11 @@ def score_day(workflow: Workflow, lake: Lake, registry: Registry, day: date, *, 
     quick); a day whose effect is past is a backfill and has no deadline. Raises FeaturesMissing before the deadline:
     there is time to repair what holds them up.
     """
+    from lightgbm.basic import LightGBMError
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
+    unreachable = (MlflowException, SQLAlchemyError, OSError)
     reasons: list[str] = []
     deadline = workflow.deadline_of(day)
     backfill = now >= datetime.combine(day + timedelta(days=2), datetime.min.time())
@@ -153,23 +159,30 @@ def score_day(workflow: Workflow, lake: Lake, registry: Registry, day: date, *, 
     else:
         try:
             candidates = registry.as_of(workflow.name, day)
-        except (MlflowException, OSError) as error:
+        except unreachable as error:
             candidates = []
-            reasons.append(f"the registry cannot be read: {type(error).__name__}: {error}")
+            reasons.append(f"the registry cannot be read: {type(error).__name__}: {_said(error)}")
         if not candidates and not reasons:
             reasons.append(f"no version of {workflow.name!r} had passed its gate by {day}")
         for step, version in zip(STEPS[:2], candidates, strict=False):
             try:
                 table = read_model(workflow, registry, version).score(rows)
                 return Scored(table, step, tuple(reasons), version, features_version, outcomes_version)
-            except (ModelMissing, ModelUnreadable, MlflowException, OSError) as error:
-                reasons.append(f"{step} (version {version.number}) cannot be used: {error}")
+            except (ModelMissing, ModelUnreadable, *unreachable) as error:
+                reasons.append(f"{step} (version {version.number}) cannot be used: {_said(error)}")
+            except (KeyError, TypeError, ValueError, LightGBMError) as error:
+                reasons.append(f"{step} (version {version.number}) cannot score the day's features: {_said(error)}")
     try:
         table = fit_rule(workflow, lake, day, features_version, outcomes_version).score(rows)
         return Scored(table, "rule", tuple(reasons), None, features_version, outcomes_version)
-    except (TableMissing, ValueError) as error:
-        reasons.append(f"the rule has nothing to go by: {error}")
+    except (TableMissing, KeyError, ValueError) as error:
+        reasons.append(f"the rule has nothing to go by: {_said(error)}")
     return Scored(pa.table({}), "no_change", tuple(reasons), None, features_version, outcomes_version)
+
+
+def _said(error: Exception) -> str:
+    """The first line of an error, without the user and password of an address in it."""
+    return re.sub(r"://[^/@\s]*@", "://…@", str(error).partition("\n")[0])
 
 
 def _ordered(features: pa.Table) -> pa.Table:
@@ -186,6 +199,8 @@ def decide(
     status quo); ``drawn``: unit, arm, arm_probability of every unit. Returns decisions sorted by entity_id, and
     certificates by arm where the policy has them.
     """
+    if features.num_rows == 0:
+        return DECISIONS.empty_table(), {}
     chosen = of_policy(workflow, features)
     spec = workflow.policy
     if step == "no_change" or chosen.num_rows == 0:
@@ -522,13 +537,23 @@ class Replayed:
             "equal to the bit": self.equal,
             "differs in": ", ".join(differs),
             "same code": self.same_code,
-            "reasons": " ".join(self.recorded["reasons"]),
+            "reasons": self.recorded["reasons"],
         }
+
+
+@contextlib.contextmanager
+def _kept(what: str) -> Iterator[None]:
+    """Raise ReplayImpossible naming ``what`` where it can no longer be read."""
+    try:
+        yield
+    except (TableMissing, ModelMissing, DeltaError, OSError, pa.ArrowInvalid) as error:
+        raise ReplayImpossible(f"{what} is gone or cannot be read: {error}") from error
 
 
 def spec_of(name: str, lake: Lake, digest: str) -> Workflow:
     """What a workflow said when it had this digest; raises ReplayImpossible where it is not kept."""
-    found = lake.read(f"{name}/specs", where=pc.field("digest") == digest)
+    with _kept(f"{name}/specs"):
+        found = lake.read(f"{name}/specs", where=pc.field("digest") == digest)
     if not found.num_rows:
         raise ReplayImpossible(
             f"{name}: no workflow.yaml with digest {digest[:12]}… is kept; the table {name}/specs was cut"
@@ -541,7 +566,8 @@ def replay(name: str, lake: Lake, registry: Registry, decision_id: str) -> Repla
 
     Raises ReplayImpossible where the row, a table version or the model is gone (retention), naming which.
     """
-    found = lake.read(f"{name}/decisions", where=pc.field("decision_id") == decision_id)
+    with _kept(f"{name}/decisions"):
+        found = lake.read(f"{name}/decisions", where=pc.field("decision_id") == decision_id)
     if not found.num_rows:
         raise ReplayImpossible(f"{name}: no decision {decision_id!r} is recorded")
     return replay_row(found.to_pylist()[0], lake, registry)
@@ -551,22 +577,21 @@ def replay_row(row: Mapping[str, Any], lake: Lake, registry: Registry) -> Replay
     """As ``replay``, from the row itself."""
     name, day = row["workflow"], row["day"]
     workflow = spec_of(name, lake, row["spec_digest"])
-    try:
+    with _kept(f"{name}/features version {row['features_version']}"):
         features = _features(workflow, lake, day, row["features_version"])
-        drawn = draw_arms(
-            workflow, day, pc.unique(of_policy(workflow, features)["unit"]).sort().to_pylist(),
-            lake.read(f"{name}/arms", version=row["arms_version"]),
-        )  # fmt: skip
-    except (OSError, ValueError) as error:
-        raise ReplayImpossible(f"{name}: what decision {row['decision_id']} read is gone: {error}") from error
+    with _kept(f"{name}/arms version {row['arms_version']}"):
+        keep = lake.read(f"{name}/arms", version=row["arms_version"])
+    units = pc.unique(of_policy(workflow, features)["unit"]).sort().to_pylist()
+    drawn = draw_arms(workflow, day, units, keep)
     if row["step"] == "no_change":
         scores = pa.table({})
     elif row["step"] == "rule":
-        scores = fit_rule(workflow, lake, day, row["features_version"], row["outcomes_version"]).score(
-            _ordered(features)
-        )
+        with _kept(f"{name}/outcomes version {row['outcomes_version']}"):
+            rule = fit_rule(workflow, lake, day, row["features_version"], row["outcomes_version"])
+        scores = rule.score(_ordered(features))
     else:
-        version = registry.by_number(name, row["model_version"])
+        with _kept(f"model {name!r} version {row['model_version']}"):
+            version = registry.by_number(name, row["model_version"])
         if version.digest != row["model_digest"]:
             raise ReplayImpossible(
                 f"model {name!r} version {version.number} is not the one that decided (digest differs)"

@@ -263,10 +263,9 @@ class Registry:
             )
         try:
             with quiet():
-                uri = f"models:/{version.name}/{version.number}"
-                folder = Path(
-                    mlflow.artifacts.download_artifacts(uri, tracking_uri=self.uri, registry_uri=self.uri)
-                )
+                # process-wide in MLflow: another registry may have been used in between
+                mlflow.set_tracking_uri(self.uri)
+                folder = Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.number}"))
             flavours = dict(yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))["flavors"])
         except (mlflow.exceptions.MlflowException, OSError, yaml.YAMLError, KeyError, TypeError) as error:
             raise ModelUnreadable(f"{place}: its artifacts cannot be read: {error}") from error

@@ -31,15 +31,21 @@ Day = Annotated[date | None, typer.Option(parser=_day, metavar="YYYY-MM-DD", hel
 
 
 def _shown(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
+    """One JSON document, or a table; what is too long for a cell (reasons) stands below as text."""
     if as_json:
         print(json.dumps(rows, default=str))
         return
     table = Table(title=title, title_justify="left")
-    for name in rows[0] if rows else []:
+    short = [{k: v for k, v in row.items() if k != "reasons"} for row in rows]
+    for name in short[0] if short else []:
         table.add_column(name, overflow="fold")
-    for row in rows:
+    for row in short:
         table.add_row(*[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()])
     console.print(table if rows else f"{title}: nothing")
+    for row in rows:
+        told = row.get("reasons") or []
+        if told:
+            console.print(f"[bold]{next(iter(row.values()))}[/bold] {' '.join(told)}", highlight=False)
 
 
 def _workflow(name: str) -> Any:
@@ -110,9 +116,9 @@ def batches(workflow: str, as_json: Json = False) -> None:
     from assets.resources import resources
 
     found = _workflow(workflow)
-    columns = ["day", "batch_id", "step", "status", "rows", "changed", "review", "reasons"]
-    rows = resources()["lake"].lake.read(found.table("batches"), columns=columns).sort_by("day").to_pylist()
-    _shown(rows, f"Batches of {workflow}", as_json)
+    columns = ["day", "step", "status", "rows", "changed", "review", "batch_id", "reasons"]
+    table = resources()["lake"].lake.read(found.table("batches")).select(columns)
+    _shown(table.sort_by("day").to_pylist(), f"Batches of {workflow}", as_json)
 
 
 @app.command()
@@ -176,11 +182,22 @@ def serve() -> None:
 
 
 def main() -> None:
-    """Entry point that keeps Dagster's and MLflow's state beside each other."""
+    """Entry point: Dagster's state beside the rest, and what a user can mend as a sentence rather than a traceback."""
+    from assets.deciding import FeaturesMissing, ReplayImpossible
+    from assets.lake import TableMissing
+    from assets.point_in_time import StageSqlError
     from assets.resources import home
+    from assets.workflow import WorkflowInvalid
+    from models.registry import ModelMissing, ModelUnreadable
 
     os.environ.setdefault("DAGSTER_HOME", str(home() / "dagster"))
-    app()
+    try:
+        app()
+    except (
+        FeaturesMissing, ReplayImpossible, TableMissing, StageSqlError, WorkflowInvalid, ModelMissing, ModelUnreadable
+    ) as error:  # fmt: skip
+        Console(stderr=True).print(f"[red]{error}[/red]", highlight=False)
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

@@ -77,7 +77,9 @@ def serve(console: Console) -> None:
     try:
         for name, (_, command) in commands.items():
             log = (logs / f"{name.lower().replace(' ', '-')}.log").open("ab")
-            started[name] = subprocess.Popen(command, stdout=log, stderr=log, cwd=_ROOT, start_new_session=True)
+            started[name] = subprocess.Popen(
+                command, stdout=log, stderr=log, cwd=_ROOT, start_new_session=True, env={**os.environ, "DO_NOT_TRACK": "1"}
+            )
         waiting = {name: address for name, (address, _) in commands.items() if address}
         until = time.monotonic() + 120
         while waiting and time.monotonic() < until and all(p.poll() is None for p in started.values()):

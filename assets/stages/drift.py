@@ -70,7 +70,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
                 spec=spec,
             )
             _, page = reports.write(workflow.name, day, "drift.html", report.html)
-            project, _ = evidently.save(
+            project, snapshot = evidently.save(
                 reports.evidently_workspace,
                 workflow.name,
                 report,
@@ -85,7 +85,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
             )  # fmt: skip
             links = {
                 "report": dg.MetadataValue.url(page),
-                "in Evidently": dg.MetadataValue.url(f"{reports.evidently_ui}/projects/{project}"),
+                "in Evidently": dg.MetadataValue.url(f"{reports.evidently_ui}/projects/{project}/reports/{snapshot}"),
                 "columns": dg.MetadataValue.json(report.columns),
             }
             context.add_asset_metadata(

@@ -1,0 +1,478 @@
+"""Deciding: the steps of a bad day, what a batch records, and the same decision again from its row alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import date, datetime, time, timedelta
+from pathlib import Path
+from typing import Any
+
+import mlflow.store.db.utils
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from assets import deciding
+from assets.deciding import FeaturesMissing, ReplayImpossible, replay
+from assets.lake import Lake, TableMissing, content_digest
+from models.registry import CHAMPION, ModelUnreadable, Registry
+
+
+@pytest.fixture
+def small(ads: Any, tmp_path: Path) -> Any:
+    """``ad_budget`` alone, to write to."""
+    return ads.copy(tmp_path / "small")
+
+
+def spoil(registry: Registry, bench: Any, number: int, how: str) -> None:
+    """Make one version unreadable."""
+    found = registry.client.get_model_version(bench.workflow.name, str(number))
+    model = registry.client.get_logged_model(str(found.source).removeprefix("models:/"))
+    folder = Path(str(model.artifact_location).removeprefix("file://"))
+    if how == "tampered":
+        path = next(iter(sorted((folder / "extra_files").glob("*.txt"))))
+        path.write_bytes(path.read_bytes().replace(b"1", b"2", 1))
+    elif how == "deleted":
+        shutil.rmtree(folder)
+    elif how == "flavour":
+        text = (folder / "MLmodel").read_text()
+        (folder / "MLmodel").write_text(text.replace("lightgbm.basic.Booster", "lightgbm.sklearn.LGBMClassifier"))
+    elif how == "untagged":
+        registry.client.delete_model_version_tag(bench.workflow.name, str(number), "signalbox.files")
+
+
+def batch_row(bench: Any, day: date | None = None) -> dict[str, Any]:
+    (row,) = bench.lake.read(bench.workflow.table("batches"), days=[day or bench.last]).to_pylist()
+    return dict(row)
+
+
+# --- the steps of a bad day -------------------------------------------------------------------------------------------
+
+
+def test_on_a_good_day_the_champion_decides_and_every_row_says_why(bench: Any, registry: Registry) -> None:
+    batch = bench.decide(registry, bench.last)
+    row = batch_row(bench)
+    assert (batch.step, row["step"], row["reasons"]) == ("champion", "champion", [])
+    assert row["model_version"] == 2 and row["model_digest"] == registry.by_number(bench.workflow.name, 2).digest
+    assert batch.changed == row["changed"] > 0
+    assert batch.status in {"READY", "HELD"}
+    decided = bench.decided(bench.last)
+    assert len(decided) == row["rows"] and len({d["decision_id"] for d in decided}) == len(decided)
+    assert all(d["reasons"] and all(d["reasons"]) for d in decided)
+    assert all(d["arm"] and 0 < d["arm_probability"] <= 1 for d in decided)
+    assert all(d["after"] == d["before"] for d in decided if d["arm"] == "holdout" or d["review"])
+    recorded = ("features_version", "outcomes_version", "arms_version", "spec_digest", "code_digest", "code_commit")
+    assert all(d[c] == row[c] is not None for d in decided for c in recorded)
+
+
+@pytest.mark.parametrize("how", ["tampered", "deleted", "flavour", "untagged"])
+def test_an_unreadable_champion_leaves_it_to_the_one_before(small: Any, registry: Registry, how: str) -> None:
+    spoil(registry, small, 2, how)
+    small.decide(registry, small.last)
+    row = batch_row(small)
+    assert row["step"] == "previous_champion" and row["model_version"] == 1
+    assert len(row["reasons"]) == 1 and "champion (version 2) cannot be used" in row["reasons"][0]
+    assert {d["step"] for d in small.decided(small.last)} == {"previous_champion"}
+
+
+def test_with_both_unreadable_the_rule_decides(bench: Any, registry: Registry) -> None:
+    spoil(registry, bench, 2, "tampered")
+    spoil(registry, bench, 1, "deleted")
+    batch = bench.decide(registry, bench.last)
+    row = batch_row(bench)
+    assert row["step"] == "rule" and row["model_version"] is None and row["model_digest"] is None
+    assert [r.split(" cannot")[0] for r in row["reasons"]] == ["champion (version 2)", "previous_champion (version 1)"]
+    assert batch.decisions.num_rows and row["status"] in {"READY", "HELD"}
+
+
+def test_without_any_version_the_rule_decides(bench: Any, empty_registry: Registry) -> None:
+    batch = bench.decide(empty_registry, bench.last)
+    row = batch_row(bench)
+    assert row["step"] == batch.step == "rule"
+    assert "had passed its gate" in row["reasons"][0]
+
+
+def test_a_model_that_does_not_know_the_days_columns_is_passed_over(small: Any, registry: Registry) -> None:
+    """Features changed under a model: it cannot score, and the rule (which does not need the column) does."""
+    features = small.lake.read(small.workflow.table("features"))
+    shutil.rmtree(small.lake.uri(small.workflow.table("features")))
+    small.lake.replace_days(
+        small.workflow.table("features"), features.drop_columns(["against_campaign"]), list(small.days)
+    )
+    small.decide(registry, small.last)
+    row = batch_row(small)
+    assert row["step"] == "rule"
+    assert len(row["reasons"]) == 2 and all("against_campaign" in r for r in row["reasons"])
+
+
+@pytest.mark.parametrize("kind", ["no database", "not a database", "no server"])
+def test_a_registry_that_cannot_be_reached_leaves_it_to_the_rule(
+    small: Any, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlflow.store.db.utils, "MAX_RETRY_COUNT", 1)  # MLflow's own waiting: 100 s
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    (tmp_path / "garbage.db").write_bytes(b"no database at all, but long enough to look like one" * 100)
+    (tmp_path / "file").write_text("")
+    uri = {
+        "no database": f"sqlite:///{tmp_path}/file/mlflow.db",
+        "not a database": f"sqlite:///{tmp_path}/garbage.db",
+        "no server": "http://127.0.0.1:9",
+    }[kind]
+    small.decide(Registry(uri, (tmp_path / "a").as_uri()), small.last)
+    row = batch_row(small)
+    assert row["step"] == "rule"
+    assert len(row["reasons"]) == 1 and "the registry cannot be read" in row["reasons"][0]
+
+
+def test_a_registrys_password_stays_out_of_the_reasons(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    small.decide(Registry("http://someone:hunter2@127.0.0.1:9", (tmp_path / "a").as_uri()), small.last)
+    row = batch_row(small)
+    assert row["step"] == "rule" and row["reasons"]
+    assert "hunter2" not in json.dumps(row, default=str)
+
+
+def empty(bench: Any, day: date) -> None:
+    """Take a day's features away."""
+    features = bench.lake.read(bench.workflow.table("features"), days=[day])
+    bench.lake.replace_days(bench.workflow.table("features"), features.slice(0, 0), [day])
+
+
+def test_features_that_are_missing_before_the_deadline_are_waited_for(bench: Any, registry: Registry) -> None:
+    empty(bench, bench.last)
+    with pytest.raises(FeaturesMissing, match=rf"no features of {bench.last}; materialise \[{bench.workflow.name}"):
+        bench.decide(registry, bench.last)
+    with pytest.raises(FeaturesMissing):
+        bench.decide(registry, bench.last, now=bench.workflow.deadline_of(bench.last))
+    assert not bench.lake.exists(bench.workflow.table("batches"))
+
+
+def test_features_that_are_missing_after_the_deadline_change_nothing(bench: Any, registry: Registry) -> None:
+    empty(bench, bench.last)
+    batch = bench.decide(registry, bench.last, now=bench.workflow.deadline_of(bench.last) + timedelta(minutes=1))
+    row = batch_row(bench)
+    assert row["step"] == "no_change" and "not there by the deadline 06:00 UTC" in row["reasons"][0]
+    assert row["late"] is True and row["changed"] == 0 and batch.status == "READY"
+    assert bench.decided(bench.last) == []
+
+
+def test_the_very_first_day_can_be_missed_too(small: Any, registry: Registry) -> None:
+    """No table but the events was ever written."""
+    for table in ("features", "outcomes"):
+        shutil.rmtree(small.lake.uri(small.workflow.table(table)))
+    small.decide(registry, small.last, now=small.workflow.deadline_of(small.last) + timedelta(minutes=1))
+    row = batch_row(small)
+    assert row["step"] == "no_change" and row["rows"] == 0 and row["features_version"] is None
+
+
+def test_after_the_deadline_no_model_is_tried(bench: Any, registry: Registry) -> None:
+    batch = bench.decide(registry, bench.last, now=bench.workflow.deadline_of(bench.last) + timedelta(seconds=1))
+    row = batch_row(bench)
+    assert row["step"] == batch.step == "rule" and row["late"] is True and row["model_version"] is None
+    assert len(row["reasons"]) == 1 and "deadline 06:00 UTC had passed" in row["reasons"][0]
+    assert batch.decisions.num_rows > 0
+
+
+@pytest.mark.parametrize(
+    ("clock", "days_on", "step"),
+    [
+        (time(4), 1, "champion"),
+        (time(6), 1, "champion"),
+        (time(6, 0, 1), 1, "rule"),
+        (time(23, 59), 1, "rule"),
+        # the day on which D takes effect is over: a backfill, for which there is no deadline
+        (time(0), 2, "champion"),
+        (time(12), 40, "champion"),
+    ],
+)
+def test_the_deadline_holds_while_the_day_can_still_take_effect(
+    small: Any, registry: Registry, clock: time, days_on: int, step: str
+) -> None:
+    now = datetime.combine(small.last + timedelta(days=days_on), clock)
+    assert deciding.score_day(small.workflow, small.lake, registry, small.last, now=now).step == step
+
+
+def test_a_backfill_without_features_asks_for_them(small: Any, registry: Registry) -> None:
+    empty(small, small.last)
+    with pytest.raises(FeaturesMissing):
+        deciding.score_day(
+            small.workflow, small.lake, registry, small.last, now=small.morning(small.last + timedelta(days=9))
+        )
+
+
+def test_a_backfill_takes_the_model_of_its_time(small: Any, registry: Registry) -> None:
+    for days_ago, version, step in ((0, 2, "champion"), (1, 2, "champion"), (2, 1, "champion"), (6, None, "rule")):
+        day = small.last - timedelta(days=days_ago)
+        small.decide(registry, day, now=small.morning(small.last))
+        row = batch_row(small, day)
+        assert (row["model_version"], row["step"]) == (version, step)
+
+
+def test_a_rule_with_nothing_to_go_by_changes_nothing(queue: Any, tmp_path: Path, empty_registry: Registry) -> None:
+    bench = queue.copy(tmp_path / "young")
+    outcomes = bench.workflow.table("outcomes")
+    bench.lake.replace_days(outcomes, bench.lake.read(outcomes).slice(0, 0), list(bench.days))
+    batch = bench.decide(empty_registry, bench.last)
+    row = batch_row(bench)
+    assert row["step"] == "no_change" and "the rule has nothing to go by" in row["reasons"][-1]
+    assert batch.decisions.num_rows > 0 and batch.changed == 0
+    assert all(d["after"] == d["before"] and d["reasons"] for d in bench.decided(bench.last))
+
+
+def test_a_day_scored_again_with_less_leaves_no_old_scores_behind(small: Any, registry: Registry) -> None:
+    small.decide(registry, small.last)
+    empty(small, small.last)
+    small.decide(registry, small.last, now=small.workflow.deadline_of(small.last) + timedelta(minutes=1))
+    assert small.lake.read(small.workflow.table("scores"), days=[small.last]).num_rows == 0
+    assert small.decided(small.last) == [] and batch_row(small)["step"] == "no_change"
+
+
+def test_a_day_that_was_never_scored_says_so(small: Any) -> None:
+    with pytest.raises(TableMissing):
+        deciding.decide_day(small.workflow, small.lake, small.last)
+
+
+# --- the batch --------------------------------------------------------------------------------------------------------
+
+
+def test_deciding_a_day_again_gives_the_same_decisions(bench: Any, registry: Registry) -> None:
+    first = bench.decide(registry, bench.last)
+    again = bench.decide(registry, bench.last)
+    assert content_digest(first.decisions) == content_digest(again.decisions)
+    assert again.batch_id == first.batch_id and again.digest == first.digest
+    assert len(bench.decided(bench.last)) == first.decisions.num_rows
+
+
+def test_the_digest_of_a_batch_covers_its_decisions_and_what_they_were_made_from(
+    small: Any, registry: Registry
+) -> None:
+    one = small.decide(registry, small.last)
+    small.build([small.last])  # the same bytes, another version
+    two = small.decide(registry, small.last)
+    assert content_digest(one.decisions) == content_digest(two.decisions) and one.digest != two.digest
+
+
+def test_units_keep_their_arm_while_others_join(small: Any, registry: Registry) -> None:
+    days = small.days[-3:]
+    units = []
+    for day in days:
+        small.decide(registry, day)
+        units.append({d["unit"]: d["arm"] for d in small.decided(day)})
+    assert units[0] == units[1] == units[2]
+    features = small.lake.read(small.workflow.table("features"), days=[days[-1]])
+    at = features.schema.get_field_index("campaign")
+    renamed = pc.if_else(pc.equal(features["entity_id"], features["entity_id"][0]), "newcomer", features["campaign"])
+    small.lake.replace_days(small.workflow.table("features"), features.set_column(at, "campaign", renamed), [days[-1]])
+    small.decide(registry, days[-1])
+    after = {d["unit"]: d["arm"] for d in small.decided(days[-1])}
+    assert after.pop("newcomer") in small.workflow.arms.shares
+    assert after == units[0]
+
+
+def test_largest_changes_come_first() -> None:
+    table = pa.table({"entity_id": ["a", "b", "c", "d"], "before": [10, 10, None, 10], "after": [11, 3, 2, 3]})
+    found = deciding.largest_changes(table, 3)
+    assert found["entity_id"].to_pylist() == ["b", "d", "c"]
+
+
+FEATURES = st.lists(
+    st.tuples(
+        st.integers(0, 2**40),  # budget, micros
+        st.sampled_from("pqrs"),  # campaign
+        st.sampled_from([0.8, 1.0, 1.2]),  # today's multiplier
+        st.lists(st.floats(0, 1e6), min_size=3, max_size=3),  # values on the curve
+        st.booleans(),  # has a score
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=FEATURES, step=st.sampled_from(deciding.STEPS), shift=st.integers(0, 60))
+def test_money_is_conserved_in_every_arm_and_the_holdout_is_left_alone(
+    ads: Any, rows: list[Any], step: str, shift: int
+) -> None:
+    workflow, day = ads.workflow, ads.last + timedelta(days=shift)
+    before = [r[0] for r in rows]
+    names = [f"line {n}" for n in range(len(rows))]
+    features = pa.table(
+        {
+            "entity_id": names,
+            "campaign": [r[1] for r in rows],
+            "budget_micros": pa.array(before, pa.int64()),
+            "explore_multiplier_today": [r[2] for r in rows],
+        }
+    )
+    scored = [n for n, r in enumerate(rows) if r[4] and r[0] > 0 and step != "no_change"]
+    scores = pa.table(
+        {
+            "entity_id": pa.array([names[n] for n in scored], pa.string()),
+            "spends": pa.array([[int(before[n] * 0.7), before[n], int(before[n] * 1.3)] for n in scored],
+                               pa.list_(pa.int64())),
+            "values": pa.array([rows[n][3] for n in scored], pa.list_(pa.float64())),
+        }
+    )  # fmt: skip
+    units = sorted({r[1] for r in rows})
+    drawn = deciding.draw_arms(workflow, day, units, None)
+    decisions, _ = deciding.decide(workflow, day, features, scores, drawn, step)
+    assert decisions["entity_id"].to_pylist() == sorted(n for n, b in zip(names, before, strict=True) if b > 0)
+    arm_of = dict(zip(drawn["unit"].to_pylist(), drawn["arm"].to_pylist(), strict=True))
+    pools: dict[str, int] = {}
+    for row in decisions.to_pylist():
+        assert row["arm"] == arm_of[row["unit"]] and row["reasons"]
+        assert row["changed"] == (row["after"] != row["before"]) and row["after"] >= 0
+        if row["arm"] == "holdout" or step == "no_change":
+            assert row["after"] == row["before"]
+        pools[row["arm"]] = pools.get(row["arm"], 0) + row["after"] - row["before"]
+    assert set(pools.values()) <= {0}
+    other, _ = deciding.decide(workflow, day, features.take(pa.array(np.arange(len(rows))[::-1])), scores, drawn, step)
+    assert content_digest(other) == content_digest(decisions), "the order of rows decides nothing"
+
+
+# --- replay -----------------------------------------------------------------------------------------------------------
+
+
+def live_on(bench: Any, registry: Registry) -> None:
+    """Days pass: later files, a backfill that rewrites the day's features, another champion, another workflow.yaml."""
+    later = [bench.last + timedelta(days=n) for n in (1,)]
+    bench.land(later)
+    events = bench.lake.read(bench.workflow.table("events"), days=[bench.last])
+    bench.lake.replace_days(
+        bench.workflow.table("events"), events.slice(0, events.num_rows - events.num_rows // 3), [bench.last]
+    )
+    bench.build([bench.last, *later])
+    registry.promote(registry.by_number(bench.workflow.name, 1))
+    other = replace(
+        bench, workflow=bench.workflow.model_copy(update={"arms": bench.workflow.arms.model_copy(update={"epoch": 29})})
+    )
+    for day in (bench.last, *later):
+        other.decide(registry, day, now=other.morning(later[-1]))
+
+
+@pytest.mark.parametrize("step", ["champion", "previous_champion", "rule", "no_change"])
+def test_a_decision_is_made_again_from_its_row_alone(bench: Any, registry: Registry, step: str) -> None:
+    now = None
+    if step == "previous_champion":
+        spoil(registry, bench, 2, "tampered")
+    elif step == "rule":
+        now = bench.workflow.deadline_of(bench.last) + timedelta(hours=1)
+    elif step == "no_change":
+        outcomes = bench.workflow.table("outcomes")
+        if bench.workflow.name == "ad_budget":
+            pytest.skip("the budget's rule learns nothing, so that it always has something to go by")
+        bench.lake.replace_days(outcomes, bench.lake.read(outcomes).slice(0, 0), list(bench.days))
+        spoil(registry, bench, 2, "tampered")
+        spoil(registry, bench, 1, "tampered")
+    batch = bench.decide(registry, bench.last, now)
+    assert batch.step == step
+    rows = bench.decided(bench.last)
+    features = content_digest(bench.lake.read(bench.workflow.table("features"), days=[bench.last]))
+    live_on(bench, registry)
+    assert content_digest(bench.lake.read(bench.workflow.table("features"), days=[bench.last])) != features
+    assert bench.decided(bench.last) != rows
+    changed = [r for r in rows if r["changed"]]
+    for row in [*changed[:2], rows[0], rows[-1]]:
+        again = deciding.replay_row(row, bench.lake, registry)
+        assert again.equal and again.same_code, again.as_dict()
+        assert again.recorded == {c: row[c] for c in deciding.DECISIONS.names}
+        assert again.as_dict()["equal to the bit"] is True
+
+
+def test_a_recorded_decision_is_found_by_its_id(small: Any, registry: Registry) -> None:
+    small.decide(registry, small.last)
+    row = small.decided(small.last)[0]
+    assert replay(small.workflow.name, small.lake, registry, row["decision_id"]).equal
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("after", 1),
+        ("before", 1),
+        ("arm_probability", 0.123),
+        ("reasons", ["because"]),
+        ("expected_gain", 1e-9),
+        ("changed", None),
+        ("unit", "another"),
+    ],
+)
+def test_a_changed_record_does_not_pass_for_the_decision(
+    small: Any, registry: Registry, column: str, value: Any
+) -> None:
+    small.decide(registry, small.last)
+    row = next(r for r in small.decided(small.last) if r["changed"])
+    again = deciding.replay_row({**row, column: value}, small.lake, registry)
+    assert not again.equal
+    assert again.as_dict()["equal to the bit"] is False and again.as_dict()["differs in"] == column
+
+
+def test_code_that_changed_since_is_told(small: Any, registry: Registry) -> None:
+    small.decide(registry, small.last)
+    row = {**small.decided(small.last)[0], "code_digest": "other"}
+    again = deciding.replay_row(row, small.lake, registry)
+    assert again.equal and not again.same_code
+
+
+def _cut(lake: Lake, table: str) -> None:
+    shutil.rmtree(lake.uri(table))
+
+
+def _vacuumed(lake: Lake, table: str) -> None:
+    for file in Path(lake.uri(table)).rglob("*.parquet"):
+        file.unlink()
+
+
+@pytest.mark.parametrize("table", ["features", "arms", "specs", "outcomes"])
+@pytest.mark.parametrize("lose", [_cut, _vacuumed])
+def test_a_table_that_retention_has_cut_is_named(
+    small: Any, registry: Registry, table: str, lose: Callable[[Lake, str], None]
+) -> None:
+    late = small.workflow.deadline_of(small.last) + timedelta(hours=1)
+    small.decide(registry, small.last, now=late)  # by the rule: it reads all of them
+    row = small.decided(small.last)[0]
+    lose(small.lake, small.workflow.table(table))
+    with pytest.raises(ReplayImpossible, match=f"ad_budget.*{table}"):
+        deciding.replay_row(row, small.lake, registry)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "why"),
+    [("features_version", 999, "999"), ("arms_version", 999, "999"), ("spec_digest", "0" * 64, "000000")],
+)
+def test_a_version_that_is_gone_is_named(small: Any, registry: Registry, column: str, value: Any, why: str) -> None:
+    small.decide(registry, small.last)
+    row = {**small.decided(small.last)[0], column: value}
+    with pytest.raises(ReplayImpossible, match=why):
+        deciding.replay_row(row, small.lake, registry)
+
+
+def test_a_decision_that_was_never_recorded_is_not_replayed(small: Any, registry: Registry) -> None:
+    with pytest.raises(ReplayImpossible, match="ad_budget"):
+        replay("ad_budget", small.lake, registry, "nobody")
+    small.decide(registry, small.last)
+    with pytest.raises(ReplayImpossible, match="'nobody'"):
+        replay("ad_budget", small.lake, registry, "nobody")
+
+
+def test_a_model_that_is_gone_or_changed_is_named(small: Any, registry: Registry) -> None:
+    small.decide(registry, small.last)
+    row = small.decided(small.last)[0]
+    with pytest.raises(ReplayImpossible, match="version 2 is not the one that decided"):
+        deciding.replay_row({**row, "model_digest": "0" * 64}, small.lake, registry)
+    spoil(registry, small, 2, "tampered")
+    deciding._model.cache_clear()
+    with pytest.raises(ModelUnreadable, match=r"'ad_budget' version 2: file .*differs"):
+        deciding.replay_row(row, small.lake, registry)
+    registry.client.delete_model_version("ad_budget", "2")
+    with pytest.raises(ReplayImpossible, match="'ad_budget' has no version 2"):
+        deciding.replay_row(row, small.lake, registry)
+    assert registry.by_alias("ad_budget", CHAMPION) is None
