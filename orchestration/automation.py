@@ -40,7 +40,7 @@ def closed_days(workflow: Workflow, now: datetime) -> date:
 
 
 def day_of(source: Source, name: str) -> date | None:
-    """The day that ``{day}`` stands for in a file's name, or None where the source's pattern has no ``{day}``."""
+    """The day that ``{day}`` stands for in a file's name; None where the pattern has none or the name no real day."""
     if "{day}" not in source.files:
         return None
     pattern = (
@@ -49,7 +49,10 @@ def day_of(source: Source, name: str) -> date | None:
         .replace("\0", r"(\d{4}-\d{2}-\d{2})", 1)
     )
     found = re.match(pattern, name) or re.search(r"(\d{4}-\d{2}-\d{2})", name)
-    return date.fromisoformat(found[1]) if found else None
+    try:
+        return date.fromisoformat(found[1]) if found else None
+    except ValueError:
+        return None  # 2026-02-31 has the form of a day and is none
 
 
 def landing_requests(
@@ -74,8 +77,8 @@ def landing_requests(
                 and now - datetime.fromtimestamp(changed, UTC).replace(tzinfo=None) < SETTLE
             ):
                 continue
-            day = day_of(source, file.name) or newest
-            if day > newest or day < workflow.start:
+            day = day_of(source, file.name) if "{day}" in source.files else newest
+            if day is None or day > newest or day < workflow.start:
                 continue
             found.setdefault(day, []).append(f"{name}:{file.name}:{mark}")
             after[file.name] = mark
@@ -123,6 +126,8 @@ def retrain_request(workflow: Workflow, lake: Lake) -> dg.RunRequest | dg.SkipRe
 def deadline_request(workflow: Workflow, lake: Lake, now: datetime) -> dg.RunRequest | dg.SkipReason:
     """A decision with what is there, for the day whose deadline has come undecided."""
     day = now.date() - timedelta(days=1)
+    if day < workflow.start:
+        return dg.SkipReason(f"{workflow.name}: starts on {workflow.start}")
     if now < workflow.deadline_of(day):
         return dg.SkipReason(f"{workflow.name}: the deadline of {day} has not come")
     try:
@@ -195,8 +200,10 @@ def _weekly_schedule(workflow: Workflow) -> dg.ScheduleDefinition:
         default_status=dg.DefaultScheduleStatus.STOPPED,
         description="A candidate every Monday, whatever drift says.",
     )
-    def weekly(context: dg.ScheduleEvaluationContext) -> dg.RunRequest:
+    def weekly(context: dg.ScheduleEvaluationContext) -> Any:
         day = context.scheduled_execution_time.astimezone(UTC).date() - timedelta(days=1)
+        if day < workflow.start:
+            return dg.SkipReason(f"{workflow.name}: starts on {workflow.start}")
         return dg.RunRequest(run_key=f"{workflow.name}:weekly:{day}", partition_key=day.isoformat())
 
     return weekly

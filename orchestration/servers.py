@@ -74,11 +74,13 @@ def serve(console: Console) -> None:
         )
         raise SystemExit(1)
     started: dict[str, subprocess.Popen[bytes]] = {}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a plain kill ends the servers too
+    quiet = {"DO_NOT_TRACK": "1", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     try:
         for name, (_, command) in commands.items():
             log = (logs / f"{name.lower().replace(' ', '-')}.log").open("ab")
             started[name] = subprocess.Popen(
-                command, stdout=log, stderr=log, cwd=_ROOT, start_new_session=True, env={**os.environ, "DO_NOT_TRACK": "1"}
+                command, stdout=log, stderr=log, cwd=_ROOT, start_new_session=True, env={**os.environ, **quiet}
             )
         waiting = {name: address for name, (address, _) in commands.items() if address}
         until = time.monotonic() + 120

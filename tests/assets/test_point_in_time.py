@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import date, datetime, timedelta
+from datetime import date, datetime, time, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +260,14 @@ def test_the_training_set_holds_only_what_was_known_by_the_day(tiny: Any) -> Non
     assert {r["outcome_known_at"] for r in table.to_pylist()} == {
         datetime.combine(D, datetime.min.time()) + timedelta(hours=1)
     }
+
+
+def test_a_cut_off_that_was_moved_forward_leaves_out_what_is_now_too_late(tiny: Any) -> None:
+    workflow, lake = tiny(PLAIN, TOLD, [("in time", 1, D, 24), ("late", 2, D, 26)])
+    materialise(workflow, lake, [D])
+    assert point_in_time.training_set(workflow, lake, D).num_rows == 2
+    earlier = workflow.model_copy(update={"cutoff": time(1)})
+    assert point_in_time.training_set(earlier, lake, D)["entity_id"].to_pylist() == ["in time"]
 
 
 def test_an_outcome_for_a_day_answers_that_days_features_only(tiny: Any) -> None:

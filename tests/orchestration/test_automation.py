@@ -1,0 +1,316 @@
+"""What can start a run unattended: when it does, when it waits, and that all of it is declared and off."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pyarrow as pa
+import pytest
+
+from assets.lake import Lake
+from assets.resources import resources
+from assets.workflow import FOLDER, Source, Workflow, load
+from orchestration import assembly
+from orchestration.automation import (
+    SETTLE,
+    closed_days,
+    day_of,
+    deadline_request,
+    landing_requests,
+    retrain_request,
+    unattended,
+)
+
+DAY = date(2026, 3, 10)
+
+
+def after(hours: float) -> datetime:
+    """So many hours after the end of DAY; its cut-off is at 3, its deadline at 6."""
+    return datetime(2026, 3, 11) + timedelta(hours=hours)
+
+
+@pytest.fixture(scope="module")
+def workflow() -> Workflow:
+    return load(FOLDER / "ad_budget")
+
+
+@pytest.fixture
+def lake(tmp_path: Path) -> Lake:
+    return Lake(str(tmp_path / "lake"))
+
+
+class Zone:
+    """A landing zone, the sensor's memory, and what it asks for."""
+
+    def __init__(self, root: Path, workflow: Workflow) -> None:
+        self.root, self.workflow, self.seen = root, workflow, dict[str, str]()
+
+    def put(
+        self, day: date | str, at: datetime, text: str = "x", name: str = "export/advertising_{day}.csv.gz"
+    ) -> None:
+        path = self.root / name.format(day=day)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        stamp = at.replace(tzinfo=UTC).timestamp()
+        os.utime(path, (stamp, stamp))
+
+    def look(self, now: datetime) -> list[dg.RunRequest]:
+        requests, self.seen = landing_requests(self.workflow, str(self.root), self.seen, now)
+        return requests
+
+
+@pytest.fixture
+def zone(tmp_path: Path, workflow: Workflow) -> Zone:
+    (tmp_path / "landing").mkdir()
+    return Zone(tmp_path / "landing", workflow)
+
+
+@pytest.mark.parametrize(("hours", "newest"), [(2.99, 9), (3, 10), (23.9, 10), (26.9, 10), (27, 11)])
+def test_a_day_is_closed_from_its_cut_off_on(workflow: Workflow, hours: float, newest: int) -> None:
+    assert closed_days(workflow, after(hours)) == date(2026, 3, newest)
+
+
+def test_a_file_waits_for_the_cut_off_of_its_day_and_starts_it_once(zone: Zone) -> None:
+    zone.put(DAY, after(1))
+    assert zone.look(after(2.99)) == []
+    (request,) = zone.look(after(3))
+    assert request.partition_key == DAY.isoformat() and "1 new file" in request.tags["signalbox/cause"]
+    assert zone.look(after(3)) == [] == zone.look(after(30))
+
+
+def test_a_file_of_a_day_to_come_waits(zone: Zone) -> None:
+    zone.put(DAY + timedelta(days=2), after(1))
+    assert zone.look(after(26.9)) == []
+    assert [r.partition_key for r in zone.look(after(51))] == ["2026-03-12"]
+
+
+def test_a_file_that_may_still_be_written_waits_until_it_has_settled(zone: Zone) -> None:
+    assert timedelta(seconds=60) == SETTLE
+    zone.put(DAY, after(4))
+    assert zone.look(after(4) + timedelta(seconds=59)) == []
+    assert len(zone.look(after(4) + timedelta(seconds=60))) == 1
+
+
+def test_a_changed_file_starts_its_day_again_under_another_key(zone: Zone) -> None:
+    zone.put(DAY, after(1))
+    (first,) = zone.look(after(4))
+    zone.put(DAY, after(5), text="y")  # same size, another time
+    (second,) = zone.look(after(6))
+    zone.put(DAY, after(5), text="longer")  # same time, another size
+    (third,) = zone.look(after(6))
+    assert len({first.run_key, second.run_key, third.run_key}) == 3
+    assert {r.partition_key for r in (first, second, third)} == {DAY.isoformat()}
+
+
+def test_a_lost_memory_asks_under_the_same_key_so_that_nothing_runs_twice(zone: Zone) -> None:
+    zone.put(DAY, after(1))
+    (first,) = zone.look(after(4))
+    zone.seen = {}
+    (again,) = zone.look(after(9))
+    assert again.run_key == first.run_key
+
+
+def test_files_of_one_day_start_one_run_and_of_two_days_two(zone: Zone) -> None:
+    for days_ago in (2, 1):
+        zone.put(DAY - timedelta(days=days_ago), after(1))
+    requests = zone.look(after(4))
+    assert [r.partition_key for r in requests] == ["2026-03-08", "2026-03-09"]
+    assert len({r.run_key for r in requests}) == 2
+
+
+def test_a_file_without_a_day_in_its_pattern_belongs_to_the_newest_closed_day(zone: Zone) -> None:
+    zone.put("x", after(1), name="april_may_{day}.csv.gz")
+    zone.put(DAY, after(1))
+    (request,) = zone.look(after(4))
+    assert request.partition_key == DAY.isoformat() and "2 new file" in request.tags["signalbox/cause"]
+
+
+def test_a_file_of_a_day_before_the_start_starts_nothing(zone: Zone, workflow: Workflow) -> None:
+    zone.put(workflow.start - timedelta(days=1), after(1))
+    zone.put(workflow.start, after(1))
+    assert [r.partition_key for r in zone.look(after(4))] == [workflow.start.isoformat()]
+
+
+def test_a_date_that_does_not_exist_stops_no_other_file(zone: Zone) -> None:
+    zone.put("2026-02-31", after(1))
+    zone.put("2026-99-99", after(1))
+    zone.put(DAY, after(1))
+    assert [r.partition_key for r in zone.look(after(4))] == [DAY.isoformat()]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "day"),
+    [
+        ("export/a_{day}.csv.gz", "export/a_2026-03-10.csv.gz", DAY),
+        ("{day}/*.csv", "2026-03-10/b.csv", DAY),
+        ("{day}/a_{day}.csv", "2026-03-10/a_2026-03-10.csv", DAY),
+        ("2026-01-01_{day}_[ab].csv", "2026-01-01_2026-03-10_a.csv", DAY),
+        ("a.b+({day}).csv", "a.b+(2026-03-10).csv", DAY),
+        ("a_*.csv", "a_2026-03-10.csv", None),
+        ("a_{day}.csv", "a_2026-02-30.csv", None),
+        ("memory://bucket/in/a_{day}.csv", "memory://bucket/in/a_2026-03-10.csv", DAY),
+    ],
+)
+def test_the_day_is_read_where_the_pattern_says(pattern: str, name: str, day: date | None) -> None:
+    source = Source.model_validate({"files": pattern, "format": "csv", "sql": "s.sql", "known_at": "mapped"})
+    assert day_of(source, name) == day
+
+
+# --- retraining -------------------------------------------------------------------------------------------------------
+
+
+def measured(lake: Lake, drifted: dict[date, bool]) -> None:
+    table = pa.table(
+        {
+            "day": pa.array(list(drifted), pa.date32()),
+            "drifted": list(drifted.values()),
+            "text": [f"3 of 4 columns on {d}" for d in drifted],
+        }
+    )
+    lake.replace_days("ad_budget/drift", table, list(drifted))
+
+
+def trained(lake: Lake, day: date) -> None:
+    table = pa.table({"as_of": pa.array([day], pa.date32()), "entity_id": ["a"]})
+    lake.replace("ad_budget/training_set", table, predicate=f"as_of = '{day}'", partition_by=["as_of"])
+
+
+def skipped(found: dg.RunRequest | dg.SkipReason) -> str:
+    assert isinstance(found, dg.SkipReason), found
+    return str(found.skip_message)
+
+
+def asked(found: dg.RunRequest | dg.SkipReason) -> dg.RunRequest:
+    assert isinstance(found, dg.RunRequest), found
+    return found
+
+
+def test_without_drift_nothing_is_retrained(workflow: Workflow, lake: Lake) -> None:
+    assert "no drift has been measured" in skipped(retrain_request(workflow, lake))
+    measured(lake, {DAY: False})
+    assert "no day has drifted" in skipped(retrain_request(workflow, lake))
+
+
+def test_the_newest_drifted_day_is_retrained_for_with_its_reason(workflow: Workflow, lake: Lake) -> None:
+    measured(lake, {DAY - timedelta(days=3): True, DAY - timedelta(days=1): True, DAY: False})
+    request = asked(retrain_request(workflow, lake))
+    assert request.partition_key == "2026-03-09" and "3 of 4 columns" in request.tags["signalbox/cause"]
+
+
+def test_a_later_drift_is_asked_for_under_another_key(workflow: Workflow, lake: Lake) -> None:
+    measured(lake, {DAY: True})
+    first = asked(retrain_request(workflow, lake)).run_key
+    assert asked(retrain_request(workflow, lake)).run_key == first
+    measured(lake, {DAY + timedelta(days=1): True})
+    assert asked(retrain_request(workflow, lake)).run_key != first
+
+
+@pytest.mark.parametrize(("days_ago", "waits"), [(-1, True), (0, True), (6, True), (7, False), (8, False)])
+def test_the_cooldown_counts_from_the_newest_training(
+    workflow: Workflow, lake: Lake, days_ago: int, waits: bool
+) -> None:
+    assert workflow.drift.cooldown_days == 7
+    measured(lake, {DAY: True})
+    trained(lake, DAY - timedelta(days=30))
+    trained(lake, DAY - timedelta(days=days_ago))
+    found = retrain_request(workflow, lake)
+    if waits:
+        assert "cooldown is 7 days" in skipped(found)
+    else:
+        assert asked(found).partition_key == DAY.isoformat()
+
+
+# --- the deadline -----------------------------------------------------------------------------------------------------
+
+
+def test_an_undecided_day_is_decided_at_its_deadline(workflow: Workflow, lake: Lake) -> None:
+    assert "has not come" in skipped(deadline_request(workflow, lake, after(5.99)))
+    request = asked(deadline_request(workflow, lake, after(6)))
+    assert request.partition_key == DAY.isoformat() and "no batch stood" in request.tags["signalbox/cause"]
+    assert request.run_key == asked(deadline_request(workflow, lake, after(9))).run_key
+
+
+def test_a_decided_day_is_left_alone(workflow: Workflow, lake: Lake) -> None:
+    def batch(day: date) -> None:
+        table = pa.table({"day": pa.array([day], pa.date32()), "batch_id": ["b"]})
+        lake.replace_days("ad_budget/batches", table, [day])
+
+    batch(DAY - timedelta(days=1))
+    assert asked(deadline_request(workflow, lake, after(6))).partition_key == DAY.isoformat()
+    batch(DAY)
+    assert "is decided" in skipped(deadline_request(workflow, lake, after(6)))
+
+
+def test_before_the_first_day_there_is_nothing_to_decide(workflow: Workflow, lake: Lake) -> None:
+    morning = datetime.combine(workflow.start, datetime.min.time()) + timedelta(hours=7)
+    assert "start" in skipped(deadline_request(workflow, lake, morning))
+    assert asked(deadline_request(workflow, lake, morning + timedelta(days=1))).partition_key == "2026-03-02"
+
+
+# --- all of it --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory, workflow: Workflow) -> dg.RepositoryDefinition:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SIGNALBOX_HOME", str(tmp_path_factory.mktemp("home")))
+        return assembly.build([workflow, load(FOLDER / "ticket_priority")]).get_repository_def()
+
+
+def test_everything_that_can_start_a_run_is_declared_and_off(
+    repository: dg.RepositoryDefinition, workflow: Workflow
+) -> None:
+    declared = {u.name: u for u in unattended([workflow, load(FOLDER / "ticket_priority")])}
+    found = {d.name: d for d in (*repository.sensor_defs, *repository.schedule_defs)}
+    assert set(found) == set(declared) and len(found) == 8
+    for name, definition in found.items():
+        assert definition.default_status.value == "STOPPED", name
+        assert definition.job_name == declared[name].starts
+        assert repository.has_job(definition.job_name)
+    keys = repository.asset_graph.get_all_asset_keys()
+    assert keys and all(repository.asset_graph.get(k).automation_condition is None for k in keys)
+
+
+def test_schedules_run_in_utc_at_the_workflows_own_deadline(
+    repository: dg.RepositoryDefinition, workflow: Workflow
+) -> None:
+    schedules = {s.name: s for s in repository.schedule_defs}
+    assert {s.execution_timezone for s in schedules.values()} == {"UTC"}
+    assert schedules["ad_budget_deadline"].cron_schedule == "0 6 * * *"
+    later = workflow.model_copy(update={"deadline": datetime(2026, 1, 1, 7, 30).time()})
+    (other,) = [u.definition for u in unattended([later]) if u.name == "ad_budget_deadline"]
+    assert isinstance(other, dg.ScheduleDefinition) and other.cron_schedule == "30 7 * * *"
+
+
+def test_the_sensors_tick_on_what_lies_there(
+    repository: dg.RepositoryDefinition, workflow: Workflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through Dagster itself: the landing sensor remembers, the deadline schedule decides the day before."""
+    monkeypatch.setenv("SIGNALBOX_HOME", str(tmp_path))
+    now = after(4).isoformat()
+    built, given = assembly.build([workflow], now=now).get_repository_def(), resources(now)
+    zone = Zone(tmp_path / "landing" / "ad_budget", workflow)
+    zone.put(DAY, after(1))
+    landed = built.get_sensor_def("ad_budget_landing")
+    with dg.DagsterInstance.ephemeral() as instance:
+        first = landed(dg.build_sensor_context(instance=instance, repository_def=built, resources=given))
+        assert [r.partition_key for r in first.run_requests] == [DAY.isoformat()]
+        second = landed(
+            dg.build_sensor_context(instance=instance, repository_def=built, resources=given, cursor=first.cursor)
+        )
+        assert not second.run_requests and second.skip_reason
+        deadline = built.get_schedule_def("ad_budget_deadline")
+        request = deadline(dg.build_schedule_context(
+            instance=instance, repository_def=built, resources=given, scheduled_execution_time=after(6).replace(tzinfo=UTC)
+        ))  # fmt: skip
+        assert asked(request).partition_key == DAY.isoformat()
+        weekly: Any = built.get_schedule_def("ad_budget_weekly_retrain")
+        monday = datetime(2026, 3, 16, 8, tzinfo=UTC)
+        context = dg.build_schedule_context(instance=instance, scheduled_execution_time=monday)
+        assert asked(weekly(context)).partition_key == "2026-03-15"
+        early = datetime.combine(workflow.start, datetime.min.time(), UTC)
+        assert "starts on" in skipped(weekly(dg.build_schedule_context(scheduled_execution_time=early)))

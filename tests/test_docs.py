@@ -1,0 +1,300 @@
+"""The docs say what the code does: names, fields, variables, links and examples are held against it.
+
+``.venv/bin/python tests/test_docs.py`` rewrites the tables between ``<!-- generated: … -->`` and ``<!-- end -->``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import types
+import typing
+from collections.abc import Iterator
+from datetime import date, datetime, time, timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import annotated_types
+import numpy as np
+import pytest
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+ROOT = Path(__file__).parent.parent
+DOCS = [ROOT / "README.md", ROOT / "mlflow" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ROOMS = ("orchestration", "assets", "models", "data_checks", "delivery", "benchmarks")
+GENERATED = re.compile(r"<!-- generated: (?P<what>[^>]+?) -->\n(?P<table>.*?)<!-- end -->", re.S)
+NAMED_COLUMNS = re.compile(r"<!-- columns: (?P<what>\w+) -->\n\n?(?P<table>(?:\|.*\n)+)")
+EXAMPLE = re.compile(r"^`assets/workflows/(?P<file>claim_order/[\w./]+)`[^\n]*\n\n```\w+\n(?P<text>.*?)^```", re.M | re.S)
+by_name = pytest.mark.parametrize("page", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+# --- what the generated tables hold -----------------------------------------------------------------------------------
+
+
+def _takes(kind: Any) -> str:
+    """A type as a person reads it."""
+    while typing.get_origin(kind) is typing.Annotated:
+        kind = typing.get_args(kind)[0]
+    origin, inside = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return ", ".join(f"`{v}`" for v in inside)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("null" if a is type(None) else _takes(a) for a in inside)
+    if origin is tuple:
+        return f"list of {_takes(inside[0])}" if inside[-1] is Ellipsis else " and ".join(_takes(a) for a in inside)
+    if origin is dict:
+        return f"{_takes(inside[0])} → {_takes(inside[1])}"
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return f"`{kind.__name__}`"
+    names = {str: "text", int: "whole number", float: "number", bool: "true or false", date: "date", time: "time"}
+    return names.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def _bounds(field: FieldInfo) -> str:
+    signs = {annotated_types.Gt: ("gt", ">"), annotated_types.Ge: ("ge", "≥"), annotated_types.Lt: ("lt", "<"), annotated_types.Le: ("le", "≤")}
+    found = [f"{sign} {getattr(m, name):g}" for m in field.metadata for kind, (name, sign) in signs.items() if isinstance(m, kind)]
+    return f" ({', '.join(found)})" if found else ""
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel):
+        return "as below"
+    shown = {None: "null", True: "true", False: "false"}.get(value) if not isinstance(value, dict | tuple | list) else None
+    if shown is None:
+        shown = f"{value:%H:%M}" if isinstance(value, time) else str(list(value) if isinstance(value, tuple) else value)
+    return f"`{shown or ' '}`" if shown else '`""`'
+
+
+def fields(where: str) -> list[list[str]]:
+    module, name = where.split(":")
+    model = getattr(importlib.import_module(module), name)
+    hidden = {"contract", "folder"} if name == "Workflow" else set()
+    rows = [["field", "takes", "default", "meaning"]]
+    for key, field in model.model_fields.items():
+        if key not in hidden:
+            section = field.annotation if isinstance(field.annotation, type) else None
+            meaning = field.description or " ".join((getattr(section, "__doc__", "") or "").split("\n\n")[0].split())
+            rows.append([f"`{key}`", _takes(field.annotation) + _bounds(field), _default(field), meaning])
+    return rows
+
+
+def unattended(_: str) -> list[list[str]]:
+    from assets.workflow import FOLDER, load
+    from orchestration import automation
+
+    workflow = load(FOLDER / "ad_budget")
+    rows = [["name", "starts the job", "when"]]
+    for one in automation.unattended([workflow]):
+        when = one.when.replace(f"{workflow.deadline:%H:%M} UTC", "the workflow's `deadline`")
+        rows.append([f"`{one.name}`".replace("ad_budget", "<workflow>"), f"`{one.starts}`".replace("ad_budget", "<workflow>"), when])
+    return rows
+
+
+def jobs(_: str) -> list[list[str]]:
+    from assets.workflow import FOLDER, load
+    from orchestration import jobs as wiring
+
+    stages = {"daily": wiring.DAILY, "prepare": wiring.PREPARE, "decide": wiring.DECIDE, "retrain": wiring.RETRAIN}
+    rows = [["job", "assets, in order", "for"]]
+    for job in wiring.jobs_of(load(FOLDER / "ad_budget")):
+        name = job.name.removeprefix("ad_budget_")
+        rows.append([f"`<workflow>_{name}`", ", ".join(stages[name]), str(job.description)])
+    return rows
+
+
+def stages(_: str) -> list[list[str]]:
+    from assets.workflow import FOLDER, load
+    from orchestration.jobs import assets_of
+
+    rows = [["asset", "made from", "its checks (**blocking** ones stop what comes after)"]]
+    for asset in assets_of(load(FOLDER / "ad_budget")):
+        needs = sorted(k.path[-1] for k in asset.dependency_keys)
+        checks = [f"**{c.name}**" if c.blocking else c.name for c in asset.check_specs]
+        rows.append([f"`{asset.key.path[-1]}`", ", ".join(needs) or "the landing zone", ", ".join(checks) or "–"])
+    return rows
+
+
+MAKERS = {"fields": fields, "unattended": unattended, "jobs": jobs, "stages": stages}
+
+
+def made(what: str) -> str:
+    """The Markdown of a generated table."""
+    maker, _, argument = what.partition(" ")
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in MAKERS[maker](argument)]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:], ""])
+
+
+def first_column(table: str) -> list[str]:
+    """Names in the first cells of a table; a cell may hold several."""
+    return [name for line in table.splitlines()[2:] for name in re.findall(r"`([^`]+)`", line.split("|")[1])]
+
+
+# --- the tests --------------------------------------------------------------------------------------------------------
+
+
+@by_name
+def test_generated_tables_are_what_the_code_says(page: Path) -> None:
+    for found in GENERATED.finditer(page.read_text()):
+        assert found["table"] == made(found["what"]), f"{page.name}: run .venv/bin/python tests/test_docs.py"
+
+
+def test_every_section_of_a_workflow_has_its_fields_in_the_docs() -> None:
+    shown = {f["what"].split(":")[1] for p in DOCS for f in GENERATED.finditer(p.read_text()) if f["what"].startswith("fields")}
+    wanted = {
+        "Workflow", "Source", "Features", "Outcomes", "Training", "DurationModel", "ResponseModel", "PriorityPolicy", "BudgetPolicy",
+        "Arms", "Explore", "Guardrails", "DriftSpec", "EventsContract", "Column", "RowRule", "FeaturesContract", "ExpectationSpec",
+    }  # fmt: skip
+    assert shown == wanted
+
+
+def schemas() -> dict[str, list[str]]:
+    from assets import deciding, landing
+
+    named = re.compile(r'(?:table\("|f"\{(?:workflow\.)?name\}/)([a-z_]+)"')
+    written = {n for f in (ROOT / "assets").rglob("*.py") for n in named.findall(f.read_text())}
+    return {
+        "decisions": [*deciding.DECISIONS.names, "decision_id", "batch_id", "day", *deciding.RECORD.names],
+        "batches": deciding._BATCHES.names,
+        "quarantine": landing.QUARANTINE.names,
+        "files": landing.FILES.names,
+        "tables": sorted(written),
+    }
+
+
+@by_name
+def test_tables_of_columns_name_every_column_and_no_other(page: Path) -> None:
+    for found in NAMED_COLUMNS.finditer(page.read_text()):
+        assert sorted(first_column(found["table"])) == sorted(schemas()[found["what"]]), f"{page.name}: {found['what']}"
+
+
+def test_every_environment_variable_is_documented_and_no_other() -> None:
+    kinds = {".py", ".yaml", ".ini", ".md"}
+    files = [f for room in (*ROOMS, "mlflow") for f in (ROOT / room).rglob("*") if f.suffix in kinds] + [ROOT / "Makefile"]
+    texts = [f.read_text() for f in files]
+    used = {n for t in texts for n in re.findall(r"SIGNALBOX_[A-Z]+(?:_[A-Z]+)*", t)}
+    used |= {f"SIGNALBOX_{n}" for t in texts for n in re.findall(r'_setting\("([A-Z_]+)"', t)}
+    page = (ROOT / "docs" / "data_engineer.md").read_text()
+    documented = set(re.findall(r"^\| `(SIGNALBOX_[A-Z_]+)`", page, re.M))
+    assert documented == used
+
+
+def names(page: Path) -> Iterator[str]:
+    """What stands in code: spans and blocks."""
+    text = page.read_text()
+    yield from re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)
+    yield from (line for block in re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, re.M | re.S) for line in block.splitlines())
+    yield from (line.strip() for line in re.findall(r"^    (\S.*)$", text, re.M))
+
+
+@by_name
+def test_every_path_that_is_named_exists(page: Path) -> None:
+    pattern = rf"(?<![\w./-])(?:{'|'.join((*ROOMS, 'mlflow', 'tests', 'docs'))})/[\w./-]*"
+    named = {p.rstrip("./") for name in names(page) for p in re.findall(pattern, name)}
+    example = {f"assets/workflows/{part}" for f in EXAMPLE.finditer(page.read_text()) for part in (f["file"], "claim_order")}
+    gone = [p for p in named - example if not (ROOT / p).exists() and not list(ROOT.glob(p + "*"))]
+    assert not gone, f"{page.name} names {gone}"
+
+
+@by_name
+def test_every_test_that_is_named_exists(page: Path) -> None:
+    for file, test in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text()):
+        assert f"def {test}(" in (ROOT / file).read_text(), f"{page.name}: {file}::{test}"
+
+
+@by_name
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    for target, place in re.findall(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]*))?\)", page.read_text()):
+        led_to = page.parent / target if target else page
+        assert led_to.exists(), f"{page.name}: {target}"
+        if place:
+            headings = re.findall(r"^#+ (.*)$", led_to.read_text(), re.M)
+            slugs = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert place in slugs, f"{page.name}: {target} has no heading {place!r}"
+
+
+@by_name
+def test_every_command_and_option_that_is_named_exists(page: Path) -> None:
+    from orchestration.cli import app
+
+    group: Any = typer.main.get_command(app)
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    for name in names(page):
+        if found := re.search(r"(?:^|[ /])signalbox ([a-z_]+)(.*)", name):
+            assert found[1] in group.commands, f"{page.name}: signalbox {found[1]}"
+            options = {o for p in group.commands[found[1]].params for o in p.opts}
+            unknown = set(re.findall(r"(?<!\S)--[a-z-]+", found[2].split("#")[0])) - options
+            assert not unknown, f"{page.name}: signalbox {found[1]} has no {unknown}"
+        for target in re.findall(r"^make ([a-z]+)", name):
+            assert target in targets, f"{page.name}: make {target}"
+        for module in re.findall(r"python -m (benchmarks[\w.]*)", name):
+            assert importlib.util.find_spec(module), f"{page.name}: {module}"
+
+
+def _claims(folder: Path, start: date, days: int) -> None:
+    """Exports of claims as the example's source declares them."""
+    folder.mkdir(parents=True)
+    rng, begin = np.random.default_rng(1), datetime.combine(start, time())
+    lines: dict[int, list[str]] = {n: [] for n in range(days)}
+    for claim in range(40 * days):
+        opened = begin + timedelta(hours=float(rng.uniform(0, 24 * days)))
+        settled = opened + timedelta(hours=float(rng.exponential(30)))
+        for at, state in ((opened, "open"), (settled, "settled")):
+            if (n := (at - begin).days) in lines:
+                exported = begin + timedelta(days=n + 1, hours=1)
+                times = [f"{t:%Y-%m-%d %H:%M:%S}" for t in (opened, opened + timedelta(hours=36), at, exported)]
+                lines[n].append(f"C{claim},office {claim % 3},{1 + claim % 5},{times[0]},{times[1]},{state},{times[2]},{times[3]}\n")
+    for n, rows in lines.items():
+        header = "claim,office,priority,opened,due,state,updated,exported\n"
+        (folder / f"claims_{start + timedelta(days=n)}.csv").write_text(header + "".join(rows))
+
+
+def test_the_workflow_that_the_guide_adds_decides(tmp_path: Path, empty_registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dagster as dg
+
+    from assets.resources import RegistryResource, resources
+    from assets.workflow import load
+    from orchestration import runner
+
+    monkeypatch.setenv("SIGNALBOX_HOME", str(tmp_path / "home"))
+    for found in EXAMPLE.finditer((ROOT / "docs" / "data_engineer.md").read_text()):
+        file = tmp_path / found["file"]
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(found["text"])
+    workflow = load(tmp_path / "claim_order")
+    days = [workflow.start + timedelta(days=n) for n in range(4)]
+    _claims(tmp_path / "home" / "landing" / "claim_order", days[0], len(days))
+    now = f"{days[-1] + timedelta(days=1)}T04:00:00"
+    given = resources(now) | {"registry": RegistryResource(uri=empty_registry.uri, artifacts=empty_registry.artifacts, ui="")}
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = runner.run(workflow, "daily", days[0], days[-1], now=now, instance=instance, given=given)
+
+    assert result.success, runner.failed_steps(result)
+    assert not [r for r in runner.check_rows(result) if r["result"] == "ERROR"]
+    batch = given["lake"].lake.read("claim_order/batches", days=days[-1:]).to_pylist()[0]
+    assert (batch["step"], batch["status"]) == ("rule", "READY") and batch["changed"] > 0
+
+
+def test_python_in_the_docs_runs_on_a_lake(tmp_path: Path, ads: Any, registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = ads.copy(tmp_path / ".signalbox")
+    bench.decide(registry, bench.last)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SIGNALBOX_HOME", raising=False)
+    monkeypatch.setenv("SIGNALBOX_MLFLOW_URI", registry.uri)
+    pages = [p for p in DOCS if not p.name.startswith("world_")]  # those show how to simulate a month
+    blocks = [(p, b) for p in pages for b in re.findall(r"^```python\n(.*?)^```", p.read_text(), re.M | re.S)]
+    assert len(blocks) >= 4
+    for page, block in blocks:
+        exec(compile(block, page.name, "exec"), {})
+
+
+if __name__ == "__main__":
+    for path in DOCS:
+        text = path.read_text()
+        path.write_text(GENERATED.sub(lambda m: f"<!-- generated: {m['what']} -->\n{made(m['what'])}<!-- end -->", text))
