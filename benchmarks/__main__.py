@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ORDER = ("daily_run", "budget_policy", "advertising_world", "priority_policy", "ads_quality", "uci498_quality")
+ORDER = ("daily_run", "budget_policy", "advertising_world", "priority_policy")
 
 
 def main() -> int:

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import json
 import re
 import types
 import typing
@@ -26,7 +27,9 @@ DOCS = [ROOT / "README.md", ROOT / "mlflow" / "README.md", *sorted((ROOT / "docs
 ROOMS = ("orchestration", "assets", "models", "data_checks", "delivery", "benchmarks")
 GENERATED = re.compile(r"<!-- generated: (?P<what>[^>]+?) -->\n(?P<table>.*?)<!-- end -->", re.S)
 NAMED_COLUMNS = re.compile(r"<!-- columns: (?P<what>\w+) -->\n\n?(?P<table>(?:\|.*\n)+)")
-EXAMPLE = re.compile(r"^`assets/workflows/(?P<file>claim_order/[\w./]+)`[^\n]*\n\n```\w+\n(?P<text>.*?)^```", re.M | re.S)
+EXAMPLE = re.compile(
+    r"^`assets/workflows/(?P<file>claim_order/[\w./]+)`[^\n]*\n\n```\w+\n(?P<text>.*?)^```", re.M | re.S
+)
 by_name = pytest.mark.parametrize("page", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
 
 
@@ -43,7 +46,12 @@ def _takes(kind: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join("null" if a is type(None) else _takes(a) for a in inside)
     if origin is tuple:
-        return f"list of {_takes(inside[0])}" if inside[-1] is Ellipsis else " and ".join(_takes(a) for a in inside)
+        one = _takes(inside[0])
+        return (
+            f"list of {f'({one})' if ' or ' in one else one}"
+            if inside[-1] is Ellipsis
+            else " and ".join(_takes(a) for a in inside)
+        )
     if origin is dict:
         return f"{_takes(inside[0])} → {_takes(inside[1])}"
     if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -53,8 +61,18 @@ def _takes(kind: Any) -> str:
 
 
 def _bounds(field: FieldInfo) -> str:
-    signs = {annotated_types.Gt: ("gt", ">"), annotated_types.Ge: ("ge", "≥"), annotated_types.Lt: ("lt", "<"), annotated_types.Le: ("le", "≤")}
-    found = [f"{sign} {getattr(m, name):g}" for m in field.metadata for kind, (name, sign) in signs.items() if isinstance(m, kind)]
+    signs = {
+        annotated_types.Gt: ("gt", ">"),
+        annotated_types.Ge: ("ge", "≥"),
+        annotated_types.Lt: ("lt", "<"),
+        annotated_types.Le: ("le", "≤"),
+    }
+    found = [
+        f"{sign} {getattr(m, name):g}"
+        for m in field.metadata
+        for kind, (name, sign) in signs.items()
+        if isinstance(m, kind)
+    ]
     return f" ({', '.join(found)})" if found else ""
 
 
@@ -64,10 +82,9 @@ def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
         return "as below"
-    shown = {None: "null", True: "true", False: "false"}.get(value) if not isinstance(value, dict | tuple | list) else None
-    if shown is None:
-        shown = f"{value:%H:%M}" if isinstance(value, time) else str(list(value) if isinstance(value, tuple) else value)
-    return f"`{shown or ' '}`" if shown else '`""`'
+    if isinstance(value, str):
+        return f"`{value}`"
+    return f"`{value:%H:%M}`" if isinstance(value, time) else f"`{json.dumps(value)}`"
 
 
 def fields(where: str) -> list[list[str]]:
@@ -79,6 +96,7 @@ def fields(where: str) -> list[list[str]]:
         if key not in hidden:
             section = field.annotation if isinstance(field.annotation, type) else None
             meaning = field.description or " ".join((getattr(section, "__doc__", "") or "").split("\n\n")[0].split())
+            meaning = meaning.replace("<", "&lt;") or "Names this kind"
             rows.append([f"`{key}`", _takes(field.annotation) + _bounds(field), _default(field), meaning])
     return rows
 
@@ -91,7 +109,13 @@ def unattended(_: str) -> list[list[str]]:
     rows = [["name", "starts the job", "when"]]
     for one in automation.unattended([workflow]):
         when = one.when.replace(f"{workflow.deadline:%H:%M} UTC", "the workflow's `deadline`")
-        rows.append([f"`{one.name}`".replace("ad_budget", "<workflow>"), f"`{one.starts}`".replace("ad_budget", "<workflow>"), when])
+        rows.append(
+            [
+                f"`{one.name}`".replace("ad_budget", "<workflow>"),
+                f"`{one.starts}`".replace("ad_budget", "<workflow>"),
+                when,
+            ]
+        )
     return rows
 
 
@@ -145,7 +169,12 @@ def test_generated_tables_are_what_the_code_says(page: Path) -> None:
 
 
 def test_every_section_of_a_workflow_has_its_fields_in_the_docs() -> None:
-    shown = {f["what"].split(":")[1] for p in DOCS for f in GENERATED.finditer(p.read_text()) if f["what"].startswith("fields")}
+    shown = {
+        f["what"].split(":")[1]
+        for p in DOCS
+        for f in GENERATED.finditer(p.read_text())
+        if f["what"].startswith("fields")
+    }
     wanted = {
         "Workflow", "Source", "Features", "Outcomes", "Training", "DurationModel", "ResponseModel", "PriorityPolicy", "BudgetPolicy",
         "Arms", "Explore", "Guardrails", "DriftSpec", "EventsContract", "Column", "RowRule", "FeaturesContract", "ExpectationSpec",
@@ -175,7 +204,9 @@ def test_tables_of_columns_name_every_column_and_no_other(page: Path) -> None:
 
 def test_every_environment_variable_is_documented_and_no_other() -> None:
     kinds = {".py", ".yaml", ".ini", ".md"}
-    files = [f for room in (*ROOMS, "mlflow") for f in (ROOT / room).rglob("*") if f.suffix in kinds] + [ROOT / "Makefile"]
+    files = [f for room in (*ROOMS, "mlflow") for f in (ROOT / room).rglob("*") if f.suffix in kinds] + [
+        ROOT / "Makefile"
+    ]
     texts = [f.read_text() for f in files]
     used = {n for t in texts for n in re.findall(r"SIGNALBOX_[A-Z]+(?:_[A-Z]+)*", t)}
     used |= {f"SIGNALBOX_{n}" for t in texts for n in re.findall(r'_setting\("([A-Z_]+)"', t)}
@@ -188,7 +219,9 @@ def names(page: Path) -> Iterator[str]:
     """What stands in code: spans and blocks."""
     text = page.read_text()
     yield from re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)
-    yield from (line for block in re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, re.M | re.S) for line in block.splitlines())
+    yield from (
+        line for block in re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, re.M | re.S) for line in block.splitlines()
+    )
     yield from (line.strip() for line in re.findall(r"^    (\S.*)$", text, re.M))
 
 
@@ -196,7 +229,9 @@ def names(page: Path) -> Iterator[str]:
 def test_every_path_that_is_named_exists(page: Path) -> None:
     pattern = rf"(?<![\w./-])(?:{'|'.join((*ROOMS, 'mlflow', 'tests', 'docs'))})/[\w./-]*"
     named = {p.rstrip("./") for name in names(page) for p in re.findall(pattern, name)}
-    example = {f"assets/workflows/{part}" for f in EXAMPLE.finditer(page.read_text()) for part in (f["file"], "claim_order")}
+    example = {
+        f"assets/workflows/{part}" for f in EXAMPLE.finditer(page.read_text()) for part in (f["file"], "claim_order")
+    }
     gone = [p for p in named - example if not (ROOT / p).exists() and not list(ROOT.glob(p + "*"))]
     assert not gone, f"{page.name} names {gone}"
 
@@ -248,13 +283,17 @@ def _claims(folder: Path, start: date, days: int) -> None:
             if (n := (at - begin).days) in lines:
                 exported = begin + timedelta(days=n + 1, hours=1)
                 times = [f"{t:%Y-%m-%d %H:%M:%S}" for t in (opened, opened + timedelta(hours=36), at, exported)]
-                lines[n].append(f"C{claim},office {claim % 3},{1 + claim % 5},{times[0]},{times[1]},{state},{times[2]},{times[3]}\n")
+                lines[n].append(
+                    f"C{claim},office {claim % 3},{1 + claim % 5},{times[0]},{times[1]},{state},{times[2]},{times[3]}\n"
+                )
     for n, rows in lines.items():
         header = "claim,office,priority,opened,due,state,updated,exported\n"
         (folder / f"claims_{start + timedelta(days=n)}.csv").write_text(header + "".join(rows))
 
 
-def test_the_workflow_that_the_guide_adds_decides(tmp_path: Path, empty_registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_workflow_that_the_guide_adds_decides(
+    tmp_path: Path, empty_registry: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import dagster as dg
 
     from assets.resources import RegistryResource, resources
@@ -270,7 +309,9 @@ def test_the_workflow_that_the_guide_adds_decides(tmp_path: Path, empty_registry
     days = [workflow.start + timedelta(days=n) for n in range(4)]
     _claims(tmp_path / "home" / "landing" / "claim_order", days[0], len(days))
     now = f"{days[-1] + timedelta(days=1)}T04:00:00"
-    given = resources(now) | {"registry": RegistryResource(uri=empty_registry.uri, artifacts=empty_registry.artifacts, ui="")}
+    given = resources(now) | {
+        "registry": RegistryResource(uri=empty_registry.uri, artifacts=empty_registry.artifacts, ui="")
+    }
 
     with dg.DagsterInstance.ephemeral() as instance:
         result = runner.run(workflow, "daily", days[0], days[-1], now=now, instance=instance, given=given)
@@ -281,7 +322,9 @@ def test_the_workflow_that_the_guide_adds_decides(tmp_path: Path, empty_registry
     assert (batch["step"], batch["status"]) == ("rule", "READY") and batch["changed"] > 0
 
 
-def test_python_in_the_docs_runs_on_a_lake(tmp_path: Path, ads: Any, registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_in_the_docs_runs_on_a_lake(
+    tmp_path: Path, ads: Any, registry: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bench = ads.copy(tmp_path / ".signalbox")
     bench.decide(registry, bench.last)
     monkeypatch.chdir(tmp_path)
@@ -297,4 +340,6 @@ def test_python_in_the_docs_runs_on_a_lake(tmp_path: Path, ads: Any, registry: A
 if __name__ == "__main__":
     for path in DOCS:
         text = path.read_text()
-        path.write_text(GENERATED.sub(lambda m: f"<!-- generated: {m['what']} -->\n{made(m['what'])}<!-- end -->", text))
+        path.write_text(
+            GENERATED.sub(lambda m: f"<!-- generated: {m['what']} -->\n{made(m['what'])}<!-- end -->", text)
+        )

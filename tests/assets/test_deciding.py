@@ -275,6 +275,8 @@ def test_units_keep_their_arm_while_others_join(small: Any, registry: Registry) 
     after = {d["unit"]: d["arm"] for d in small.decided(days[-1])}
     assert after.pop("newcomer") in small.workflow.arms.shares
     assert after == units[0]
+    for row in small.decided(days[-1]):
+        assert deciding.replay_row(row, small.lake, registry).equal, "drawn as it was: one after the other"
 
 
 def test_largest_changes_come_first() -> None:

@@ -29,10 +29,11 @@ from orchestration import runner
 
 pytestmark = pytest.mark.system
 NOBODY = 65534
+PASSWORD = "correct-horse-battery"
 
 
 class Server:
-    """A PostgreSQL server on a Unix socket in its own folder: it listens on no address."""
+    """A PostgreSQL server on a Unix socket in its own folder: it listens on no address and asks for a password."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -44,9 +45,11 @@ class Server:
         self.user = NOBODY if os.geteuid() == 0 else None
         if self.user is not None:
             os.chown(folder, NOBODY, NOBODY)
+        (folder / "password").write_text(PASSWORD)
         self._run(
             "initdb",
-            "--auth=trust",
+            "--auth=scram-sha-256",
+            f"--pwfile={folder / 'password'}",
             "--encoding=utf8",
             "--locale=C",
             "--no-sync",
@@ -71,7 +74,7 @@ class Server:
         )
 
     def database(self, name: str) -> str:
-        """Make a database; returns its URL."""
+        """Make a database; returns its URL, without the password."""
         self._run("createdb", "-h", str(self.folder), "-U", "signalbox", name)
         return f"postgresql+psycopg2://signalbox@/{name}?host={self.folder}"
 
@@ -83,6 +86,13 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
+    """The server, with the password where the driver looks for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PGPASSWORD", PASSWORD)
+        yield from _server()
+
+
+def _server() -> Iterator[Server]:
     folder = Path(tempfile.mkdtemp(prefix="signalbox-pg-"))
     try:
         running = Server(folder)
@@ -131,6 +141,7 @@ def test_runs_and_materialisations_lie_in_postgres(
     assert counted(url, f"SELECT count(*) FROM event_logs WHERE {run} AND {materialised}") == 3 * len(days)
     assert counted(url, "SELECT count(*) FROM asset_check_executions WHERE execution_status = 'SUCCEEDED'") == 5
     assert not list(tmp_path.rglob("*.db")), "something went to SQLite beside it"
+    assert not [f for f in tmp_path.rglob("*") if f.is_file() and PASSWORD.encode() in f.read_bytes()]
 
 
 def test_models_are_registered_and_read_back_from_postgres(
@@ -165,3 +176,4 @@ def test_models_are_registered_and_read_back_from_postgres(
     assert counted(url, "SELECT count(*) FROM model_versions") == 2
     assert counted(url, "SELECT count(*) FROM experiments WHERE name = 'ad_budget'") == 1
     assert not list(tmp_path.rglob("*.db")), "something went to SQLite beside it"
+    assert not [f for f in tmp_path.rglob("*") if f.is_file() and PASSWORD.encode() in f.read_bytes()]
