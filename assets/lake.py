@@ -17,7 +17,7 @@ import deltalake
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from deltalake.exceptions import TableNotFoundError
+from deltalake.exceptions import DeltaError, TableNotFoundError
 
 _UTC = pa.timestamp("us", tz="UTC")
 _NAIVE = pa.timestamp("us")
@@ -59,6 +59,14 @@ def content_digest(table: pa.Table, columns: Sequence[str] | None = None) -> str
     return hashlib.sha256(sink.getvalue()).hexdigest()
 
 
+class VersionMissing(TableMissing):
+    """A version that was asked for is no longer kept, though the table is."""
+
+
+_KEEP = {"delta.logRetentionDuration": "interval 3650 days", "delta.deletedFileRetentionDuration": "interval 3650 days"}
+"""Versions are kept until somebody shortens this on a table on purpose: Delta's own 30 days would end every replay."""
+
+
 @dataclass(frozen=True)
 class Lake:
     """The tables below one root: a local folder, or an object store's URL with its ``storage_options``.
@@ -82,7 +90,14 @@ class Lake:
     def _open(self, table: str, version: int | None = None) -> deltalake.DeltaTable:
         try:
             return deltalake.DeltaTable(self.uri(table), version=version, storage_options=self.storage_options or None)
-        except TableNotFoundError:
+        except DeltaError as error:
+            if version is not None and self.exists(table):
+                raise VersionMissing(
+                    f"table {table!r} under {self.root} no longer has version {version}: it was cut by vacuum or by "
+                    "delta.logRetentionDuration"
+                ) from error
+            if not isinstance(error, TableNotFoundError):
+                raise
             raise TableMissing(
                 f"table {table!r} has never been written under {self.root}; materialise it first"
             ) from None
@@ -106,8 +121,7 @@ class Lake:
     ) -> pa.Table:
         """Rows of a table as of a version; ``days`` prunes partitions by ``day``, ``where`` filters rows.
 
-        Raises TableMissing for a table that was never written and deltalake's own error for a version that
-        retention has removed.
+        Raises TableMissing for a table that was never written, VersionMissing for a version that is no longer kept.
         """
         opened = self._open(table, version)
         pruned = None
@@ -133,7 +147,9 @@ class Lake:
         if not self.exists(table):
             if "://" not in self.root:
                 os.makedirs(self.uri(table), exist_ok=True)
-            deltalake.write_deltalake(self.uri(table), rows, partition_by=list(partition_by), **options)
+            deltalake.write_deltalake(
+                self.uri(table), rows, partition_by=list(partition_by), configuration=_KEEP, **options
+            )
         else:
             deltalake.write_deltalake(
                 self.uri(table), rows, mode="overwrite", predicate=predicate, schema_mode="merge", **options

@@ -29,6 +29,16 @@ def _setting(name: str, default: str) -> str:
     return os.environ.get(f"SIGNALBOX_{name}") or default
 
 
+def mlflow_uri() -> str:
+    """MLflow's server or database: ``SIGNALBOX_MLFLOW_URI``, else SQLite in the state folder."""
+    return _setting("MLFLOW_URI", f"sqlite:///{home() / 'mlflow.db'}")
+
+
+def mlflow_artifacts() -> str:
+    """Where new experiments put their artifacts: ``SIGNALBOX_MLFLOW_ARTIFACTS``, else the state folder."""
+    return _setting("MLFLOW_ARTIFACTS", (home() / "mlflow-artifacts").as_uri())
+
+
 class LakeResource(dg.ConfigurableResource):
     """The Delta tables. ``root``: a folder or an object store's URL; options for it come from ``SIGNALBOX_LAKE_OPTIONS`` (JSON)."""
 
@@ -51,16 +61,17 @@ class LandingResource(dg.ConfigurableResource):
 
 
 class RegistryResource(dg.ConfigurableResource):
-    """MLflow: a server's address, or a database's URI."""
+    """MLflow. Left unset, address and artifacts are read from the environment at use, since Dagster shows its configuration
+    and an address may hold a password."""
 
-    uri: str
-    artifacts: str
     ui: str
+    uri: str | None = None
+    artifacts: str | None = None
 
     @property
     def registry(self) -> Registry:
         """The registry itself."""
-        return Registry(self.uri, self.artifacts)
+        return Registry(self.uri or mlflow_uri(), self.artifacts or mlflow_artifacts())
 
     def version_url(self, name: str, number: int) -> str:
         """The page of a version in the MLflow UI."""
@@ -100,8 +111,6 @@ def resources(now: str | None = None) -> dict[str, Any]:
         "lake": LakeResource(root=_setting("LAKE", str(at / "lake"))),
         "landing": LandingResource(root=_setting("LANDING", str(at / "landing"))),
         "registry": RegistryResource(
-            uri=_setting("MLFLOW_URI", f"sqlite:///{at / 'mlflow.db'}"),
-            artifacts=_setting("MLFLOW_ARTIFACTS", (at / "mlflow-artifacts").as_uri()),
             ui=_setting("MLFLOW_UI", "http://127.0.0.1:5000"),
         ),
         "reports": ReportsResource(

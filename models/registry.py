@@ -170,12 +170,19 @@ class Registry:
             )
         return Version(name, int(made.version), run_id, trained_day, digest, passed)
 
-    def promote(self, version: Version) -> None:
-        """Move the alias ``champion``; who held it becomes ``previous_champion``."""
+    def promote(self, version: Version) -> bool:
+        """Move the alias ``champion``; who held it becomes ``previous_champion``.
+
+        A version trained for an earlier day than the champion (a backfill) takes no alias: False. It counts for the days
+        between, see ``as_of``.
+        """
         current = self.by_alias(version.name, CHAMPION)
+        if current is not None and current.trained_day > version.trained_day and current.trained_day != date.max:
+            return False
         if current is not None and current.number != version.number:
             self.client.set_registered_model_alias(version.name, PREVIOUS, str(current.number))
         self.client.set_registered_model_alias(version.name, CHAMPION, str(version.number))
+        return True
 
     def versions(self, name: str) -> list[Version]:
         """Every version of a model, oldest first."""

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 
-from assets.resources import resources
+from assets.resources import mlflow_artifacts, mlflow_uri, resources
 from orchestration import runner
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +42,7 @@ def _commands() -> dict[str, tuple[str, list[str]]]:
         "Dagster daemon": ("", [str(bin_ / "dagster-daemon"), "run", "-w", workspace]),
         "MLflow": (
             registry.ui,
-            [str(bin_ / "mlflow"), "server", "--backend-store-uri", registry.uri, "--artifacts-destination", registry.artifacts,
+            [str(bin_ / "mlflow"), "server", "--artifacts-destination", mlflow_artifacts(),
              "--host", HOST, "--port", port(registry.ui), "--workers", "1", *auth],
         ),
         "Evidently": (
@@ -75,7 +75,11 @@ def serve(console: Console) -> None:
         raise SystemExit(1)
     started: dict[str, subprocess.Popen[bytes]] = {}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a plain kill ends the servers too
-    quiet = {"DO_NOT_TRACK": "1", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    quiet = {
+        "MLFLOW_BACKEND_STORE_URI": mlflow_uri(),  # not as an argument: a process list would show its password
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
     try:
         for name, (_, command) in commands.items():
             log = (logs / f"{name.lower().replace(' ', '-')}.log").open("ab")

@@ -36,7 +36,6 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         checked: dict[date, tuple[bool, str]] = {}
         page = ""
         for day, table in point_in_time.features(workflow, lake.lake, days(context), version=version):
-            tables.append(table)
             result = contract.validate(
                 table, list(workflow.contract.features.expectations), name=f"{workflow.name} features {day}"
             )
@@ -47,6 +46,8 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
             good = not result.blocking_failed and table.num_rows > 0
             text = "; ".join(contract.sentence(r) for r in broken) or f"{len(result.results)} expectations met"
             checked[day] = (good, text if table.num_rows else "no entities: events of the lookback are missing")
+            # A day that breaks its contract is withheld: neither the deadline's run nor a training may take it up.
+            tables.append(table if good else table.slice(0, 0))
             context.add_asset_metadata(
                 {
                     "dagster/partition_row_count": table.num_rows,

@@ -40,6 +40,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         workflow,
         "events",
         deps=[],
+        pool=f"{workflow.name}_ingest",  # one writer of a landing zone at a time, also where no file lock can say so
         description="Rows as upstream systems left them, each with its source file and row. Rows that break a rule lie in quarantine.",
         kinds={"deltalake", "duckdb", "greatexpectations"},
         checks={

@@ -166,13 +166,12 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
             inputs={c: kind for group, kind in _MLFLOW_TYPE.items() for c in getattr(workflow.features, group)},
             seed=deciding.SEED,
         )
-        if made.passed:
-            registry.registry.promote(made)
+        promoted = made.passed and registry.registry.promote(made)
         return dg.MaterializeResult(
             metadata={
                 "version": made.number,
                 "registry": dg.MetadataValue.url(registry.version_url(workflow.name, made.number)),
-                "promoted": made.passed,
+                "promoted": promoted,
                 "model card": dg.MetadataValue.md(text),
                 **{f"{who} {training.metric}": one[training.metric] for who, one in fitted.metrics.items()},
             },

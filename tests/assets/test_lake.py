@@ -3,10 +3,11 @@
 import datetime as dt
 from pathlib import Path
 
+import deltalake
 import pyarrow as pa
 import pytest
 
-from assets.lake import Lake, TableMissing, content_digest
+from assets.lake import Lake, TableMissing, VersionMissing, content_digest
 
 MONDAY = dt.date(2026, 3, 2)
 TUESDAY = MONDAY + dt.timedelta(days=1)
@@ -88,3 +89,17 @@ def test_a_digest_depends_on_content_and_order_alone() -> None:
     assert content_digest(whole) == content_digest(rows(MONDAY, 0, 1, 2, 3).slice(1, 3))
     assert content_digest(whole) != content_digest(rows(MONDAY, 1, 3, 2))
     assert content_digest(whole) != content_digest(rows(MONDAY, 1, 2, 3.0000000000000004))
+
+
+def test_versions_are_kept_beyond_deltas_own_thirty_days_and_a_missing_one_is_named(tmp_path: Path) -> None:
+    lake = Lake(str(tmp_path))
+    lake.replace_days("w/t", rows(MONDAY, 1), [MONDAY])
+    kept = deltalake.DeltaTable(lake.uri("w/t")).metadata().configuration["delta.logRetentionDuration"]
+    assert kept == "interval 3650 days"
+    with pytest.raises(VersionMissing, match="no longer has version 7"):
+        lake.read("w/t", version=7)
+
+
+def test_a_folder_that_delta_cannot_read_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="SIGNALBOX_HOME"):
+        Lake("/somewhere/with[brackets]")
