@@ -225,13 +225,13 @@ def _tickets(workflow: Workflow, lake: Lake, registry: Registry) -> dict[str, Fi
     con.register("scores", lake.read(workflow.table("scores"), where=pc.field("moment") == "intake"))
     con.register("scoring", lake.read(workflow.table("scoring"), columns=["day", "step"]))
     first, last = TICKETS_OPENED
-    judged = con.execute(
+    judged = con.sql(
         "SELECT bool_or(missed)::DOUBLE AS missed, any_value(p_miss) AS p_miss, any_value(step) AS step "
         "FROM events LEFT JOIN scores ON entity_id = ticket_id LEFT JOIN scoring USING (day) "
         "GROUP BY ticket_id HAVING min(opened_at)::DATE BETWEEN $first AND $last ORDER BY ticket_id",
-        {"first": first, "last": last},
+        params={"first": first, "last": last},
     ).to_arrow_table()
-    scored = judged.filter(pc.is_valid(judged["p_miss"]) & pc.is_valid(judged["missed"]))
+    scored = judged.drop_null()
     missed, p_miss = scored["missed"].to_numpy(), scored["p_miss"].to_numpy()
     plot = calibration_plot(missed, p_miss, "UCI 498, tickets opened in May 2016")
     path = home() / "reports" / workflow.name / "calibration.png"

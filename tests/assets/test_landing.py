@@ -52,10 +52,10 @@ def line(name: str, at: str = "2024-05-01", known: str = "2024-05-02", amount: o
 class Desk:
     """A landing zone with one workflow, and the lake behind it."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, lake: Path | None = None) -> None:
         self.root, self.zone = root, root / "landing" / "shop"
         self.zone.mkdir(parents=True)
-        self.lake = Lake(str(root / "lake"))
+        self.lake = Lake(str(lake or root / "lake"))
         (root / "mapping.sql").write_text(SQL)
 
     def put(self, name: str, *lines: str) -> None:
@@ -191,8 +191,7 @@ def test_days_choose_among_files_that_name_their_day(desk: Desk) -> None:
 
 
 def test_a_landing_zone_whose_path_looks_like_a_pattern_is_read_as_it_is(tmp_path: Path) -> None:
-    desk = Desk(tmp_path / "a[bc]*")
-    desk.lake = Lake(str(tmp_path / "lake"))
+    desk = Desk(tmp_path / "a[bc]*", tmp_path / "lake")
     other = Desk(tmp_path / "ab")
     other.put("never.csv", line("never"))
     desk.put("it's ü.csv", line("a"))
