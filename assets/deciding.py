@@ -498,6 +498,12 @@ def write_batch(workflow: Workflow, lake: Lake, day: date, batch: Batch, *, deci
     lake.replace_days(workflow.table("batches"), pa.Table.from_pylist([row], schema=_BATCHES), [day])
 
 
+def by_arm(decisions: pa.Table) -> dict[str, int]:
+    """How many entities each arm holds today; an arm that is missing compares with nothing."""
+    counts = decisions.group_by("arm").aggregate([([], "count_all")]).sort_by("arm").to_pylist()
+    return {row["arm"]: row["count_all"] for row in counts}
+
+
 def largest_changes(decisions: pa.Table, rows: int = 10) -> pa.Table:
     """The decisions that change most, largest first (ties by entity): what a person wants to see of a batch."""
     if decisions.num_rows == 0:

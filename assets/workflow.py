@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -27,7 +28,8 @@ from models.learners.duration import DurationModel
 from models.learners.response import ResponseModel
 from models.priority import PriorityPolicy
 
-FOLDER = Path(__file__).parent / "workflows"
+FOLDER = Path(os.environ.get("SIGNALBOX_WORKFLOWS") or Path(__file__).parent / "workflows").resolve()
+"""The workflows that are loaded: those shipped, or the folder that ``SIGNALBOX_WORKFLOWS`` names."""
 
 ColumnType = Literal["VARCHAR", "BIGINT", "DOUBLE", "BOOLEAN", "TIMESTAMP", "DATE"]
 

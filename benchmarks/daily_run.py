@@ -51,6 +51,7 @@ def with_dagster() -> None:
 
 def plain() -> None:
     """The same functions in the same order, without Dagster's run, events and checks."""
+    import gc
     from datetime import datetime
 
     import pyarrow as pa
@@ -60,6 +61,7 @@ def plain() -> None:
     from assets.workflow import FOLDER, load
     from data_checks import contract, drift
 
+    gc.set_threshold(200_000, 50, 50)  # as the runner does
     workflow = load(FOLDER / WORKFLOW)
     day = workflow.start + timedelta(days=HISTORY)
     now = datetime.combine(day + timedelta(days=1), datetime.min.time()).replace(hour=4)

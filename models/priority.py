@@ -73,6 +73,11 @@ class PriorityPolicy(BaseModel):
         description="A ticket that gains less (difference of probabilities) from going first ...",
     )
     rest_level: int = Field(default=5, ge=1, description="... gets no priority above this one")
+    largest_drop: int | None = Field(
+        default=None,
+        ge=1,
+        description="A ticket falls by at most so many priorities a day, so that people can object; null: any",
+    )
     review_above: float = Field(
         default=0.8, ge=0, le=1, description="A ticket with a larger uncertainty keeps its priority and goes to people"
     )
@@ -199,6 +204,10 @@ def decide(features: pa.Table, scores: pa.Table, arms: pa.Table, spec: Mapping[s
     kept = np.isin(now, policy.keep)
     review = scored & (uncertainty > policy.review_above) & ~held
     acts = scored & ~held & ~kept & ~review
+    softened = np.zeros(n, dtype=bool)
+    if policy.largest_drop is not None:
+        softened = acts & (level > now + policy.largest_drop)
+        level = np.where(softened, now + policy.largest_drop, level)
     after = np.where(acts, level, now)
     expected = np.sign(now - after) * cost * gain
 
@@ -206,7 +215,7 @@ def decide(features: pa.Table, scores: pa.Table, arms: pa.Table, spec: Mapping[s
     in_team = np.bincount(codes[rows], minlength=n + 1)[codes]
     before_work[rows], places[rows] = work / 3600, place
     reasons = _reasons(
-        {"scored": scored, "held": held, "kept": kept, "review": review, "idle": idle, "acts": acts},
+        {"scored": scored, "held": held, "kept": kept, "review": review, "idle": idle, "acts": acts, "softened": softened},
         p_now=p_now, p_later=p_later, cost=cost, cost_key=cost_key, cost_by=policy.cost_by, effort=effort, value=value,
         place=places, of=in_team, team=team_name, work=before_work, capacity=capacity, after=after, before=now,
         uncertainty=uncertainty, limit=policy.review_above, valid=valid,
@@ -332,7 +341,8 @@ def _reasons(mark: dict[str, np.ndarray], **of: Any) -> pa.Array:
     seat = _join(
         "Rank ", _text(of["place"], 0), " of ", _text(of["of"], 0), " in team ", of["team"], ", behind ",
         _text(of["work"], 1), " h of work at ", _text(of["capacity"], 1), " h a day: priority ", _text(of["after"], 0),
-        pc.if_else(pa.array(mark["idle"]), ", as going first gains it nothing.", "."),
+        pc.if_else(pa.array(mark["idle"]), ", as going first gains it nothing", ""),
+        pc.if_else(pa.array(mark["softened"]), "; it falls no further in one day.", "."),
     )  # fmt: skip
     last = pc.if_else(pa.array(mark["acts"]), seat, kept)
     sentences = [risk, worth, last]

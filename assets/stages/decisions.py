@@ -52,6 +52,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
                 "decisions": last.decisions.num_rows,
                 "changed": last.changed,
                 "for review": last.review,
+                "entities by arm": dg.MetadataValue.json(deciding.by_arm(last.decisions)),
                 "largest changes": preview(deciding.largest_changes(last.decisions)),
                 "certificate": dg.MetadataValue.json(last.certificates),
             },

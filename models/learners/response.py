@@ -461,7 +461,7 @@ def _slopes(rows: pa.Table, spec: ResponseModel) -> tuple[Elasticities, str]:
     moved = int((multiplier != 1).sum())
     if not moved:
         note = _prior_note(spec)
-        log.warning("%s", note)
+        log.info("%s", note)
         return Elasticities(
             [],
             *(np.zeros(0),) * 2,

@@ -175,6 +175,18 @@ def test_reasons_carry_the_figures_and_the_gain_its_sign() -> None:
     assert made[1]["reasons"][-1].endswith("priority 5, as going first gains it nothing.")
 
 
+def test_a_ticket_falls_by_no_more_than_the_largest_drop_and_rises_freely() -> None:
+    lost = one(priority=1, p_miss_now=1.0, p_miss_later=1.0)
+    urgent = one(priority=5)
+    made = decide(*tables([lost, urgent]), {**SPEC, "largest_drop": 1}).to_pylist()
+    assert [d["after"] for d in made] == [2, 1]
+    assert made[0]["reasons"][-1].endswith(
+        "priority 2, as going first gains it nothing; it falls no further in one day."
+    )
+    assert "falls no further" not in made[1]["reasons"][-1]
+    assert [d["after"] for d in decide(*tables([lost, urgent]), SPEC).to_pylist()] == [5, 1]
+
+
 def test_priorities_left_to_people_are_never_changed() -> None:
     made = decide(*tables([one(priority=2), one(priority=3)]), {**SPEC, "keep": [2]}).to_pylist()
     assert [d["after"] for d in made] == [2, 1]

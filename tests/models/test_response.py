@@ -165,7 +165,7 @@ def test_a_line_without_a_budget_is_worth_nothing_at_any_spend(learned: Response
 
 def test_without_logged_perturbations_the_slope_is_the_prior_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     spec = {**SPEC, "prior_elasticity": 0.3, "prior_elasticity_sd": 0.2, "prior_source": "a test"}
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO, logger="models.learners.response"):
         model = ResponseLearner.fit(rows(explored=False), spec, **HOW)
     scores = model.score(rows(days=1))
     assert set(scores["elasticity"].to_pylist()) == {0.3}
