@@ -38,6 +38,7 @@ def fit_and_judge(
     learner: type[Learner],
     rule: type[Scorer],
     champion: Scorer | None,
+    twin: Mapping[str, Any] | None = None,
     spec: Mapping[str, Any],
     day: date,
     min_rows: int,
@@ -51,8 +52,9 @@ def fit_and_judge(
     """Fit the candidate on ``learn``; judge its twin, fitted on ``early``, on ``held_out``.
 
     All tables hold features with outcomes, sorted by day and key. ``early`` is what was known when the first held-out day
-    began: labels that became known later would look ahead. The champion is judged as it is: held-out days that it has
-    learned from favour it, never the candidate. Raises TooFewRows.
+    began: labels that became known later would look ahead. ``champion`` is judged as it is; where it has learned from the
+    held-out days, give its recipe as ``twin`` instead: fitted on ``early`` it stands in, since nobody is judged on lessons
+    it was taught. Raises TooFewRows.
     """
     if learn.num_rows < min_rows:
         raise TooFewRows(
@@ -66,6 +68,9 @@ def fit_and_judge(
         metrics["rule"] = rule.fit(early, spec, **how).evaluate(held_out)
         if champion is not None:
             metrics["champion"] = champion.evaluate(held_out)
+        elif twin is not None:
+            same = dict(twin) == dict(spec)  # the same recipe on the same rows is the same model
+            metrics["champion"] = metrics["candidate"] if same else learner.fit(early, twin, **how).evaluate(held_out)
         verdict = gate.judge(
             metric=metric,
             better=better,

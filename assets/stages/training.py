@@ -5,6 +5,7 @@ Belongs here: the two assets. Does not: learning (``models.learners``), judging 
 
 import json
 from datetime import date, timedelta
+from typing import Any
 
 import dagster as dg
 import pyarrow as pa
@@ -56,26 +57,25 @@ def build_training_set(workflow: Workflow) -> dg.AssetsDefinition:
 
 
 def _champion(
-    workflow: Workflow, registry: Registry, learner: type[catalog.Learner], known: pa.Table, split: date, device: str
-) -> tuple[catalog.Scorer | None, str]:
-    """Whom the candidate is compared with, and a sentence about it.
-
-    A champion that has learned from the held-out days would be judged on its own lessons. Its twin stands in: the same
-    recipe, fitted on what was known before them.
-    """
+    workflow: Workflow, registry: Registry, split: date
+) -> tuple[catalog.Scorer | None, dict[str, Any] | None, str]:
+    """Whom the candidate is compared with: the champion as it is, or its recipe where it has learned from the held-out
+    days; and a sentence about it."""
     held = registry.by_alias(workflow.name, CHAMPION)
     if held is None:
-        return None, ""
+        return None, None, ""
     try:
         if held.trained_day <= split:
-            return deciding.read_model(workflow, registry, held), f" Compared with version {held.number} as it is."
-        twin = learner.fit(known, registry.recipe(held), seed=deciding.SEED, device=device, threads=THREADS)
-    except (ModelUnreadable, KeyError, ValueError) as error:
-        return None, f" Version {held.number} could not be compared: {error}."
-    return (
-        twin,
-        f" Version {held.number} has learned from the held-out days: its recipe, fitted before them, stands in for it.",
-    )
+            return (
+                deciding.read_model(workflow, registry, held),
+                None,
+                f" Compared with version {held.number} as it is.",
+            )
+        recipe = registry.recipe(held)
+    except ModelUnreadable as error:
+        return None, None, f" Version {held.number} could not be compared: {error}."
+    stands_in = "its recipe, fitted before them, stands in for it"
+    return None, recipe, f" Version {held.number} has learned from the held-out days: {stands_in}."
 
 
 def build_model(workflow: Workflow) -> dg.AssetsDefinition:
@@ -110,7 +110,7 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
         early = point_in_time.training_set(workflow, lake.lake, split)
         learner = catalog.learner(workflow.model.kind)
         known = point_in_time.rows_where(early, training.train_on)
-        champion, note = _champion(workflow, registry.registry, learner, known, split, device)
+        champion, twin, note = _champion(workflow, registry.registry, split)
         fitted = fitting.fit_and_judge(
             point_in_time.rows_where(rows, training.train_on),
             known,
@@ -118,6 +118,7 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
             learner=learner,
             rule=catalog.rule(workflow.model.kind),
             champion=champion,
+            twin=twin,
             spec=deciding.learner_spec(workflow),
             day=day,
             min_rows=training.min_rows,

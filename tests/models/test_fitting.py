@@ -23,10 +23,10 @@ class Model:
 
     @classmethod
     def fit(cls, rows: pa.Table, spec: Mapping[str, Any], *, seed: int, device: str, threads: int) -> Self:
-        assert (seed, device, threads) == (7, "cpu", 1) and spec == {"a": 1}
+        assert (seed, device, threads) == (7, "cpu", 1) and spec in ({"a": 1}, {"a": 2})
         learned = rows["n"].to_pylist()
         Model.fitted.append((cls.__name__, learned))
-        return cls(cls.__name__, learned)
+        return cls(cls.__name__ if spec == {"a": 1} else "Twin", learned)
 
     def evaluate(self, rows: pa.Table) -> dict[str, float]:
         Model.judged.append((self.name, rows["n"].to_pylist()))
@@ -74,6 +74,18 @@ def test_candidate_rule_and_champion_are_judged_on_the_same_rows() -> None:
     fitted = run(table(1, 2, 3, 4), table(1, 2), table(3, 4), champion=Champion("champion"))
     assert Model.judged == [("Learner", [3, 4]), ("Rule", [3, 4]), ("champion", [3, 4])]
     assert fitted.metrics == {"candidate": {"mae": 1.0}, "rule": {"mae": 2.0}, "champion": {"mae": 3.0}}
+
+
+def test_a_champion_that_knows_the_held_out_days_is_stood_in_for_by_its_recipe() -> None:
+    fitted = run(table(1, 2, 3, 4), table(1, 2), table(3, 4), twin={"a": 2})
+    assert Model.judged == [("Learner", [3, 4]), ("Rule", [3, 4]), ("Twin", [3, 4])]
+    assert ("Learner", [1, 2]) in Model.fitted and fitted.metrics["champion"] == {"mae": 1.0}
+
+
+def test_the_same_recipe_ties_without_being_fitted_again() -> None:
+    fitted = run(table(1, 2, 3, 4), table(1, 2), table(3, 4), twin={"a": 1})
+    assert Model.judged == [("Learner", [3, 4]), ("Rule", [3, 4])]
+    assert fitted.metrics["champion"] == fitted.metrics["candidate"] and fitted.verdict.passed
 
 
 @pytest.mark.parametrize(("champion", "passes"), [(0.9, False), (1.0, True), (1.1, True)])
