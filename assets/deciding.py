@@ -51,6 +51,8 @@ class Scored:
     model: Version | None
     features_version: int | None
     outcomes_version: int | None
+    late: bool = False
+    """The deadline had passed when scoring began."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Batch:
     reasons: tuple[str, ...]
     status: str
     findings: tuple[dict[str, Any], ...]
+    late: bool
     certificates: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -149,7 +152,7 @@ def score_day(workflow: Workflow, lake: Lake, registry: Registry, day: date, *, 
                 f"(after the deadline {deadline:%Y-%m-%d %H:%M} UTC the batch would be 'no change')"
             )
         reasons.append(f"features of {day} were not there by the deadline {deadline:%H:%M} UTC")
-        return Scored(pa.table({}), "no_change", tuple(reasons), None, features_version, outcomes_version)
+        return Scored(pa.table({}), "no_change", tuple(reasons), None, features_version, outcomes_version, late=True)
     rows = _ordered(rows)
     late = now > deadline and not backfill
     if late:
@@ -174,10 +177,10 @@ def score_day(workflow: Workflow, lake: Lake, registry: Registry, day: date, *, 
                 reasons.append(f"{step} (version {version.number}) cannot score the day's features: {_said(error)}")
     try:
         table = fit_rule(workflow, lake, day, features_version, outcomes_version).score(rows)
-        return Scored(table, "rule", tuple(reasons), None, features_version, outcomes_version)
+        return Scored(table, "rule", tuple(reasons), None, features_version, outcomes_version, late)
     except (TableMissing, KeyError, ValueError) as error:
         reasons.append(f"the rule has nothing to go by: {_said(error)}")
-    return Scored(pa.table({}), "no_change", tuple(reasons), None, features_version, outcomes_version)
+    return Scored(pa.table({}), "no_change", tuple(reasons), None, features_version, outcomes_version, late)
 
 
 def _said(error: Exception) -> str:
@@ -316,6 +319,7 @@ _SCORING = pa.schema(
         "model_digest": pa.string(),
         "features_version": pa.int64(),
         "outcomes_version": pa.int64(),
+        "late": pa.bool_(),
     }
 )
 
@@ -335,6 +339,7 @@ def write_scores(workflow: Workflow, lake: Lake, day: date, scored: Scored) -> N
         "model_digest": scored.model.digest if scored.model else None,
         "features_version": scored.features_version,
         "outcomes_version": scored.outcomes_version,
+        "late": scored.late,
     }
     lake.replace_days(workflow.table("scoring"), pa.Table.from_pylist([record], schema=_SCORING), [day])
 
@@ -397,6 +402,7 @@ def decide_day(workflow: Workflow, lake: Lake, day: date) -> Batch:
         digest=digest,
         step=made["step"],
         reasons=tuple(made["reasons"]),
+        late=made["late"],
         status=result.status,
         findings=tuple(result.findings),
         certificates=certificates,
@@ -492,7 +498,7 @@ def write_batch(workflow: Workflow, lake: Lake, day: date, batch: Batch, *, deci
         "changed": batch.changed,
         "review": batch.review,
         "decided_at": decided_at,
-        "late": any("deadline" in reason for reason in batch.reasons),
+        "late": batch.late,
         "run_id": run_id,
     }
     lake.replace_days(workflow.table("batches"), pa.Table.from_pylist([row], schema=_BATCHES), [day])

@@ -88,6 +88,9 @@ class Registry:
         """MLflow's client, made on first use: the import takes seconds."""
         os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        # A day has a deadline: MLflow's own seven retries of two minutes would outlast it.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         import mlflow
 
         with quiet():
