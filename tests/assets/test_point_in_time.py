@@ -67,7 +67,7 @@ def edit(events: pa.Table, which: pa.Array, **columns: Any) -> pa.Table:
 
 DISTURBED: dict[str, dict[str, Any]] = {
     "ad_budget": {"value": 9e6, "cost": 1.0, "budget": 123.0, "clicks": 1},
-    "ticket_priority": {"priority": 1, "state": "waiting", "missed": True, "effort_hours": 99.0, "reassignments": 9},
+    "ticket_priority": {"priority": 4, "state": "open", "missed": True, "effort_hours": 99.0, "reassignments": 9},
 }
 
 
