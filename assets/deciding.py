@@ -153,7 +153,7 @@ def score_day(workflow: Workflow, lake: Lake, registry: Registry, day: date, *, 
             )
         reasons.append(f"features of {day} were not there by the deadline {deadline:%H:%M} UTC")
         return Scored(pa.table({}), "no_change", tuple(reasons), None, features_version, outcomes_version, late=True)
-    rows = _ordered(rows)
+    rows = point_in_time.ordered(rows)
     late = now > deadline and not backfill
     if late:
         reasons.append(
@@ -188,11 +188,6 @@ def _said(error: Exception) -> str:
     return re.sub(r"://[^/@\s]*@", "://…@", str(error).partition("\n")[0])
 
 
-def _ordered(features: pa.Table) -> pa.Table:
-    keys = [k for k in ("entity_id", "moment") if k in features.schema.names]
-    return features.sort_by([(k, "ascending") for k in keys])
-
-
 def decide(
     workflow: Workflow, day: date, features: pa.Table, scores: pa.Table, drawn: pa.Table, step: str
 ) -> tuple[pa.Table, dict[str, Any]]:
@@ -218,8 +213,7 @@ def decide(
 
 def of_policy(workflow: Workflow, features: pa.Table) -> pa.Table:
     """The rows that the policy decides on, in the order of their keys, with their ``unit``."""
-    keys = [k for k in ("entity_id", "moment") if k in features.schema.names]
-    chosen = point_in_time.rows_where(features.sort_by([(k, "ascending") for k in keys]), workflow.policy.decide_on)
+    chosen = point_in_time.rows_where(point_in_time.ordered(features), workflow.policy.decide_on)
     unit = chosen[workflow.arms.unit].cast(pa.string())
     # a unit that upstream left empty is a unit of its own rather than nobody's
     unit = pc.fill_null(unit, "(none)")
@@ -600,7 +594,7 @@ def replay_row(row: Mapping[str, Any], lake: Lake, registry: Registry) -> Replay
     elif row["step"] == "rule":
         with _kept(f"{name}/outcomes version {row['outcomes_version']}"):
             rule = fit_rule(workflow, lake, day, row["features_version"], row["outcomes_version"])
-        scores = rule.score(_ordered(features))
+        scores = rule.score(point_in_time.ordered(features))
     else:
         with _kept(f"model {name!r} version {row['model_version']}"):
             version = registry.by_number(name, row["model_version"])
@@ -608,7 +602,7 @@ def replay_row(row: Mapping[str, Any], lake: Lake, registry: Registry) -> Replay
             raise ReplayImpossible(
                 f"model {name!r} version {version.number} is not the one that decided (digest differs)"
             )
-        scores = read_model(workflow, registry, version).score(_ordered(features))
+        scores = read_model(workflow, registry, version).score(point_in_time.ordered(features))
     again, _ = decide(workflow, day, features, scores, drawn, row["step"])
     mine = again.filter(pc.equal(again["entity_id"], row["entity_id"])).to_pylist()
     recorded = {c: row[c] for c in DECISIONS.names}

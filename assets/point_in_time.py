@@ -31,7 +31,8 @@ def connect() -> duckdb.DuckDBPyConnection:
     return connection
 
 
-def _keys(workflow: Workflow, columns: Sequence[str]) -> list[str]:
+def keys_of(columns: Sequence[str]) -> list[str]:
+    """What names a feature row of a day: the entity, and the moment where the workflow describes several."""
     return ["entity_id", "moment"] if "moment" in columns else ["entity_id"]
 
 
@@ -116,7 +117,7 @@ def features(
                 f"{workflow.folder / workflow.features.sql}: does not yield {', '.join(missing)}, which features.numeric "
                 "or features.categorical in workflow.yaml name"
             )
-        keys = _keys(workflow, found.schema.names)
+        keys = keys_of(found.schema.names)
         _entities_once(found, keys, f"{workflow.folder / workflow.features.sql}: features of {day}")
         yield day, _stamped(found.sort_by([(k, "ascending") for k in keys]), day)
 
@@ -156,7 +157,7 @@ def training_set(
     span = (pc.field("day") <= pc.scalar(day)) & (pc.field("day") >= pc.scalar(since))
     rows = lake.read(workflow.table("features"), version=features_version, where=span)
     answers = lake.read(workflow.table("outcomes"), version=outcomes_version, where=span)
-    keys = ["day", *_keys(workflow, rows.schema.names)]
+    keys = ["day", *keys_of(rows.schema.names)]
     extra = ", ".join(f'o."{c}"' for c in answers.schema.names if c not in {"entity_id", "for_day", "known_at", "day"})
     joined = "f.entity_id = o.entity_id" + (" AND f.day = o.for_day" if workflow.outcomes.join == "entity_day" else "")
     per = "entity_id" + (", for_day" if workflow.outcomes.join == "entity_day" else "")
@@ -175,6 +176,11 @@ def training_set(
         connection.close()
 
 
+def ordered(features: pa.Table, *first: str) -> pa.Table:
+    """Feature rows in the order of ``first`` and then of their keys."""
+    return features.sort_by([(k, "ascending") for k in (*first, *keys_of(features.schema.names))])
+
+
 def rows_where(table: pa.Table, predicate: str) -> pa.Table:
     """The rows of ``table`` that meet a SQL predicate, in their order."""
     if predicate.strip().lower() == "true":
@@ -187,4 +193,14 @@ def rows_where(table: pa.Table, predicate: str) -> pa.Table:
         connection.close()
 
 
-__all__ = ["StageSqlError", "TableMissing", "connect", "features", "outcomes", "rows_where", "training_set"]
+__all__ = [
+    "StageSqlError",
+    "TableMissing",
+    "connect",
+    "features",
+    "keys_of",
+    "ordered",
+    "outcomes",
+    "rows_where",
+    "training_set",
+]

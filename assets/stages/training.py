@@ -100,8 +100,7 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
         table = workflow.table("training_set")
         version = lake.lake.version(table)
         rows = lake.lake.read(table, version=version, where=pc.field("as_of") == pa.scalar(day))
-        order = [("day", "ascending"), ("entity_id", "ascending")]
-        rows = rows.sort_by([*order, *([("moment", "ascending")] if "moment" in rows.schema.names else [])])
+        rows = point_in_time.ordered(rows, "day")
         device = resolve_device(training.device)
         split = day - timedelta(days=training.holdout_days + training.maturity_days)
         mature = day - timedelta(days=training.maturity_days)

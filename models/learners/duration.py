@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.booster import Encoding, booster_bytes, digest, predict, read_booster, top_contributions, train
+from models.priority import coverage_curve
 
 if TYPE_CHECKING:
     import lightgbm
@@ -463,7 +464,7 @@ class DurationLearner:
         return figures(missed, self.p_miss(known))
 
     def plots(self, rows: pa.Table) -> dict[str, Figure]:
-        """Calibration on the judged rows, and the features by their gain."""
+        """Calibration and the review line on the judged rows, and the features by their gain."""
         from matplotlib.figure import Figure
 
         known, missed = _judged(rows)
@@ -474,7 +475,25 @@ class DurationLearner:
         axes.barh([self.encoding.names[i] for i in top], gains[top])
         axes.set(xlabel="gain", title="What P(missed) depends on")
         calibration = calibration_plot(missed, self.p_miss(known), "Calibration")
-        return {"calibration": calibration, "feature_importance": figure}
+        return {
+            "calibration": calibration,
+            "feature_importance": figure,
+            "review_line": self._review_plot(known, missed),
+        }
+
+    def _review_plot(self, known: pa.Table, missed: Array) -> Figure:
+        """What share is decided, and how rightly, at each review limit: says where ``review_above`` should lie."""
+        from matplotlib.figure import Figure
+
+        scores = self.score(known)
+        curve = coverage_curve(_floats(scores, "uncertainty"), _floats(scores, "p_miss"), missed.astype(bool))
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(curve["coverage"].to_numpy(), curve["accuracy"].to_numpy())
+        axes.set(
+            xlabel="share of tickets decided, the surest first", ylabel="share judged rightly", title="Review line"
+        )
+        return figure
 
     def files(self) -> dict[str, bytes]:
         """Booster texts, and meta.json with their digests and all else."""

@@ -264,7 +264,7 @@ def test_a_time_and_its_probability_are_each_others_inverse():
 
 def test_plots_and_contributions_name_what_matters(model):
     rows, _ = tickets(seed=12, n=100)
-    assert set(model.plots(rows)) == {"calibration", "feature_importance"}
+    assert set(model.plots(rows)) == {"calibration", "feature_importance", "review_line"}
     told = model.contributions(rows.slice(0, 10))
     assert told["entity_id"].equals(rows.slice(0, 10)["entity_id"])
     named = [row["features"][0] for row in told.to_pylist()]
