@@ -6,7 +6,9 @@ Belongs here: reading arguments and printing. Does not: doing (``orchestration.r
 from __future__ import annotations
 
 import json
+import logging
 import os
+import sys
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
@@ -197,7 +199,20 @@ def main() -> None:
         FeaturesMissing, ReplayImpossible, TableMissing, StageSqlError, WorkflowInvalid, ModelMissing, ModelUnreadable
     ) as error:  # fmt: skip
         Console(stderr=True).print(f"[red]{error}[/red]", highlight=False)
-        raise SystemExit(1) from None
+        _leave(1)
+    except SystemExit as done:
+        if isinstance(done.code, str):
+            print(done.code, file=sys.stderr)
+        _leave(done.code if isinstance(done.code, int) else int(done.code is not None))
+
+
+def _leave(code: int) -> None:
+    """End the process with everything written: now and then a native library's thread aborts an ordinary exit
+    ("terminate called without an active exception"), and a finished demo would look failed."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
