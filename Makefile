@@ -47,7 +47,7 @@ bench: install
 	$(BIN)/python -m benchmarks
 
 lock: install
-	$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes --no-strip-extras --no-header --upgrade -q -o requirements.lock
+	$(BIN)/uv pip compile pyproject.toml --extra sandbox --group dev --universal --python-version 3.11 --generate-hashes --no-strip-extras --no-header --upgrade -q -o requirements.lock
 
 clean:
 	rm -rf "$(SIGNALBOX_HOME)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime, time, timedelta
 from pathlib import Path
@@ -19,6 +19,7 @@ from assets.workflow import FOLDER, Workflow, load
 from delivery.sandbox.worlds import advertising, tickets
 from models import catalog
 from models.registry import Registry, Version
+from tests.support import postgres as postgres_server
 
 
 @dataclass(frozen=True)
@@ -187,3 +188,11 @@ def empty_registry(tmp_path: Path, empty_registry_folder: Path) -> Registry:
 def registry(tmp_path: Path, _two_versions: Path) -> Registry:
     """Two versions of each shipped workflow's model, trained 4 and 1 days before the last: 2 is champion, 1 was it."""
     return moved(_two_versions, tmp_path / "registry")
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[postgres_server.Server]:
+    """A PostgreSQL server for the session, with the password where the driver looks for it."""
+    with pytest.MonkeyPatch.context() as patch, postgres_server.started() as server:
+        patch.setenv("PGPASSWORD", postgres_server.PASSWORD)
+        yield server

@@ -1,0 +1,158 @@
+"""What a downstream system must be able to do to be decided on: read many, apply many, and say what it can promise.
+
+Belongs here: the protocol and its values. Does not: any one system, retries, or judging what came back (``delivery.push``).
+Values are whole numbers in the unit of the decision (micros of money, priority levels); a connector translates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal, Protocol
+
+EntityState = Literal["open", "closed", "missing"]
+"""open: can be changed; closed: is there and cannot be changed any more; missing: is not there."""
+
+Outcome = Literal["accepted", "conflict", "refused", "not_applied", "unknown"]
+"""What a system made of one write, as far as its answer says.
+
+accepted: it says that it took it (proves nothing); conflict: the condition did not hold, nothing was written; refused: it
+will never take it; not_applied: certainly nothing was written, and it may be tried again; unknown: it may have been
+written.
+"""
+
+
+class Unavailable(RuntimeError):
+    """The system did not answer a read, or not usably; asking again may help. ``retry_after``: seconds, if it said so."""
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Misconfigured(RuntimeError):
+    """Asking again will not help: a missing secret, a refused token, an answer of another shape. Names the way out."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a system can do; the guarantee of a push follows from it (DESIGN.md, invariant 5)."""
+
+    conditional_write: bool = False
+    """A write can depend on the version that was read (ETag, lock version, compare-and-set)."""
+    idempotency_key: bool = False
+    """The system remembers a write's key and applies a repeated one once."""
+    bulk_read: int = 1
+    """Most entities that one call of ``read`` should be given."""
+    bulk_write: int = 1
+    """Most writes that one call of ``apply`` should be given; 1: no bulk."""
+    validate_only: bool = False
+    """``apply(validate_only=True)`` checks on the system's side and writes nothing."""
+    change_history: bool = False
+    """``history`` says who changed what when."""
+    stale_reads_s: float = 0.0
+    """Seconds for which a read may still show what was there before a write."""
+
+    @property
+    def guarantee(self) -> str:
+        """What a push over this connector promises, in words."""
+        if self.idempotency_key or self.conditional_write:
+            how = "the idempotency key" if self.idempotency_key else "conditional writes"
+            return f"each decision is applied exactly once ({how})"
+        found = (
+            "an overwrite of somebody's change is found in the change history"
+            if self.change_history
+            else "an overwrite of somebody's change within the window between read and write is not seen by the system"
+        )
+        return f"only absolute values are written, a repeated equal write is counted; {found}"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One entity as the system shows it."""
+
+    key: str
+    """The entity, as decided on."""
+    target: str
+    """What holds the value downstream (a budget, a ticket); several entities may share one."""
+    value: int | None
+    """None where it holds none that can be read as the decision's unit; ``says`` then tells what stands there."""
+    token: str | None = None
+    """Version for a conditional write; opaque."""
+    state: EntityState = "open"
+    says: str = ""
+
+
+@dataclass(frozen=True)
+class Write:
+    """One absolute value to set, with everything that a call can carry."""
+
+    key: str
+    target: str
+    value: int
+    expected: int | None
+    """What the last read showed."""
+    token: str | None
+    idempotency_key: str
+    decision_id: str
+    batch_id: str
+    run_id: str
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the system answered to one write."""
+
+    key: str
+    outcome: Outcome
+    says: str = ""
+    """The system's own words, shortened, no secret in them."""
+    retry_after: float | None = None
+    token: str | None = None
+    """The version after the write, where the answer names it."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change of an entity's value in the system's own history."""
+
+    key: str
+    value: int | None
+    at: datetime
+    """Naive UTC."""
+    actor: str
+    ours: bool
+    """Made with the connector's own credentials."""
+
+
+class Connector(Protocol):
+    """One downstream system. Thread-safe: several threads call ``read`` and ``apply`` at once."""
+
+    system: str
+    """Names the system and account; one writer at a time holds its lease."""
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    def read(self, keys: Sequence[str]) -> dict[str, Reading]:
+        """Every key as it stands now; a key that does not exist comes back as ``missing``, never left out.
+
+        Raises Unavailable (ask again) or Misconfigured (do not).
+        """
+        ...
+
+    def apply(self, writes: Sequence[Write], *, validate_only: bool = False) -> list[Written]:
+        """Try each write once, one answer for each in the same order; never raises for what a system does.
+
+        No retries here. Raises Misconfigured where no call can succeed.
+        """
+        ...
+
+    def history(self, keys: Sequence[str], since: datetime) -> list[Change]:
+        """Changes of the values since then, oldest first; empty without the capability ``change_history``."""
+        ...
+
+    def close(self) -> None:
+        """Let go of connections."""
+        ...
