@@ -54,6 +54,12 @@ class BudgetPolicy(BaseModel):
         description="Expected value for each unit of money, over an arm; then the total is a ceiling",
     )
     total: Literal["same"] = Field(default="same", description="An arm's pool; same: what its lines have today")
+    unit_micros: int = Field(
+        default=1,
+        gt=0,
+        description="Smallest step of money that the downstream system takes (10000: cents); an arm whose budgets are "
+        "not whole steps today is decided to the micro",
+    )
     multiplier: str | None = Field(
         default="explore_multiplier_today",
         description="Feature column with today's exploring multiplier, which exploring takes out before it draws "
@@ -576,11 +582,13 @@ def decide(
                 say.add(mine, "Exploring is switched off: kept at ", now, ".")
             else:
                 at = np.flatnonzero(mine)
-                step, base = _status_quo(features, policy, explore.step, ids, before, floor, cap, at)
+                grain = 1 if (before[at] % policy.unit_micros).any() else policy.unit_micros
                 limits = _limits(floor[at], cap[at], before[at], policy.largest_daily_change)
-                least, most = np.minimum(limits[0], before[at]), np.maximum(limits[1], before[at])
+                here = before[at] // grain
+                least, most = np.minimum(-(-limits[0] // grain), here), np.maximum(limits[1] // grain, here)
+                step, base = _status_quo(features, policy, explore.step, ids, here, least, most, at)
                 drawn = perturb(ids.take(pa.array(at)).to_pylist(), base, least, most, step=step, key=key)
-                after[at], perturbation[at], perturbed[at] = drawn.after, drawn.multiplier, drawn.probability
+                after[at], perturbation[at], perturbed[at] = drawn.after * grain, drawn.multiplier, drawn.probability
                 _explain_exploring(say, mine, after, perturbation, explore.step, step, policy.largest_daily_change)
         else:
             at = np.flatnonzero(movable)
@@ -588,6 +596,11 @@ def decide(
                 spends[at], values[at], total=int(before[at].sum()), floor=floor[at], cap=cap[at], before=before[at],
                 largest_change=policy.largest_daily_change, target_return=policy.target_return,
             )  # fmt: skip
+            if plan.feasible and policy.unit_micros > 1 and not (before[at] % policy.unit_micros).any():
+                whole = _in_whole_units(plan.spend, low[at], high[at], policy.unit_micros)
+                value = float(_at(spends[at], values[at], whole).sum())
+                left = plan.unspent + int(plan.spend.sum() - whole.sum())
+                plan = replace(plan, spend=whole, value=value, gap=max(0.0, plan.bound - value), unspent=left)
             if plan.feasible:
                 after[at] = plan.spend
             gain = _at(spends, values, after) - was
@@ -704,15 +717,32 @@ def _curves(ids: pa.Array, scores: pa.Table, before: Ints) -> tuple[Ints, Floats
     return spends, values, trouble
 
 
+def _in_whole_units(spend: Ints, low: Ints, high: Ints, unit: int) -> Ints:
+    """A plan in whole units of money within the bounds: rounded down, what that leaves handed out by the largest rest."""
+    least, most = -(-low // unit), high // unit
+    least, most = np.minimum(least, most), np.maximum(least, most)
+    whole = np.clip(spend // unit, least, most)
+    left = int(spend.sum()) // unit - int(whole.sum())
+    rest = spend - whole * unit
+    order = np.argsort(-rest if left > 0 else rest, kind="stable")
+    room = (most - whole if left > 0 else whole - least)[order]
+    for share in (np.minimum(room, 1), room):  # one unit each first, then as far as the bounds go
+        given = np.clip(abs(left) - (np.cumsum(share) - share), 0, share)
+        whole[order] += np.sign(left) * given
+        room = room - given
+        left -= int(np.sign(left) * given.sum())
+    return np.asarray(whole * unit)
+
+
 def _status_quo(
-    features: pa.Table, policy: BudgetPolicy, step: float, ids: pa.Array, before: Ints, floor: Ints, cap: Ints, at: Ints
+    features: pa.Table, policy: BudgetPolicy, step: float, ids: pa.Array, mine: Ints, least: Ints, most: Ints, at: Ints
 ) -> tuple[float, Ints]:
-    """The step that may be used, and the arm's budgets with today's multiplier taken out; they sum to what `before`
-    sums to.
+    """The step that may be used, and the arm's budgets with today's multiplier taken out; they sum to what `mine`
+    sums to. `mine` and its bounds are in one unit of money, whichever it is.
 
     What taking it out leaves over (rounding; a partner that is gone) is spread over the lines by their room.
     """
-    change, mine = policy.largest_daily_change, before[at]
+    change = policy.largest_daily_change
     if policy.multiplier is None:
         return (step if change is None else min(step, change)), mine
     if change is not None:
@@ -721,14 +751,12 @@ def _status_quo(
     if not (np.isfinite(drawn) & (drawn > 0)).all():
         first = int(at[int(np.argmin(np.isfinite(drawn) & (drawn > 0)))])
         raise ValueError(f"features: {policy.multiplier} of {ids[first].as_py()!r} must be a finite number above zero")
-    least, most = _limits(floor[at], cap[at], mine, change)
-    least, most = np.minimum(least, mine), np.maximum(most, mine)
     base = np.clip(np.rint(mine / drawn).astype(np.int64), least, most)
     left = int(mine.sum() - base.sum())
     sign = 1 if left > 0 else -1
     for exact in (False, True):
         room = np.minimum(most - base if sign > 0 else base - least, abs(left))
-        if exact:  # the last few micros go to the first lines with room
+        if exact:  # the last few go to the first lines with room
             give = np.clip(abs(left) - (np.cumsum(room) - room), 0, room)
         else:
             give = np.floor(room * (abs(left) / max(int(room.sum()), 1) * (1 - 1e-12))).astype(np.int64)

@@ -578,3 +578,37 @@ def test_an_unknown_key_of_the_policy_is_refused():
     with pytest.raises(ValidationError, match="largest_change"):
         decide(*a_day()[:3], {"largest_change": 0.3})
     assert all(f.description for n, f in BudgetPolicy.model_fields.items() if n != "kind")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_plan_in_whole_cents_keeps_its_pools_and_bounds(seed):
+    cent = 10_000
+    features, scores, arms, arm = a_day(broken=False)
+    rng = np.random.default_rng(seed)
+    before = rng.integers(1, 50_000, features.num_rows) * cent
+    curves = before[:, None] * np.linspace(0.5, 1.5, 5)
+    worth = (curves / MICROS) ** rng.uniform(0.2, 0.9, (len(before), 1))
+    scores = pa.table(
+        {"entity_id": features["entity_id"], "spends": curves.astype(np.int64).tolist(), "values": worth.tolist()}
+    )
+    features = features.set_column(features.schema.get_field_index("budget_micros"), "budget_micros", pa.array(before))
+    spec = SPEC | {"unit_micros": cent}
+
+    decisions, certificates = decide(features, scores, arms, spec, explore=Explore(step=0.1), key="k")
+    finer, finer_certificates = decide(features, scores, arms, SPEC, explore=Explore(step=0.1), key="k")
+
+    after = decisions["after"].to_numpy()
+    assert not (after % cent).any() and (finer["after"].to_numpy() % cent).any()
+    assert (np.abs(after - before) <= 0.3 * before).all()
+    for name in ("holdout", "champion", "challenger", "explore"):
+        assert after[arm == name].sum() == before[arm == name].sum()
+    lost = finer_certificates["champion"]["value"] - certificates["champion"]["value"]
+    assert 0 <= lost < 0.01 and certificates["champion"]["gap"] >= lost - 1e-9
+
+
+def test_budgets_that_are_no_whole_cents_are_decided_to_the_micro():
+    features, scores, arms, arm = a_day(broken=False)
+    decisions, _ = decide(features, scores, arms, SPEC | {"unit_micros": 10_000}, explore=Explore(step=0.1), key="k")
+    plain, _ = decide(features, scores, arms, SPEC, explore=Explore(step=0.1), key="k")
+    assert (features["budget_micros"].to_numpy() % 10_000).any()
+    assert decisions["after"].to_pylist() == plain["after"].to_pylist()
