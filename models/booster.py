@@ -195,6 +195,58 @@ def top_contributions(
     )
 
 
+@dataclass(frozen=True)
+class Head:
+    """What one quantity of one row's score is made of: ``baseline`` and the ``effects`` of the columns add up to
+    ``score`` (SHAP values, Lundberg et al. 2020), all in ``unit``."""
+
+    name: str
+    quantity: str
+    unit: str
+    rests: str
+    """What of the decision rests on it."""
+    decides: bool
+    """Whether the policy's choice for this row rests on it; else it only judges whether to act at all."""
+    baseline: float
+    score: float
+    effects: dict[str, float]
+    """By column, the largest first."""
+    values: dict[str, Any]
+    """What the columns said."""
+
+
+@dataclass(frozen=True)
+class Because:
+    """Why a model scored one row as it did."""
+
+    heads: tuple[Head, ...]
+    parts: dict[str, Any]
+    """Further figures that made the score, by what they are."""
+    reads: tuple[str, ...]
+    """Feature columns that go into the score beside the Boosters."""
+    says: str
+    """Which of it the policy rests on, in a sentence."""
+
+
+def head(
+    boosters: Sequence[lightgbm.Booster], encoding: Encoding, row: pa.Table, *, threads: int = 1, **said: Any
+) -> Head:
+    """The Head of one row; several Boosters are averaged, as their raw scores are. ``said``: the fields that are words.
+
+    Raises ValueError unless ``row`` is one row.
+    """
+    if row.num_rows != 1:
+        raise ValueError(f"a score is explained one row at a time, {row.num_rows} were given")
+    x = encoding.matrix(row)
+    shares = np.mean([predict(one, x, threads=threads, contributions=True)[0] for one in boosters], axis=0)
+    raw = float(np.mean([predict(one, x, threads=threads, raw=True)[0] for one in boosters]))
+    order = np.argsort(-np.abs(shares[:-1]), kind="stable")
+    names = [encoding.names[i] for i in order]
+    values = {name: row.column(name)[0].as_py() for name in names}
+    effects = {name: float(shares[i]) for name, i in zip(names, order, strict=True)}
+    return Head(**said, baseline=float(shares[-1]), score=raw, effects=effects, values=values)
+
+
 def booster_bytes(booster: lightgbm.Booster) -> bytes:
     """The Booster's text file."""
     return str(booster.model_to_string()).encode()

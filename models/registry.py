@@ -31,6 +31,10 @@ class ModelMissing(LookupError):
     """No version answers to what was asked for."""
 
 
+class ModelBlocked(RuntimeError):
+    """A version that was rolled back is to be promoted again; a named person must lift the block first."""
+
+
 class ModelUnreadable(RuntimeError):
     """A version exists but may not or cannot be read: files gone, a digest that differs, a flavour that runs code."""
 
@@ -53,6 +57,8 @@ class Version:
     trained_day: date
     digest: str
     passed: bool
+    blocked: str = ""
+    """Why it may not decide (it did harm and was rolled back); empty where it may."""
 
     def as_dict(self) -> dict[str, Any]:
         """What a decision's record keeps of it."""
@@ -177,8 +183,12 @@ class Registry:
         """Move the alias ``champion``; who held it becomes ``previous_champion``.
 
         A version trained for an earlier day than the champion (a backfill) takes no alias: False. It counts for the days
-        between, see ``as_of``.
+        between, see ``as_of``. Raises ModelBlocked for a version that was rolled back.
         """
+        if version.blocked:
+            raise ModelBlocked(
+                f"model {version.name!r} version {version.number} was rolled back ({version.blocked}) and is not promoted again"
+            )
         current = self.by_alias(version.name, CHAMPION)
         if current is not None and current.trained_day > version.trained_day and current.trained_day != date.max:
             return False
@@ -186,6 +196,35 @@ class Registry:
             self.client.set_registered_model_alias(version.name, PREVIOUS, str(current.number))
         self.client.set_registered_model_alias(version.name, CHAMPION, str(version.number))
         return True
+
+    def step_back(self, name: str, number: int, reason: str) -> Version | None:
+        """Block a version and give its aliases to the versions before it; returns the champion that then counts.
+
+        Rerunnable. None where no version that may decide is left: the days after are decided by the rule. Raises
+        ModelMissing where there is no such version.
+        """
+        harmful = self.by_number(name, number)
+        self.client.set_model_version_tag(name, str(number), f"{_TAG}blocked", reason[:500] or "rolled back")
+        champion, previous = self.by_alias(name, CHAMPION), self.by_alias(name, PREVIOUS)
+        if harmful.number not in {v.number for v in (champion, previous) if v is not None}:
+            return champion
+        heirs = [v for v in self.versions(name) if v.passed and not v.blocked and v.trained_day <= harmful.trained_day]
+        heirs.sort(key=lambda v: (v.trained_day, v.number), reverse=True)
+        if champion is not None and not champion.blocked:
+            heirs = [champion, *(v for v in heirs if v.number != champion.number)]
+        elif previous is not None and not previous.blocked:
+            heirs = [previous, *(v for v in heirs if v.number != previous.number)]
+        for alias, heir in zip((CHAMPION, PREVIOUS), [*heirs[:2], None, None], strict=False):
+            if heir is not None:
+                self.client.set_registered_model_alias(name, alias, str(heir.number))
+            elif self.by_alias(name, alias) is not None:
+                self.client.delete_registered_model_alias(name, alias)
+        return heirs[0] if heirs else None
+
+    def lift(self, name: str, number: int) -> None:
+        """Take the block of a version away again, on a named person's word (which the ledger keeps)."""
+        if self.by_number(name, number).blocked:
+            self.client.delete_model_version_tag(name, str(number), f"{_TAG}blocked")
 
     def versions(self, name: str) -> list[Version]:
         """Every version of a model, oldest first."""
@@ -225,19 +264,22 @@ class Registry:
             trained_day=date.fromisoformat(trained) if trained else date.max,
             digest=tags.get(f"{_TAG}digest", ""),
             passed=tags.get(f"{_TAG}gate") == "passed",
+            blocked=tags.get(f"{_TAG}blocked", ""),
         )
 
     def as_of(self, name: str, day: date) -> list[Version]:
         """The champion that counts for ``day`` and the one before it, the champion first.
 
         It is who holds the alias; for a day before that version was trained (a backfill) it is the newest version
-        that had passed its gate by then, so that no model looks ahead. Empty where there is none.
+        that had passed its gate by then, so that no model looks ahead. A blocked version counts for no day. Empty where
+        there is none.
         """
         held = self.by_alias(name, CHAMPION)
-        passed = [v for v in self.versions(name) if v.passed and v.trained_day <= day]
-        if held is not None and held.trained_day <= day:
+        passed = [v for v in self.versions(name) if v.passed and not v.blocked and v.trained_day <= day]
+        if held is not None and held.trained_day <= day and not held.blocked:
             before = self.by_alias(name, PREVIOUS)
             counts = before is not None and before.number != held.number and before.trained_day <= day
+            counts = counts and before is not None and not before.blocked
             return [held, before] if before is not None and counts else [held]
         newest_first = sorted(passed, key=lambda v: (v.trained_day, v.number), reverse=True)
         return newest_first[:2]

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.booster import Encoding, booster_bytes, digest, predict, read_booster, top_contributions, train
+from models.booster import Because, Encoding, booster_bytes, digest, head, predict, read_booster, top_contributions, train
 from models.priority import coverage_curve
 
 if TYPE_CHECKING:
@@ -458,6 +458,41 @@ class DurationLearner:
         top = top_contributions(self.miss[0], self.encoding, features, threads=self.threads)
         return pa.table({**_keys(features), **{name: top.column(name) for name in top.column_names}})
 
+    def because(self, row: pa.Table) -> Because:
+        """Why one ticket's score is what it is, and which heads its index rests on.
+
+        The index is cost x [P(miss | later) - P(miss | now)] / E[effort]. With a known due time both probabilities come
+        from the hands-on time (from the handling time where none is recorded), else from P(miss) and handling time.
+        """
+        due, timed = not np.isnan(_floats(row, "hours_to_due")[0]), self.effort is not None
+        uses = {"effort"} if timed else set()
+        uses |= set() if timed and due else {"duration"}
+        uses |= set() if due else {"miss"}
+        kinds: list[tuple[str, list[lightgbm.Booster], str, str]] = [
+            ("miss", self.miss, "chance of missing the service level, before its calibration", "log odds"),
+            ("duration", [self.duration], "remaining handling time", "log(1 + hours)"),
+        ]
+        if self.effort is not None:
+            kinds.append(("effort", [self.effort], "hands-on time", "log(1 + hours)"))
+        heads = []
+        for name, members, quantity, unit in kinds:
+            rests = ["the index"] if name in uses else []
+            rests += ["the review line (uncertainty)"] if name == "miss" else []
+            if rests:
+                heads.append(
+                    head(members, self.encoding, row, threads=self.threads, name=name, quantity=quantity, unit=unit,
+                         rests=" and ".join(rests), decides=name in uses)
+                )  # fmt: skip
+        parts = {c: v[0] for c, v in self.score(row).to_pydict().items() if c not in ("entity_id", "moment")}
+        if due:
+            parts["hours_to_due"] = float(_floats(row, "hours_to_due")[0])
+        if not timed:
+            parts["effort_hours is"] = "the same for every ticket: the source records no hands-on time"
+        how = "its due time is known" if due else "it has no due time"
+        named = " and ".join(f"'{one.name}' ({one.quantity})" for one in heads if one.decides)
+        says = f"The index rests on {named}, since {how}" + (", and on the hours left to it." if due else ".")
+        return Because(tuple(heads), parts, ("hours_to_due",) if due else (), says)
+
     def evaluate(self, rows: pa.Table) -> dict[str, float]:
         """``figures`` of p_miss on the judged rows."""
         known, missed = _judged(rows)
@@ -609,6 +644,20 @@ class DurationRule:
         """``figures`` of p_miss on the judged rows."""
         known, missed = _judged(rows)
         return figures(missed, self.p_miss(known))
+
+    def because(self, row: pa.Table) -> Because:
+        """The frequencies that made one ticket's score; there is no Booster."""
+        parts = {c: v[0] for c, v in self.score(row).to_pydict().items() if c not in ("entity_id", "moment")}
+        names = [f"{c} {_texts(row, c)[0] or '(none)'}" for c in self.columns]
+        parts["misses counted by"] = ", ".join(names)
+        due = not np.isnan(_floats(row, "hours_to_due")[0])
+        if due:
+            parts["hours_to_due"] = float(_floats(row, "hours_to_due")[0])
+        says = (
+            "No model scored this ticket: the rule counted how often tickets like it missed their service level, and "
+            "took one distribution of times and one effort for all."
+        )
+        return Because((), parts, ("hours_to_due", *self.columns) if due else self.columns, says)
 
     def files(self) -> dict[str, bytes]:
         """rule.json."""

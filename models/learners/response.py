@@ -23,7 +23,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from models import booster as boosters
-from models.booster import Encoding
+from models.booster import Because, Encoding
 from models.elasticity import Elasticities, fit_elasticities, response
 
 if TYPE_CHECKING:
@@ -43,6 +43,12 @@ SPEND_SHIFTS = (
     "spend_shift_1",
     "spend_shift_7",
 )  # the learner's own columns: the day's spend against the line's trailing ones, as logs
+_LEVEL_READS = (
+    *(f"{what}_{w}" for w in WINDOWS for what in ("cost", "value")),
+    *(f"active_days_{w}" for w in WINDOWS[1:]),
+    f"campaign_ratio_{WINDOWS[-1]}",
+    "delivered_7",
+)  # features that the level reads beside its Booster
 FARTHEST = 5.0  # a correction is held to [1 / FARTHEST, FARTHEST]; so are the ratios that it learns from
 
 
@@ -299,6 +305,37 @@ class ResponseLearner:
         top = boosters.top_contributions(self.booster, self.encoding, table, threads=self.threads)
         return top.add_column(0, "entity_id", features.column("entity_id"))
 
+    def because(self, row: pa.Table) -> Because:
+        """Why one line's curve is what it is: base x spend x correction is its level, the elasticity its slope."""
+        spend, multiplier = _usual_spend(row), _multiplier(row, "explore_multiplier_today")
+        line, group = _names(row, self.spec.group)
+        mean, sd = self.elasticities.of(line, group)
+        ratios = _ratios(row, self.believed_days, self.overall_ratio)
+        correction = boosters.head(
+            [self.booster], self.encoding, _with_shifts(row, spend), threads=self.threads, name="level",
+            quantity="correction of the trailing return, less 1", unit="share of the trailing return", decides=True,
+            rests="how much the line is expected to earn for its money, and so its curve",
+        )  # fmt: skip
+        of = "the line's own" if line[0] in self.elasticities.lines else "that of its group"
+        if of != "the line's own" and group[0] not in self.elasticities.groups:
+            of = "that of all lines"
+        parts = {
+            "trailing return": float((ratios @ np.array(self.shares))[0]),
+            **{f"return over {w} days": float(r) for w, r in zip(WINDOWS, ratios[0], strict=True)},
+            "usual spend": float(spend[0]),
+            "correction": float(np.clip(1 + correction.score, 1 / FARTHEST, FARTHEST)),
+            "level": float((self.level(row, spend) * _lift(multiplier, mean))[0]),
+            "elasticity": float(mean[0]),
+            "elasticity sd": float(sd[0]),
+            "elasticity is": of,
+            "elasticities rest on": "; ".join(self.notes),
+        }
+        says = (
+            "The curve rests on the head 'level' (trailing return x usual spend x correction) for its height and on "
+            f"the elasticity {mean[0]:.3f} ({of}) for its slope."
+        )
+        return Because((correction,), parts, _LEVEL_READS, says)
+
 
 class ResponseRule:
     """The bar and the fall-back: the trailing 7-day value / cost times the spend. Its curve takes the prior's
@@ -344,6 +381,14 @@ class ResponseRule:
     def evaluate(self, rows: pa.Table) -> dict[str, float]:
         """mae and bias of ratio x realised cost, currency a line a day."""
         return _errors(self.expect(rows), _numbers(rows, "value"))
+
+    def because(self, row: pa.Table) -> Because:
+        """The ratio and the prior that made one line's curve; there is no Booster."""
+        ratio, budget = float(_rule_ratio(row)[0]), float(_numbers(row, "budget_micros")[0] / MICROS)
+        parts = {"return over 7 days": ratio, "budget": budget, "level": ratio * budget,
+                 "elasticity": self.spec.prior_elasticity, "elasticities rest on": "; ".join(self.notes)}  # fmt: skip
+        says = "No model scored this line: the rule took its return over 7 days times its budget, and the prior's slope."
+        return Because((), parts, ("ratio_7",), says)
 
 
 def _split(spec: Mapping[str, Any]) -> tuple[ResponseModel, Sequence[str], Sequence[str]]:

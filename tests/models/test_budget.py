@@ -607,7 +607,7 @@ def test_a_plan_in_whole_cents_keeps_its_pools_and_bounds(seed):
 
 
 def test_budgets_that_are_no_whole_cents_are_decided_to_the_micro():
-    features, scores, arms, arm = a_day(broken=False)
+    features, scores, arms, _ = a_day(broken=False)
     decisions, _ = decide(features, scores, arms, SPEC | {"unit_micros": 10_000}, explore=Explore(step=0.1), key="k")
     plain, _ = decide(features, scores, arms, SPEC, explore=Explore(step=0.1), key="k")
     assert (features["budget_micros"].to_numpy() % 10_000).any()

@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 import yaml
 
-from models.registry import CHAMPION, PREVIOUS, ModelMissing, ModelUnreadable, Registry, Version, files_digest
+from models.registry import (
+    CHAMPION,
+    PREVIOUS,
+    ModelBlocked,
+    ModelMissing,
+    ModelUnreadable,
+    Registry,
+    Version,
+    files_digest,
+)
 
 NAME = "ad_budget"
 
@@ -255,3 +264,33 @@ def test_a_registered_version_carries_its_evidence(empty_registry: Registry, ads
     said = yaml.safe_load((artifacts(empty_registry, version) / "MLmodel").read_text())
     assert set(said["flavors"]) <= {"lightgbm", "python_function"} and "shift_1" in said["signature"]["inputs"]
     assert not [p for p in artifacts(empty_registry, version).rglob("*") if p.suffix in {".pkl", ".pickle", ".skops"}]
+
+
+def test_a_version_that_did_harm_gives_way_and_never_comes_back_unasked(registry: Registry) -> None:
+    name, day = "ad_budget", date(2030, 1, 1)
+    first, second = registry.versions(name)
+    assert registry.as_of(name, day) == [second, first]
+
+    heir = registry.step_back(name, second.number, "spend over cap on 2026-03-20")
+
+    assert heir is not None and heir.number == first.number
+    assert [v.number for v in registry.as_of(name, day)] == [first.number]
+    assert registry.by_alias(name, "previous_champion") is None
+    blocked = registry.by_number(name, second.number)
+    assert "spend over cap" in blocked.blocked
+    with pytest.raises(ModelBlocked, match="version 2 was rolled back"):
+        registry.promote(blocked)
+    registry.client.set_registered_model_alias(name, "champion", str(second.number))  # by hand, past every rule
+    assert [v.number for v in registry.as_of(name, day)] == [first.number]
+    assert registry.step_back(name, second.number, "again") == heir, "rerunnable"
+
+    registry.lift(name, second.number)
+    assert registry.promote(registry.by_number(name, second.number))
+    assert [v.number for v in registry.as_of(name, day)] == [second.number, first.number]
+
+
+def test_when_the_only_version_did_harm_the_rule_decides(registry: Registry) -> None:
+    for number in (2, 1):
+        registry.step_back("ad_budget", number, "harm")
+    assert registry.as_of("ad_budget", date(2030, 1, 1)) == []
+    assert registry.by_alias("ad_budget", "champion") is None
