@@ -504,6 +504,20 @@ def by_arm(decisions: pa.Table) -> dict[str, int]:
     return {row["arm"]: row["count_all"] for row in counts}
 
 
+def totals(decisions: pa.Table) -> dict[str, dict[str, int]]:
+    """What the batch does in sum, by arm: entities, how many change, the sum before and after, and of the changes up and down."""
+    found: dict[str, dict[str, int]] = {}
+    for arm in sorted(pc.unique(decisions["arm"]).to_pylist()) if decisions.num_rows else []:
+        mine = decisions.filter(pc.equal(decisions["arm"], arm))
+        before, after = mine["before"].to_numpy(), mine["after"].to_numpy()
+        move = after - before
+        found[arm] = {
+            "entities": mine.num_rows, "changed": int((move != 0).sum()), "before": int(before.sum()),
+            "after": int(after.sum()), "up": int(move[move > 0].sum()), "down": int(-move[move < 0].sum()),
+        }  # fmt: skip
+    return found
+
+
 def largest_changes(decisions: pa.Table, rows: int = 10) -> pa.Table:
     """The decisions that change most, largest first (ties by entity): what a person wants to see of a batch."""
     if decisions.num_rows == 0:

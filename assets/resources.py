@@ -6,8 +6,11 @@ Everything lies below ``SIGNALBOX_HOME`` unless a variable says otherwise; nothi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
+from collections.abc import Callable
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ import pyarrow as pa
 
 from assets.lake import Lake
 from assets.workflow import utc
+from delivery.ledger import Ledger
 from models.registry import Registry
 
 
@@ -37,6 +41,32 @@ def mlflow_uri() -> str:
 def mlflow_artifacts() -> str:
     """Where new experiments put their artifacts: ``SIGNALBOX_MLFLOW_ARTIFACTS``, else the state folder."""
     return _setting("MLFLOW_ARTIFACTS", (home() / "mlflow-artifacts").as_uri())
+
+
+def ledger_url() -> str:
+    """The ledger's database: ``SIGNALBOX_LEDGER_URL``, else SQLite in the state folder."""
+    return _setting("LEDGER_URL", f"sqlite:///{home() / 'ledger.db'}")
+
+
+def ledger_key() -> bytes:
+    """The key under which names of people and entities are digested: ``SIGNALBOX_LEDGER_KEY``, else a file made once.
+
+    Whoever loses it can no longer tell which digest was whose; it belongs in the backup, apart from the ledger's.
+    """
+    given = os.environ.get("SIGNALBOX_LEDGER_KEY")
+    if given:
+        return given.encode()
+    path = home() / "ledger.key"
+    if not path.exists():
+        fresh = path.with_name(f"ledger.key.{os.getpid()}")
+        handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            file.write(secrets.token_hex(32).encode())
+        # a link fails where another process was first, and nobody ever reads half a key
+        with contextlib.suppress(FileExistsError):
+            os.link(fresh, path)
+        fresh.unlink()
+    return path.read_bytes()
 
 
 class LakeResource(dg.ConfigurableResource):
@@ -78,6 +108,16 @@ class RegistryResource(dg.ConfigurableResource):
         return f"{self.ui}/#/models/{name}/versions/{number}"
 
 
+class LedgerResource(dg.ConfigurableResource):
+    """The ledger. Address and key are read from the environment at use: an address may hold a password."""
+
+    url: str | None = None
+
+    def open(self, clock: Callable[[], datetime]) -> Ledger:
+        """The ledger itself; the caller closes it. ``SIGNALBOX_LEDGER_URL`` and ``SIGNALBOX_LEDGER_KEY`` replace the defaults."""
+        return Ledger.open(self.url or ledger_url(), key=ledger_key(), clock=clock)
+
+
 class ReportsResource(dg.ConfigurableResource):
     """Pages for people: contract results and drift reports as files, and the Evidently workspace."""
 
@@ -113,6 +153,7 @@ def resources(now: str | None = None) -> dict[str, Any]:
         "registry": RegistryResource(
             ui=_setting("MLFLOW_UI", "http://127.0.0.1:5000"),
         ),
+        "ledger": LedgerResource(),
         "reports": ReportsResource(
             root=_setting("REPORTS", str(at / "reports")),
             ui=_setting("REPORTS_UI", "http://127.0.0.1:8001"),

@@ -22,6 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from data_checks.contract import ExpectationSpec
 from data_checks.drift import DriftSpec
 from data_checks.guardrails import Guardrails
+from delivery.connectors.catalog import ConnectorSettings
+from delivery.guards import Guards
+from delivery.push import PushSettings
 from models.arms import Arms
 from models.budget import BudgetPolicy
 from models.learners.duration import DurationModel
@@ -174,6 +177,33 @@ class Training(Strict):
     )
 
 
+class Approval(Strict):
+    """What a batch over the automatic limits waits for."""
+
+    valid_hours: float = Field(default=24, gt=0, le=168, description="Hours for which an approval counts")
+    four_eyes: bool = Field(default=False, description="Two different people must approve")
+
+
+class Delivery(Strict):
+    """Where decisions go, and on what terms."""
+
+    connector: ConnectorSettings = Field(description="The downstream system")
+    address_env: str | None = Field(
+        default=None,
+        pattern=r"^[A-Z][A-Z0-9_]*$",
+        description="Environment variable that replaces the connector's address where it is set (staging, production)",
+    )
+    push: PushSettings = Field(
+        default_factory=lambda: PushSettings.model_validate({}), description="Pace, patience and size of waves"
+    )
+    guards: Guards = Field(default_factory=Guards, description="Limits that ask for a rollback at once")
+    spend: str | None = Field(
+        default=None,
+        description="Outcome column with what was spent (currency units), for the guard max_spend_over_pool",
+    )
+    approval: Approval = Field(default_factory=Approval, description="Who must look at a held batch")
+
+
 class Workflow(Strict):
     """One business decision automated end to end: everything that its folder says."""
 
@@ -194,6 +224,7 @@ class Workflow(Strict):
     arms: Arms
     guardrails: Guardrails
     drift: DriftSpec
+    delivery: Delivery | None = Field(default=None, description="Left out: decisions are recorded and sent nowhere")
     contract: Contract = Field(description="contract.yaml; never written in workflow.yaml")
     folder: Path = Field(description="Where it was read; never written in workflow.yaml")
 

@@ -14,10 +14,12 @@ from typing import Any
 
 import dagster as dg
 
+from assets import delivering
 from assets import landing as landing_zone
 from assets.lake import Lake, TableMissing
-from assets.resources import ClockResource, LakeResource, LandingResource
+from assets.resources import ClockResource, LakeResource, LandingResource, LedgerResource
 from assets.workflow import Source, Workflow
+from delivery.ledger import Ledger
 
 SETTLE = timedelta(seconds=60)
 """A file that changed less than this ago may still be being written."""
@@ -143,6 +145,77 @@ def deadline_request(workflow: Workflow, lake: Lake, now: datetime) -> dg.RunReq
     )
 
 
+def delivery_requests(workflow: Workflow, book: Ledger, now: datetime) -> list[dg.RunRequest]:
+    """Pushes of batches that may go now and are not at their end; a held one once its approvals stand."""
+    requests = []
+    for batch in delivering.open_batches(book, workflow, now):
+        # a push that did not come to its end is tried again by a later tick: the attempt stands in the key
+        attempt = delivering.pushes(book, batch)
+        requests.append(
+            dg.RunRequest(
+                run_key=f"{batch.batch_id}:push:{attempt}",
+                partition_key=batch.day.isoformat(),
+                tags={"signalbox/cause": f"batch {batch.batch_id} is {batch.status}, push {attempt + 1}"},
+            )
+        )
+    return requests
+
+
+def guard_requests(workflow: Workflow, book: Ledger) -> list[dg.RunRequest]:
+    """Rollbacks of batches over which a deterministic guard has spoken, unless they are taken back already."""
+    op = f"{workflow.name}_take_back"
+    return [
+        dg.RunRequest(
+            run_key=f"{batch_id}:guard",
+            run_config={
+                "ops": {op: {"config": {"batch": batch_id, "reason": reason, "actor": "guard", "trigger": "guard"}}}
+            },
+            tags={"signalbox/cause": reason[:250]},
+        )
+        for batch_id, reason in delivering.condemned(book, workflow)
+    ]
+
+
+def _delivery_sensor(workflow: Workflow) -> dg.SensorDefinition:
+    @dg.sensor(
+        name=f"{workflow.name}_push",
+        job_name=f"{workflow.name}_deliver",
+        minimum_interval_seconds=30,
+        default_status=dg.DefaultSensorStatus.STOPPED,
+        description="A batch within its limits, or approved, is sent; a push that broke off is taken up again.",
+    )
+    def ready(context: dg.SensorEvaluationContext, ledger: LedgerResource, clock: ClockResource) -> Any:
+        book = ledger.open(clock.now)
+        try:
+            if book.stopped(workflow.name):
+                return dg.SkipReason(f"{workflow.name} is stopped: signalbox resume {workflow.name}")
+            requests = delivery_requests(workflow, book, clock.now())
+        finally:
+            book.close()
+        return requests or dg.SkipReason("no batch may go now")
+
+    return ready
+
+
+def _guard_sensor(workflow: Workflow) -> dg.SensorDefinition:
+    @dg.sensor(
+        name=f"{workflow.name}_guard",
+        job_name=f"{workflow.name}_rollback",
+        minimum_interval_seconds=30,
+        default_status=dg.DefaultSensorStatus.STOPPED,
+        description="A guard over rejections, overrides or spend has spoken: the batch is taken back.",
+    )
+    def spoken(context: dg.SensorEvaluationContext, ledger: LedgerResource, clock: ClockResource) -> Any:
+        book = ledger.open(clock.now)
+        try:
+            requests = guard_requests(workflow, book)
+        finally:
+            book.close()
+        return requests or dg.SkipReason("no guard has spoken")
+
+    return spoken
+
+
 def _landing_sensor(workflow: Workflow) -> dg.SensorDefinition:
     @dg.sensor(
         name=f"{workflow.name}_landing",
@@ -229,4 +302,9 @@ def unattended(workflows: Sequence[Workflow]) -> list[Unattended]:
             ),
             Unattended(f"{name}_weekly_retrain", f"{name}_retrain", "Mondays 08:00 UTC", _weekly_schedule(workflow)),
         ]
+        if workflow.delivery is not None:
+            found += [
+                Unattended(f"{name}_push", f"{name}_deliver", "a batch that may go", _delivery_sensor(workflow)),
+                Unattended(f"{name}_guard", f"{name}_rollback", "a guard has spoken", _guard_sensor(workflow)),
+            ]
     return found

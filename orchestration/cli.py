@@ -17,6 +17,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from orchestration import operations, sandbox
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, help=__doc__)
 console = Console()
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output")]
@@ -50,7 +52,8 @@ def _shown(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
             console.print(f"[bold]{next(iter(row.values()))}[/bold] {' '.join(told)}", highlight=False)
 
 
-def _workflow(name: str) -> Any:
+def workflow_named(name: str) -> Any:
+    """A workflow by its name; an unknown or wrong one ends the command with a sentence."""
     from assets.workflow import FOLDER, WorkflowInvalid, load
 
     if not (FOLDER / name / "workflow.yaml").is_file():
@@ -100,7 +103,7 @@ def run(
     from orchestration import runner
     from orchestration.automation import closed_days
 
-    found = _workflow(workflow)
+    found = workflow_named(workflow)
     last = day or closed_days(found, runner.clock_now(now))
     result = runner.run(found, job, since or last, last, now=now)
     _shown(
@@ -117,7 +120,7 @@ def batches(workflow: str, as_json: Json = False) -> None:
     """The batches of a workflow: step, status, and how many decisions changed something."""
     from assets.resources import resources
 
-    found = _workflow(workflow)
+    found = workflow_named(workflow)
     columns = ["day", "step", "status", "rows", "changed", "review", "batch_id", "reasons"]
     table = resources()["lake"].lake.read(found.table("batches")).select(columns)
     _shown(table.sort_by("day").to_pylist(), f"Batches of {workflow}", as_json)
@@ -134,7 +137,7 @@ def decisions(
     from assets import deciding
     from assets.resources import resources
 
-    found = _workflow(workflow)
+    found = workflow_named(workflow)
     lake = resources()["lake"].lake
     if day is None:
         day = max(lake.read(found.table("batches"), columns=["day"])["day"].to_pylist())
@@ -148,7 +151,7 @@ def replay(workflow: str, decision_id: str, as_json: Json = False) -> None:
     from assets import deciding
     from assets.resources import resources
 
-    found = _workflow(workflow)
+    found = workflow_named(workflow)
     given = resources()
     result = deciding.replay(found.name, given["lake"].lake, given["registry"].registry, decision_id)
     _shown([result.as_dict()], f"Replay of {decision_id}", as_json)
@@ -183,20 +186,32 @@ def serve() -> None:
     servers.serve(console)
 
 
+operations.register(app)
+
+
 def main() -> None:
     """Entry point: Dagster's state beside the rest, and what a user can mend as a sentence rather than a traceback."""
     from assets.deciding import FeaturesMissing, ReplayImpossible
+    from assets.delivering import NothingToDeliver, TooLate
     from assets.lake import TableMissing
     from assets.point_in_time import StageSqlError
     from assets.resources import home
     from assets.workflow import WorkflowInvalid
-    from models.registry import ModelMissing, ModelUnreadable
+    from delivery.approvals import ApprovalError
+    from delivery.connectors.base import Misconfigured, Unavailable
+    from delivery.ledger import LedgerError
+    from delivery.push import PushError
+    from delivery.rollback import RollbackError
+    from models.registry import ModelBlocked, ModelMissing, ModelUnreadable
 
+    sandbox.environment()
     os.environ.setdefault("DAGSTER_HOME", str(home() / "dagster"))
     try:
         app()
     except (
-        FeaturesMissing, ReplayImpossible, TableMissing, StageSqlError, WorkflowInvalid, ModelMissing, ModelUnreadable
+        FeaturesMissing, ReplayImpossible, TableMissing, StageSqlError, WorkflowInvalid, ModelMissing, ModelUnreadable,
+        ModelBlocked, NothingToDeliver, TooLate, ApprovalError, Misconfigured, Unavailable, LedgerError, PushError,
+        RollbackError,
     ) as error:  # fmt: skip
         Console(stderr=True).print(f"[red]{error}[/red]", highlight=False)
         _leave(1)

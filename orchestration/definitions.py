@@ -6,6 +6,8 @@ Belongs here: the one object that workspace.yaml points to. Does not: any part o
 from __future__ import annotations
 
 from assets.workflow import load_all
+from orchestration import sandbox
 from orchestration.assembly import build
 
+sandbox.environment()
 defs = build(load_all())

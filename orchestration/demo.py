@@ -1,31 +1,37 @@
 """``signalbox demo``: both workflows over generated days, as a data team would live them, with a closing summary.
 
-Belongs here: the story (which days, what goes wrong when). Does not: the worlds (``delivery.sandbox.worlds``) or the runs
-(``orchestration.runner``). Nothing is acted on yet: the worlds go on under their incumbents.
+Belongs here: the story (which days, what goes wrong when, what people do). Does not: the worlds and the systems before them
+(``delivery.sandbox``), the runs (``orchestration.runner``), or what the decisions earned (``orchestration.earned``).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import dagster as dg
 import pyarrow as pa
+import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
-from assets import deciding
+from assets import deciding, delivering
+from assets.lake import Lake
 from assets.resources import home, resources
 from assets.workflow import FOLDER, Workflow, load
-from delivery.sandbox.worlds import advertising, tickets
-from models.registry import CHAMPION
-from orchestration import automation, runner
+from delivery import approvals
+from delivery.ledger import Ledger
+from delivery.sandbox import systems
+from delivery.sandbox.worlds import advertising
+from models.registry import CHAMPION, Registry
+from orchestration import automation, earned, runner, sandbox
 
 SEED = 7
 HISTORY_DAYS = 35
@@ -34,6 +40,11 @@ BREAK_ON = {"ad_budget": 2, "ticket_priority": 1}
 """The live day (from 0) on which upstream breaks its schema."""
 DRIFT_ON = {"ad_budget": 3, "ticket_priority": 3}
 """The live day (from 0) on which the world changes."""
+PEOPLE_ON = 1
+"""The live day (from 0) on which people change some of what is about to be sent."""
+HARM_ON, SEEN_ON = 6, 7
+"""The live days (from 0) on which somebody promotes a harmful model past the gate, and on which its harm is seen."""
+APPROVER, PERSON = "robin", "pat"
 
 
 @dataclass
@@ -41,31 +52,10 @@ class Story:
     """What happened, for the closing summary."""
 
     events: list[tuple[date, str, str]] = field(default_factory=list)
-    durations: dict[str, float] = field(default_factory=dict)
 
-
-def sources(start: date) -> dict[str, Callable[[date, Path, bool], Path]]:
-    """For each workflow: write the export of a day; days are asked for in order."""
-    live = start + timedelta(days=HISTORY_DAYS)
-    ads = advertising.World(SEED, "easy", 120, origin=start, drift_on=live + timedelta(days=DRIFT_ON["ad_budget"]))
-    ad_rows = advertising.history(ads, start, HISTORY_DAYS + LIVE_DAYS)
-    queue = tickets.World(
-        SEED,
-        load=0.9,
-        teams=12,
-        drift=tickets.Drift(live + timedelta(days=DRIFT_ON["ticket_priority"]), "new_category", size=1.0),
-    )
-    ticket_days = {
-        start + timedelta(days=n): queue.step(start + timedelta(days=n)) for n in range(HISTORY_DAYS + LIVE_DAYS)
-    }
-
-    def export_ads(day: date, folder: Path, broken: bool) -> Path:
-        return advertising.export_day(ad_rows, folder, day, break_schema=broken)
-
-    def export_tickets(day: date, folder: Path, broken: bool) -> Path:
-        return tickets.export_day(ticket_days[day], folder, day, break_schema=broken)
-
-    return {"ad_budget": export_ads, "ticket_priority": export_tickets}
+    def tell(self, day: date, workflow: str, what: str) -> None:
+        """Remember an event."""
+        self.events.append((day, workflow, what))
 
 
 def at(day: date, clock: str) -> str:
@@ -73,89 +63,228 @@ def at(day: date, clock: str) -> str:
     return f"{day + timedelta(days=1)}T{clock}:00"
 
 
-def land(workflow: Workflow, export: Callable[[date, Path, bool], Path], day: date, broken: bool = False) -> Path:
-    """Let upstream drop a day's export, stamped with the time at which it would have come."""
-    folder = home() / "landing" / workflow.name / Path(workflow.sources["export"].files).parent
-    path = export(day, folder, broken)
+def stamp(path: Path, day: date) -> None:
+    """Give a day's export the time at which it would have come."""
     came = datetime.fromisoformat(at(day, "01:30") + "+00:00").timestamp()
     os.utime(path, (came, came))
-    return path
 
 
 def _failed_checks(result: dg.ExecuteInProcessResult) -> list[str]:
     return [f"{r['asset']} {r['check']}: {r['says']}" for r in runner.check_rows(result) if r["result"] == "ERROR"]
 
 
-def _live_day(
-    workflow: Workflow, day: date, number: int, export: Any, instance: dg.DagsterInstance, story: Story, lake: Any
-) -> str:
-    """One morning of a workflow; returns what to print."""
-    broken = BREAK_ON.get(workflow.name) == number
-    land(workflow, export, day, broken)
-    now = at(day, "04:00")
-    result = runner.run(
-        workflow,
-        "daily",
-        day,
-        day,
-        now=now,
-        instance=instance,
-        tags={"signalbox/cause": "new file in the landing zone"},
-    )
-    said = ""
-    if not result.success or _failed_checks(result):
-        reasons = _failed_checks(result) or list(runner.failed_steps(result))
-        story.events.append((day, workflow.name, f"stopped before deciding: {reasons[0][:140]}"))
-    due = datetime.fromisoformat(at(day, "06:05"))
-    request = automation.deadline_request(workflow, lake, due)
-    if isinstance(request, dg.RunRequest):
-        runner.run(workflow, "decide", day, day, now=due.isoformat(), instance=instance, tags=dict(request.tags))
-        batch = lake.read(workflow.table("batches"), days=[day]).to_pylist()[0]
-        story.events.append(
-            (
-                day,
-                workflow.name,
-                f"deadline came undecided: step '{batch['step']}' ({'; '.join(batch['reasons'])[:120]})",
-            )
+@dataclass
+class Company:
+    """Everything that a morning of a workflow needs."""
+
+    console: Console
+    workflows: dict[str, Workflow]
+    both: systems.Systems
+    lake: Lake
+    registry: Registry
+    instance: dg.DagsterInstance
+    story: Story
+    secret: str
+    moment: list[str]
+    """The time in the story, for the downstream systems' own clock."""
+
+    @contextmanager
+    def ledger(self, moment: str) -> Iterator[Ledger]:
+        """The ledger at a moment of the story."""
+        book = resources()["ledger"].open(lambda: datetime.fromisoformat(moment))
+        try:
+            yield book
+        finally:
+            book.close()
+
+    def run(self, workflow: Workflow, job: str, day: date, clock: str, cause: str) -> dg.ExecuteInProcessResult:
+        """A run of a job, as a sensor or a person would start it."""
+        self.moment[0] = at(day, clock)
+        return runner.run(
+            workflow, job, day, day, now=at(day, clock), instance=self.instance, tags={"signalbox/cause": cause[:250]}
         )
-    if broken:
-        land(workflow, export, day, False)
-        again = runner.run(
-            workflow,
-            "prepare",
+
+    # --- the world, and people in it
+
+    def happen(self, workflow: Workflow, day: date, broken: bool) -> None:
+        """The day passes downstream under the values that stand there; its export lands."""
+        if workflow.name == "ad_budget":
+            with self.ledger(at(day, "01:00")) as book:
+                drawn = delivering.randomised(book, workflow.name, day - timedelta(days=1))
+            self.both.ads.advance(None, multipliers=drawn)
+        else:
+            self.both.desk.advance(home() / "landing" / workflow.name, break_schema=broken)
+        self.export(workflow, day, broken)
+
+    def export(self, workflow: Workflow, day: date, broken: bool) -> None:
+        """Upstream drops a day's export, in its schema or in a broken one."""
+        landing = home() / "landing" / workflow.name
+        if workflow.name == "ad_budget":
+            rows = self.both.ads.rows(day)
+            path = advertising.export_day(rows, landing / "export", day, break_schema=broken)
+        else:
+            path = Path(self.both.desk.export(landing, break_schema=broken)["export"])
+        stamp(path, day)
+
+    def people(self, workflow: Workflow, day: date) -> None:
+        """Somebody changes three of the values that are about to be changed."""
+        self.moment[0] = at(day, "06:30")
+        rows = self.lake.read(workflow.table("decisions"), days=[day])
+        changed = deciding.largest_changes(rows.filter(pc.field("changed")), 3).to_pylist()
+        for row in changed:
+            if workflow.name == "ad_budget":
+                self.both.ads.by_hand(row["entity_id"], row["before"] + 50_000_000, f"{PERSON}@example.org")
+            else:
+                self.both.desk.person(row["entity_id"], priority=3 if row["before"] != 3 else 4)
+        names = ", ".join(r["entity_id"] for r in changed)
+        self.story.tell(day, workflow.name, f"{PERSON} changed {names} by hand at 06:30, after the batch was decided")
+
+    # --- a morning
+
+    def morning(self, workflow: Workflow, day: date, number: int) -> str:
+        """One morning of a workflow; returns what to print."""
+        broken = BREAK_ON.get(workflow.name) == number
+        self.happen(workflow, day, broken)
+        if workflow.name == "ad_budget" and number == HARM_ON:
+            self.promote_harm(workflow, day)
+        result = self.run(workflow, "daily", day, "04:00", "new file in the landing zone")
+        if not result.success or _failed_checks(result):
+            reasons = _failed_checks(result) or list(runner.failed_steps(result))
+            self.story.tell(day, workflow.name, f"checks spoke: {reasons[0][:160]}")
+        self.deadline(workflow, day)
+        if broken:
+            self.export(workflow, day, False)
+            again = self.run(workflow, "prepare", day, "10:00", "repaired file")
+            what = "landed" if again.success else "still refused"
+            self.story.tell(day, workflow.name, f"upstream sent a repaired file at 10:00: {what}")
+        if workflow.name == "ad_budget" and number == SEEN_ON:
+            self.take_harm_back(workflow, day)
+        elif self.lake.read(workflow.table("batches"), days=[day]).num_rows:
+            if number == PEOPLE_ON:
+                self.people(workflow, day)
+            self.send(workflow, day)
+        self.retrain(workflow, day)
+        return self.said(workflow, day)
+
+    def deadline(self, workflow: Workflow, day: date) -> None:
+        """At 06:05 an undecided day is decided with what is there."""
+        due = datetime.fromisoformat(at(day, "06:05"))
+        request = automation.deadline_request(workflow, self.lake, due)
+        if not isinstance(request, dg.RunRequest):
+            return
+        self.run(workflow, "decide", day, "06:05", request.tags["signalbox/cause"])
+        batch = self.lake.read(workflow.table("batches"), days=[day]).to_pylist()[0]
+        why = "; ".join(batch["reasons"])[:120]
+        self.story.tell(day, workflow.name, f"deadline came undecided: step '{batch['step']}' ({why})")
+
+    def send(self, workflow: Workflow, day: date) -> None:
+        """The push that the sensor would start; a held batch waits until a person has looked at it."""
+        with self.ledger(at(day, "07:00")) as book:
+            batch = delivering.batch_of(book, workflow.name, day)
+            if batch.status == "HELD":
+                self.run(workflow, "deliver", day, "06:45", "batch decided")
+                assert not any(d.attempts for d in book.deliveries(batch.batch_id)), "a held batch was sent"
+                found = "; ".join(f"{f['name']} {f['observed']:.3g}, allowed {f['limit']}" for f in batch.findings)
+                reason = "first days of a new policy, the totals are as planned"
+                approvals.approve(book, batch.batch_id, APPROVER, self.secret, reason)
+                self.story.tell(
+                    day, workflow.name, f"batch HELD ({found[:110]}); {APPROVER} looked at it and approved it"
+                )
+        result = self.run(workflow, "deliver", day, "07:00", "a batch may go")
+        with self.ledger(at(day, "07:30")) as book:
+            row = book.batch(batch.batch_id)
+            left = [d for d in book.deliveries(batch.batch_id) if d.state not in ("ACKED", "SKIPPED")]
+        if left:
+            what = ", ".join(f"{d.entity} {d.state}" for d in left[:4])
+            self.story.tell(day, workflow.name, f"{len(left)} of {row.changed} not as intended: {what}")
+        if not result.success or row.delivery != "COMPLETE":
+            problems = list(runner.failed_steps(result)) or _failed_checks(result)
+            self.story.tell(day, workflow.name, f"delivery is not complete: {'; '.join(problems)[:200]}")
+        with self.ledger(at(day, "08:00")) as book:
+            for request in automation.guard_requests(workflow, book):
+                runner.run_rollback(workflow, request, now=at(day, "08:00"), instance=self.instance)
+                self.story.tell(
+                    day, workflow.name, f"guard: {request.tags['signalbox/cause'][:110]} → batch rolled back"
+                )
+
+    def retrain(self, workflow: Workflow, day: date) -> None:
+        """The retraining that the drift sensor would start."""
+        request = automation.retrain_request(workflow, self.lake)
+        if not isinstance(request, dg.RunRequest):
+            return
+        cause = request.tags["signalbox/cause"]
+        result = self.run(workflow, "retrain", day, "05:00", cause)
+        verdicts = [r["says"] for r in runner.check_rows(result) if r["check"] == "gate"]
+        verdict = verdicts[0] if verdicts else "; ".join(runner.failed_steps(result))
+        self.story.tell(day, workflow.name, f"{cause[:110]} → retrained; gate: {verdict[:110]}")
+
+    def said(self, workflow: Workflow, day: date) -> str:
+        """The day's batch in one line."""
+        with self.ledger(at(day, "09:00")) as book:
+            try:
+                batch = delivering.batch_of(book, workflow.name, day)
+            except delivering.NothingToDeliver:
+                return "no batch"
+        states = ", ".join(f"{n} {state}" for state, n in sorted(batch.counts.items()))
+        return f"{batch.step}, {batch.status}, {batch.changed} of {batch.rows} changed: {states or 'nothing to send'}"
+
+    # --- harm
+
+    def promote_harm(self, workflow: Workflow, day: date) -> None:
+        """Somebody edits the champion's files (a sign), registers them and moves the alias by hand."""
+        champion = self.registry.by_alias(workflow.name, CHAMPION)
+        assert champion is not None, "the demo trained one"
+        files = dict(self.registry.load(champion))
+        meta = json.loads(files["meta.json"])
+        slopes = meta["elasticities"]
+        for name in [n for n in slopes if n.endswith("_mean")]:
+            slopes[name] = [-x for x in slopes[name]] if isinstance(slopes[name], list) else -slopes[name]
+        files["meta.json"] = json.dumps(meta, sort_keys=True, ensure_ascii=False).encode()
+        made = self.registry.register(
+            workflow.name, files, trained_day=day, passed=False, params={"recipe": "{}"}, metrics={}, tags={}, plots={},
+            card=f"Edited by hand from version {champion.number}. Not judged by the gate.", seed=0,
+            inputs=dict.fromkeys(workflow.features.numeric, "double"),
+        )  # fmt: skip
+        self.registry.client.set_registered_model_alias(workflow.name, CHAMPION, str(made.number))
+        self.story.tell(
             day,
+            workflow.name,
+            f"somebody moved the alias champion to version {made.number}, a hand-edited copy of {champion.number}",
+        )
+
+    def take_harm_back(self, workflow: Workflow, day: date) -> None:
+        """The owner reads what the batch earned beside the holdout, and takes the model and its batches back."""
+        harmful = self.registry.by_alias(workflow.name, CHAMPION)
+        assert harmful is not None, "it was promoted the day before"
+        fell = earned.against_holdout(
+            self.lake, workflow, [day - timedelta(days=1)], [day - timedelta(days=n) for n in (4, 3, 2)]
+        )
+        self.story.tell(
             day,
-            now=at(day, "10:00"),
-            instance=instance,
-            tags={"signalbox/cause": "repaired file"},
+            workflow.name,
+            f"outcomes of {day - timedelta(days=1)}'s batch are in: against the holdout the champion arm moved by {fell:+.1%}",
         )
-        story.events.append(
-            (
-                day,
-                workflow.name,
-                f"upstream sent a repaired file at 10:00: {'landed' if again.success else 'still refused'}",
-            )
+        self.moment[0] = at(day, "08:00")
+        with self.ledger(self.moment[0]) as book:
+            which = delivering.selection(book, batch=None, workflow=workflow.name, since=None, model=harmful.number)
+            report = delivering.roll_back(
+                book, self.registry, which, actor=APPROVER, reason=f"version {harmful.number} lowers what the champion arm earns",
+                trigger="person", run_id="demo", clock=lambda: datetime.fromisoformat(at(day, "08:00")), sleep=time.sleep,
+            )  # fmt: skip
+        restored = sum(one.restored for one in report.batches)
+        unsent = sum(one.never_sent for one in report.batches)
+        champion = self.registry.by_alias(workflow.name, CHAMPION)
+        self.story.tell(
+            day,
+            workflow.name,
+            f"{APPROVER} rolled back --model {harmful.number}: {len(report.batches)} batches, {restored} values restored and read back, "
+            f"{unsent} not sent any more, {'complete' if report.complete else 'NOT complete'}; champion is version "
+            f"{champion.number if champion else '–'} again",
         )
-    request = automation.retrain_request(workflow, lake)
-    if isinstance(request, dg.RunRequest):
-        retrained = runner.run(
-            workflow, "retrain", day, day, now=at(day, "05:00"), instance=instance, tags=dict(request.tags)
-        )
-        verdict = next(
-            (r["says"] for r in runner.check_rows(retrained) if r["check"] == "gate"),
-            "; ".join(runner.failed_steps(retrained)),
-        )
-        story.events.append(
-            (day, workflow.name, f"{request.tags['signalbox/cause'][:110]} → retrained; gate: {verdict[:110]}")
-        )
-    batch = lake.read(workflow.table("batches"), days=[day]).to_pylist()
-    if batch:
-        said = f"{batch[0]['step']}, {batch[0]['status']}, {batch[0]['changed']} of {batch[0]['rows']} changed"
-    return said
 
 
 def tell(console: Console) -> None:
-    """Generate, ingest, train, decide a week day by day, and sum up. A state folder that holds days already is refused."""
+    """Generate, ingest, train, live ten days with decisions that act, and sum up. A state folder that holds days is refused."""
     began = time.monotonic()
     state = runner.prepare_home()
     if any((state / "lake").iterdir()):
@@ -165,35 +294,78 @@ def tell(console: Console) -> None:
         raise SystemExit(1)
     workflows = {w.name: w for w in (load(FOLDER / n) for n in ("ad_budget", "ticket_priority"))}
     start = min(w.start for w in workflows.values())
-    given = resources()
-    lake, story = given["lake"].lake, Story()
+    opened = start + timedelta(days=HISTORY_DAYS)
+    setup = systems.Setup(
+        SEED, start, HISTORY_DAYS,
+        advertising_drift=opened + timedelta(days=DRIFT_ON["ad_budget"]),
+        tickets_drift=opened + timedelta(days=DRIFT_ON["ticket_priority"]),
+    )  # fmt: skip
     console.print(f"State: {state}")
-    with console.status("Simulating both worlds"):
-        exports = sources(start)
-    last = start + timedelta(days=HISTORY_DAYS - 1)
-    with dg.DagsterInstance.get() as instance:
-        for name, workflow in workflows.items():
-            for n in range(HISTORY_DAYS):
-                land(workflow, exports[name], start + timedelta(days=n))
-            clock = time.monotonic()
-            with console.status(f"{name}: {HISTORY_DAYS} days of history in one run"):
-                result = runner.run(workflow, "prepare", start, last, now=at(last, "04:00"), instance=instance)
-            _must(result, f"{name}: history")
-            with console.status(f"{name}: first model"):
-                result = runner.run(workflow, "retrain", last, last, now=at(last, "05:00"), instance=instance)
-            _must(result, f"{name}: first model")
-            console.print(
-                f"{name:<16} {HISTORY_DAYS} days of history and a first model in {time.monotonic() - clock:.0f} s"
-            )
+    with console.status("Simulating both worlds up to today"):
+        queue = systems.history(setup, state / "landing")
+    last = opened - timedelta(days=1)
+    given, moment = resources(), [at(last, "06:00")]
+    clock = lambda: datetime.fromisoformat(moment[0])  # noqa: E731
+    with (
+        systems.Systems(sandbox.folder(), setup, ports=(0, 0), tickets_world=queue, clock=clock) as both,
+        _environment(both.environment),
+        dg.DagsterInstance.get() as instance,
+    ):
+        company = Company(
+            console,
+            workflows,
+            both,
+            given["lake"].lake,
+            given["registry"].registry,
+            instance,
+            Story(),
+            secrets.token_hex(12),
+            moment,
+        )
+        with company.ledger(at(last, "05:00")) as book:
+            approvals.enrol(book, APPROVER, company.secret)
+        for workflow in workflows.values():
+            _history(company, workflow, start, last)
         for number in range(LIVE_DAYS):
-            day = last + timedelta(days=1 + number)
+            day = opened + timedelta(days=number)
             for name, workflow in workflows.items():
-                clock = time.monotonic()
+                started = time.monotonic()
                 with console.status(f"{day} {name}"):
-                    said = _live_day(workflow, day, number, exports[name], instance, story, lake)
-                console.print(f"{day}  {name:<16} {said:<55} {time.monotonic() - clock:4.1f} s")
-    _summary(console, workflows, story, lake, given["registry"].registry)
+                    said = company.morning(workflow, day, number)
+                console.print(f"{day}  {name:<16} {said:<60} {time.monotonic() - started:4.1f} s", highlight=False)
+        _summary(company)
     console.print(f"Told in {time.monotonic() - began:.0f} s. Now: [bold]make serve[/bold]")
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Addresses and tokens for the duration."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _history(company: Company, workflow: Workflow, start: date, last: date) -> None:
+    for n in range(HISTORY_DAYS):
+        day = start + timedelta(days=n)
+        source = workflow.sources["export"].files.replace("{day}", day.isoformat())
+        stamp(home() / "landing" / workflow.name / source, day)
+    clock = time.monotonic()
+    with company.console.status(f"{workflow.name}: {HISTORY_DAYS} days of history in one run"):
+        result = runner.run(workflow, "prepare", start, last, now=at(last, "04:00"), instance=company.instance)
+    _must(result, f"{workflow.name}: history")
+    with company.console.status(f"{workflow.name}: first model"):
+        result = runner.run(workflow, "retrain", last, last, now=at(last, "05:00"), instance=company.instance)
+    _must(result, f"{workflow.name}: first model")
+    took = time.monotonic() - clock
+    company.console.print(f"{workflow.name:<16} {HISTORY_DAYS} days of history and a first model in {took:.0f} s")
 
 
 def _must(result: dg.ExecuteInProcessResult, what: str) -> None:
@@ -201,29 +373,37 @@ def _must(result: dg.ExecuteInProcessResult, what: str) -> None:
         raise SystemExit(f"{what} failed: {'; '.join(runner.failed_steps(result))}")
 
 
-def _summary(console: Console, workflows: dict[str, Workflow], story: Story, lake: Any, registry: Any) -> None:
+def _summary(company: Company) -> None:
+    console, lake = company.console, company.lake
     table = Table(title="What happened", title_justify="left")
     for column in ("day", "workflow", "event"):
         table.add_column(column, overflow="fold")
-    for day, name, what in sorted(story.events, key=lambda e: (e[0], e[1])):
+    for day, name, what in sorted(company.story.events, key=lambda e: (e[0], e[1])):
         table.add_row(str(day), name, what)
     console.print(table)
-    for name, workflow in workflows.items():
-        champion = registry.by_alias(name, CHAMPION)
-        batch = lake.read(workflow.table("batches")).sort_by("day").to_pylist()[-1]
-        decisions = lake.read(workflow.table("decisions"), days=[batch["day"]])
-        largest = deciding.largest_changes(decisions, 3).to_pylist()
-        quarantined = (
-            lake.read(workflow.table("quarantine"), columns=["rule"])
-            if lake.exists(workflow.table("quarantine"))
-            else pa.table({"rule": []})
-        )
-        console.print(
-            f"\n[bold]{name}[/bold]: champion is version {champion.number if champion else '–'}; "
-            f"{lake.read(workflow.table('events'), columns=['day']).num_rows} events, {quarantined.num_rows} rows in quarantine; "
-            f"batch {batch['batch_id']} ({batch['step']}, {batch['status']})"
-        )
-        for arm, certificate in sorted(json.loads(batch["certificates"]).items()):
-            console.print(f"  arm {arm}: {json.dumps(certificate)[:200]}")
-        for row in largest:
-            console.print(f"  {row['entity_id']}: {row['before']} → {row['after']}. {' '.join(row['reasons'])}")
+    with company.ledger(at(company.both.setup.opened + timedelta(days=LIVE_DAYS), "09:00")) as book:
+        for name, workflow in company.workflows.items():
+            champion = company.registry.by_alias(name, CHAMPION)
+            counts: dict[str, int] = {}
+            for batch in book.batches(name):
+                for state, n in batch.counts.items():
+                    counts[state] = counts.get(state, 0) + n
+            events = lake.read(workflow.table("events"), columns=["day"]).num_rows
+            quarantined = (
+                lake.read(workflow.table("quarantine"), columns=["rule"])
+                if lake.exists(workflow.table("quarantine"))
+                else pa.table({"rule": []})
+            )
+            console.print(
+                f"\n[bold]{name}[/bold]: champion is version {champion.number if champion else '–'}; {events} events, "
+                f"{quarantined.num_rows} rows in quarantine; deliveries: {', '.join(f'{n} {s}' for s, n in sorted(counts.items()))}",
+                highlight=False,
+            )
+        verdict = book.verify()
+        head = verdict.head
+    earned.show(console, company.both, lake, company.workflows)
+    console.print(
+        f"\nThe ledger {'verifies' if verdict.ok else 'DOES NOT VERIFY'}: {verdict.events} events, {verdict.batches} batches, head {head.hash[:16]}…"
+    )
+    if not verdict.ok:
+        raise SystemExit("\n".join(verdict.problems[:20]))

@@ -3,13 +3,15 @@
 Belongs here: selections and executors. Does not: when a job starts (``orchestration.automation``).
 """
 
-from __future__ import annotations
-
+import time
 from collections.abc import Sequence
+from datetime import date
 
 import dagster as dg
 
-from assets.stages import decisions, drift, features, ingest, outcomes, scoring, training
+from assets import delivering
+from assets.resources import ClockResource, LedgerResource, RegistryResource
+from assets.stages import decisions, delivery, drift, features, ingest, outcomes, scoring, training
 from assets.stages.common import key, partitions
 from assets.workflow import Workflow
 
@@ -17,10 +19,13 @@ PREPARE = ("events", "features", "outcomes")
 DAILY = (*PREPARE, "scores", "decisions", "drift")
 DECIDE = ("scores", "decisions")
 RETRAIN = ("training_set", "model")
+DELIVER = ("delivery",)
+REVIEW = ("decision_outcomes",)
 
 
 def assets_of(workflow: Workflow) -> list[dg.AssetsDefinition]:
     """Every asset of a workflow, in the order in which the data flows."""
+    sent = [] if workflow.delivery is None else [delivery.build(workflow), delivery.build_outcomes(workflow)]
     return [
         ingest.build(workflow),
         features.build(workflow),
@@ -29,11 +34,12 @@ def assets_of(workflow: Workflow) -> list[dg.AssetsDefinition]:
         training.build_model(workflow),
         scoring.build(workflow),
         decisions.build(workflow),
+        *sent,
         drift.build(workflow),
     ]
 
 
-def _job(workflow: Workflow, name: str, stages: Sequence[str], description: str) -> dg.UnresolvedAssetJobDefinition:
+def _job(workflow: Workflow, name: str, stages: Sequence[str], description: str) -> "dg.UnresolvedAssetJobDefinition":
     return dg.define_asset_job(
         f"{workflow.name}_{name}",
         selection=dg.AssetSelection.assets(*(key(workflow, s) for s in stages)),
@@ -45,11 +51,72 @@ def _job(workflow: Workflow, name: str, stages: Sequence[str], description: str)
     )
 
 
-def jobs_of(workflow: Workflow) -> list[dg.UnresolvedAssetJobDefinition]:
-    """The jobs of a workflow."""
-    return [
-        _job(workflow, "daily", DAILY, "One day (or a range of days) from landed files to decisions and drift"),
+def jobs_of(workflow: Workflow) -> "list[dg.UnresolvedAssetJobDefinition | dg.JobDefinition]":
+    """The jobs of a workflow; one that sends nothing has neither ``deliver`` nor ``rollback``."""
+    sends = workflow.delivery is not None
+    daily = (*DAILY, *REVIEW) if sends else DAILY
+    found: list[dg.UnresolvedAssetJobDefinition | dg.JobDefinition] = [
+        _job(workflow, "daily", daily, "One day (or a range of days) from landed files to decisions and drift"),
         _job(workflow, "prepare", PREPARE, "Events, features and outcomes alone: history before the first model"),
         _job(workflow, "retrain", RETRAIN, "A candidate from the matured outcomes; champion when it passes its gate"),
         _job(workflow, "decide", DECIDE, "Scores and decisions of a day whose deadline has come, with what is there"),
     ]
+    if sends:
+        found.append(
+            _job(workflow, "deliver", DELIVER, "The day's batch sent downstream and read back; run again to go on")
+        )
+        found.append(_rollback_job(workflow))
+    return found
+
+
+class RollbackConfig(dg.Config):
+    """What to take back. One of batch, since and model; the name is as given, Dagster's runs are not authenticated."""
+
+    reason: str
+    batch: str | None = None
+    since: str | None = None
+    model: int | None = None
+    actor: str = "unknown"
+    trigger: str = "person"
+
+
+def _rollback_job(workflow: Workflow) -> dg.JobDefinition:
+    @dg.op(
+        name=f"{workflow.name}_take_back",
+        description="Push the prior values, newest batch first; see the command `signalbox rollback`.",
+    )
+    def take_back(
+        context: dg.OpExecutionContext,
+        config: RollbackConfig,
+        ledger: LedgerResource,
+        registry: RegistryResource,
+        clock: ClockResource,
+    ) -> None:
+        book = ledger.open(clock.now)
+        try:
+            which = delivering.selection(
+                book, batch=config.batch, workflow=workflow.name if config.batch is None else None,
+                since=date.fromisoformat(config.since) if config.since else None, model=config.model,
+            )  # fmt: skip
+            report = delivering.roll_back(
+                book, registry.registry, which, actor=f"dagster:{config.actor}", reason=config.reason,
+                trigger="guard" if config.trigger == "guard" else "person", run_id=context.run_id, clock=clock.now, sleep=time.sleep,
+            )  # fmt: skip
+        finally:
+            book.close()
+        context.add_output_metadata({"report": dg.MetadataValue.json(report.as_dict())})
+        for line in delivering.lines(report):
+            context.log.info(line)
+        if not report.complete:
+            raise dg.Failure("the rollback is not at its end; run it again with the same configuration")
+
+    @dg.job(
+        name=f"{workflow.name}_rollback",
+        executor_def=dg.in_process_executor,
+        description="Take batches back: the prior values under the rules of any push; rerunnable until complete",
+        tags={"workflow": workflow.name},
+    )
+    def job() -> None:
+        take_back()
+
+    return job

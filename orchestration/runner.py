@@ -17,6 +17,7 @@ import dagster as dg
 
 from assets.resources import ClockResource, home, resources
 from assets.workflow import Workflow
+from models.registry import Registry
 from orchestration.assembly import build
 
 _CONFIGURATIONS = Path(__file__).parent / "instance"
@@ -41,6 +42,12 @@ def prepare_home() -> Path:
 def clock_now(fixed: str | None = None) -> datetime:
     """Now as naive UTC, or the fixed time."""
     return ClockResource(fixed=fixed).now()
+
+
+def registry() -> Registry:
+    """The registry as the environment names it."""
+    found: Registry = resources()["registry"].registry
+    return found
 
 
 def run(
@@ -83,6 +90,21 @@ def run(
             tags=marks,
             raise_on_error=False,
             **selection,
+        )
+
+
+def run_rollback(
+    workflow: Workflow, request: dg.RunRequest, *, now: str | None = None, instance: dg.DagsterInstance | None = None
+) -> dg.ExecuteInProcessResult:
+    """Execute ``<workflow>_rollback`` with the configuration of a request, in this process."""
+    wanted = build([workflow], now).get_repository_def().get_job(f"{workflow.name}_rollback")
+    with _instance(instance) as at:
+        return wanted.execute_in_process(
+            instance=at,
+            resources=resources(now),
+            run_config=request.run_config,
+            tags=dict(request.tags),
+            raise_on_error=False,
         )
 
 

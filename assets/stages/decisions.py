@@ -1,13 +1,13 @@
 """Stage 7, ``decisions``: the action chosen for each entity, with its reasons, and the guardrails over the batch.
 
 Belongs here: the asset. Does not: the policies (``models``), the guardrails (``data_checks.guardrails``) or the batch's
-record (``assets.deciding``). Sending a batch is not a matter of this stage.
+record (``assets.deciding``, ``assets.delivering``). Sending a batch is the next stage's.
 """
 
 import dagster as dg
 
-from assets import deciding
-from assets.resources import ClockResource, LakeResource, preview
+from assets import deciding, delivering
+from assets.resources import ClockResource, LakeResource, LedgerResource, preview
 from assets.stages.common import days, folded, stage
 from assets.workflow import Workflow
 from data_checks import guardrails
@@ -26,11 +26,15 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
             "guardrails": (True, "Rows, shares, changes and totals are within bounds; each arm's money is conserved")
         },
     )
-    def decisions(context: dg.AssetExecutionContext, lake: LakeResource, clock: ClockResource) -> dg.MaterializeResult:
-        judged, last = {}, None
+    def decisions(
+        context: dg.AssetExecutionContext, lake: LakeResource, ledger: LedgerResource, clock: ClockResource
+    ) -> dg.MaterializeResult:
+        judged, last, book = {}, None, ledger.open(clock.now)
         for day in days(context):
             batch = deciding.decide_day(workflow, lake.lake, day)
-            deciding.write_batch(workflow, lake.lake, day, batch, decided_at=clock.now(), run_id=context.run_id)
+            decided_at = clock.now()
+            deciding.write_batch(workflow, lake.lake, day, batch, decided_at=decided_at, run_id=context.run_id)
+            delivering.record(workflow, book, day, batch, decided_at=decided_at, run_id=context.run_id)
             text = "; ".join(guardrails.sentence(f) for f in batch.findings) or f"{batch.status}, nothing to object to"
             judged[day] = (batch.status == "READY", text)
             context.add_asset_metadata(
@@ -43,6 +47,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
                 partition_key=day.isoformat(),
             )
             last = batch
+        book.close()
         assert last is not None, "a run always has a day"
         return dg.MaterializeResult(
             metadata={
@@ -53,6 +58,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
                 "changed": last.changed,
                 "for review": last.review,
                 "entities by arm": dg.MetadataValue.json(deciding.by_arm(last.decisions)),
+                "totals": dg.MetadataValue.json(deciding.totals(last.decisions)),
                 "largest changes": preview(deciding.largest_changes(last.decisions)),
                 "certificate": dg.MetadataValue.json(last.certificates),
             },

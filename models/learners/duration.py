@@ -19,7 +19,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.booster import Because, Encoding, booster_bytes, digest, head, predict, read_booster, top_contributions, train
+from models.booster import (
+    Because,
+    Encoding,
+    booster_bytes,
+    digest,
+    head,
+    predict,
+    read_booster,
+    top_contributions,
+    train,
+)
 from models.priority import coverage_curve
 
 if TYPE_CHECKING:

@@ -326,9 +326,9 @@ class ResponseLearner:
             "correction": float(np.clip(1 + correction.score, 1 / FARTHEST, FARTHEST)),
             "level": float((self.level(row, spend) * _lift(multiplier, mean))[0]),
             "elasticity": float(mean[0]),
-            "elasticity sd": float(sd[0]),
+            "elasticity_sd": float(sd[0]),
             "elasticity is": of,
-            "elasticities rest on": "; ".join(self.notes),
+            "notes": "; ".join(self.notes),
         }
         says = (
             "The curve rests on the head 'level' (trailing return x usual spend x correction) for its height and on "
@@ -386,8 +386,10 @@ class ResponseRule:
         """The ratio and the prior that made one line's curve; there is no Booster."""
         ratio, budget = float(_rule_ratio(row)[0]), float(_numbers(row, "budget_micros")[0] / MICROS)
         parts = {"return over 7 days": ratio, "budget": budget, "level": ratio * budget,
-                 "elasticity": self.spec.prior_elasticity, "elasticities rest on": "; ".join(self.notes)}  # fmt: skip
-        says = "No model scored this line: the rule took its return over 7 days times its budget, and the prior's slope."
+                 "elasticity": self.spec.prior_elasticity, "notes": "; ".join(self.notes)}  # fmt: skip
+        says = (
+            "No model scored this line: the rule took its return over 7 days times its budget, and the prior's slope."
+        )
         return Because((), parts, ("ratio_7",), says)
 
 

@@ -266,7 +266,7 @@ def test_everything_that_can_start_a_run_is_declared_and_off(
 ) -> None:
     declared = {u.name: u for u in unattended([workflow, load(FOLDER / "ticket_priority")])}
     found = {d.name: d for d in (*repository.sensor_defs, *repository.schedule_defs)}
-    assert set(found) == set(declared) and len(found) == 8
+    assert set(found) == set(declared) and len(found) == 12
     for name, definition in found.items():
         assert definition.default_status.value == "STOPPED", name
         assert definition.job_name == declared[name].starts

@@ -1,0 +1,381 @@
+"""From a decided batch to the ledger and downstream: what is recorded, which batch counts for a day, when it may go.
+
+Belongs here: the bridge between a workflow's lake tables and ``delivery``. Does not: sending, verifying or reversing
+(``delivery``), or what is shown (``assets.stages.delivery``).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime, timedelta
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from assets import deciding
+from assets.lake import Lake
+from assets.workflow import FOLDER, Workflow, load
+from delivery import guards, rollback
+from delivery import push as pushing
+from delivery.connectors import catalog
+from delivery.connectors.base import Connector
+from delivery.guards import Finding
+from delivery.ledger import BatchRow, Ledger, NewBatch
+from models.registry import Registry
+
+
+class NothingToDeliver(LookupError):
+    """No batch of that day stands in the ledger."""
+
+
+class TooLate(RuntimeError):
+    """The day that a batch was decided for is over; its changes are not sent unasked."""
+
+
+def pools(workflow: Workflow, decisions: pa.Table) -> dict[str, int] | None:
+    """What each arm's entities may hold together while a batch is sent: what they held when it was decided.
+
+    None for a workflow whose guardrails know no pool (priorities are not money).
+    """
+    if workflow.guardrails.pool is None:
+        return None
+    held = decisions.group_by("arm").aggregate([("before", "sum")]).to_pylist()
+    return {row["arm"]: int(row["before_sum"]) for row in sorted(held, key=lambda r: r["arm"])}
+
+
+def record(
+    workflow: Workflow, ledger: Ledger, day: date, batch: deciding.Batch, *, decided_at: datetime, run_id: str
+) -> BatchRow:
+    """Write a decided batch to the ledger, with what each of its decisions needs to be replayed; the same batch once."""
+    new = NewBatch(
+        batch_id=batch.batch_id,
+        workflow=workflow.name,
+        kind="decision",
+        day=day,
+        digest=batch.digest,
+        status=batch.status,  # type: ignore[arg-type]
+        step=batch.step,
+        as_of=workflow.cutoff_of(day),
+        decided_at=decided_at,
+        run_id=run_id,
+        record={**batch.record, "reasons": list(batch.reasons), "late": batch.late, "certificates": batch.certificates},
+        findings=[dict(f) for f in batch.findings],
+        pools=pools(workflow, batch.decisions),
+        reverses=None,
+    )
+    return ledger.record_batch(new, deciding.with_record(workflow, day, batch))
+
+
+def batch_of(ledger: Ledger, workflow: str, day: date) -> BatchRow:
+    """The batch that counts for a day: the one recorded last. Raises NothingToDeliver."""
+    found = [b for b in ledger.batches(workflow, since=day, kind="decision") if b.day == day]
+    if not found:
+        raise NothingToDeliver(
+            f"{workflow}: no batch of {day} stands in the ledger; materialise [{workflow}, decisions] for that day"
+        )
+    return max(found, key=lambda b: b.sequence)
+
+
+def open_batches(ledger: Ledger, workflow: Workflow, now: datetime) -> list[BatchRow]:
+    """Batches that could go now: decided for a day that is not over, and not delivered to the end; oldest first.
+
+    A held batch without the approvals that it needs is not among them.
+    """
+    from delivery.approvals import standing
+
+    assert workflow.delivery is not None, "asked for workflows that deliver"
+    since = now.date() - timedelta(days=1)
+    newest: dict[date, BatchRow] = {}
+    for row in sorted(ledger.batches(workflow.name, since=since, kind="decision"), key=lambda b: b.sequence):
+        newest[row.day] = row
+    four_eyes = workflow.delivery.approval.four_eyes
+    return [
+        row
+        for _, row in sorted(newest.items())
+        if row.delivery != "COMPLETE"
+        and row.changed
+        and now < over(row.day)
+        and standing(ledger, row, now, four_eyes).ok
+    ]
+
+
+def over(day: date) -> datetime:
+    """When the day that a batch of ``day`` takes effect on has ended."""
+    return datetime.combine(day + timedelta(days=2), datetime.min.time())
+
+
+def connect(workflow: Workflow, clock: Callable[[], datetime]) -> Connector:
+    """The workflow's downstream system; its secrets and the replaced address come from the environment.
+
+    Raises Misconfigured naming what is missing, NothingToDeliver where the workflow sends nothing.
+    """
+    spec = workflow.delivery
+    if spec is None:
+        raise NothingToDeliver(f"{workflow.name}: workflow.yaml has no section `delivery`, so nothing is sent")
+    settings: Any = spec.connector
+    address = os.environ.get(spec.address_env or "")
+    if address:
+        field = next(f for f in ("base_url", "url", "endpoint", "path") if f in type(settings).model_fields)
+        settings = type(settings).model_validate({**settings.model_dump(), field: address})
+    return catalog.connect(settings, environ=os.environ, folder=workflow.folder, clock=clock)
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """A batch after a push was tried: what the push reports, or why there was none."""
+
+    batch: BatchRow
+    report: pushing.Report | None
+    said: str
+
+
+def deliver(
+    workflow: Workflow,
+    ledger: Ledger,
+    connector: Connector,
+    batch: BatchRow,
+    *,
+    run_id: str,
+    clock: Callable[[], datetime],
+    sleep: Callable[[float], None],
+    progress: Callable[[pushing.Progress], None] | None = None,
+    stale: bool = False,
+) -> Delivered:
+    """Push a batch on the workflow's terms.
+
+    A batch that is refused, or held without its approvals, is not sent: ``said`` says so. Raises TooLate where the day
+    it was decided for is over (``stale`` sends it all the same), and what ``push`` raises.
+    """
+    assert workflow.delivery is not None, "asked for workflows that deliver"
+    if batch.status == "REFUSED":
+        return Delivered(batch, None, f"REFUSED by its guardrails: batch {batch.batch_id} is never sent")
+    if not stale and clock() >= over(batch.day) and batch.delivery != "COMPLETE":
+        raise TooLate(
+            f"batch {batch.batch_id} was decided for {batch.day + timedelta(days=1)}, which is over; decide a newer day, "
+            f"or send it all the same with: signalbox deliver {batch.batch_id} --late"
+        )
+    try:
+        report = pushing.push(
+            ledger, connector, batch.batch_id, settings=_push_settings(workflow), run_id=run_id, clock=clock, sleep=sleep,
+            rng=random.Random(batch.digest), progress=progress,
+        )  # fmt: skip
+    except pushing.NotApproved as error:
+        return Delivered(batch, None, str(error))
+    return Delivered(ledger.batch(batch.batch_id), report, "")
+
+
+def pushes(ledger: Ledger, batch: BatchRow) -> int:
+    """How many pushes of a batch have begun."""
+    return sum(event.body.get("batch_id") == batch.batch_id for event in ledger.events("push begun", batch.workflow))
+
+
+GUARD = "guard"
+"""Kind of the ledger event in which a deterministic guard has spoken over a batch."""
+
+
+def note_findings(ledger: Ledger, batch: BatchRow, findings: Sequence[Finding]) -> None:
+    """Record what the guards found over a batch, once for the same findings; nothing found is nothing recorded."""
+    body = {
+        "workflow": batch.workflow,
+        "batch_id": batch.batch_id,
+        "findings": [f.as_dict() for f in findings],
+        "rollback": any(f.rollback for f in findings),
+    }
+    if findings and body not in [dict(e.body) for e in ledger.events(GUARD, batch.workflow)]:
+        ledger.note(GUARD, body)
+
+
+def condemned(ledger: Ledger, workflow: Workflow) -> list[tuple[str, str]]:
+    """Batches that a guard wants taken back and of which no rollback is complete, each with the guard's words."""
+    done = {r.batch_id for r in ledger.rollbacks() if r.action == "complete"}
+    found = {}
+    for event in ledger.events(GUARD, workflow.name):
+        if event.body["rollback"] and event.body["batch_id"] not in done:
+            found[event.body["batch_id"]] = "; ".join(f["text"] for f in event.body["findings"])
+    return sorted(found.items())
+
+
+def selection(
+    ledger: Ledger, *, batch: str | None, workflow: str | None, since: date | None, model: int | None
+) -> rollback.Selection:
+    """What a rollback was asked for. Raises ValueError unless it is exactly one of batch, since and model."""
+    given = [name for name, value in (("a batch", batch), ("since", since), ("model", model)) if value is not None]
+    if len(given) != 1:
+        raise ValueError(f"name one of a batch, since or model to take back; given: {', '.join(given) or 'none'}")
+    if batch is not None:
+        ledger.batch(batch)  # an unknown one is refused here, by name
+        return rollback.Batch(batch)
+    if workflow is None:
+        raise ValueError("name the workflow, too, whose batches are to be taken back")
+    if model is not None:
+        return rollback.Model(workflow, model)
+    assert since is not None, "one of the three was given"
+    return rollback.Since(since, workflow)
+
+
+def roll_back(
+    ledger: Ledger,
+    registry: Registry,
+    which: rollback.Selection,
+    *,
+    actor: str,
+    reason: str,
+    trigger: Literal["person", "guard"],
+    run_id: str,
+    clock: Callable[[], datetime],
+    sleep: Callable[[float], None],
+    progress: Callable[[pushing.Progress], None] | None = None,
+) -> rollback.RollbackReport:
+    """Push the prior values of the chosen batches; of a model version, also block it and give its aliases back.
+
+    The model goes first: while values are being restored nobody should decide by it. Rerunnable until the report is
+    complete. Raises what ``delivery.rollback`` and the registry raise.
+    """
+    if isinstance(which, rollback.Model):
+        heir = registry.step_back(which.workflow, which.version, reason)
+        evidence = {"reason": reason, "trigger": trigger, "champion now": heir.number if heir else None}
+        known = [p for p in ledger.promotions(which.workflow) if p.version == which.version]
+        if not known or known[-1].action != "rolled back":
+            ledger.promotion(which.workflow, which.version, "rolled back", actor, evidence)
+    name = ledger.batch(which.batch_id).workflow if isinstance(which, rollback.Batch) else which.workflow
+    assert name is not None, "a selection names its workflow"
+    workflow = load(FOLDER / name)
+    connector = connect(workflow, clock)
+    try:
+        return rollback.roll_back(
+            ledger, lambda _: connector, which, actor=actor, reason=reason, trigger=trigger, run_id=run_id, clock=clock,
+            sleep=sleep, progress=progress, settings=_push_settings(workflow),
+        )  # fmt: skip
+    finally:
+        connector.close()
+
+
+def _push_settings(workflow: Workflow) -> pushing.PushSettings:
+    assert workflow.delivery is not None, "asked for workflows that deliver"
+    return workflow.delivery.push.model_copy(update={"four_eyes": workflow.delivery.approval.four_eyes})
+
+
+def lines(report: rollback.RollbackReport) -> list[str]:
+    """A rollback's report for a terminal or a log: what came back, and everything that did not, with the reason."""
+    told = []
+    for one in report.batches:
+        how = "was complete already" if one.already else "complete" if one.complete else "NOT complete: run it again"
+        told.append(f"{one.batch_id}: {how}; {one.restored} restored, {one.never_sent} had not been sent")
+        for title in ("conflicts", "not_reversible", "newer", "rejected", "partly", "open"):
+            for left in getattr(one, title):
+                told.append(f"  {title.replace('_', ' ')}: {left.entity}: {left.says}")
+    told += [f"{batch_id}: waits, a newer one comes first" for batch_id in report.waiting]
+    told += [f"{batch_id}: newer, not chosen, left as it is" for batch_id in report.newer]
+    return told or ["Nothing to take back."]
+
+
+def spend_findings(workflow: Workflow, ledger: Ledger, outcomes: pa.Table) -> dict[str, list[Finding]]:
+    """What the guard over spending finds in the outcomes of delivered decisions, by batch; money in micros."""
+    spec = workflow.delivery
+    found: dict[str, list[Finding]] = {}
+    if spec is None or spec.spend is None or not outcomes.num_rows:
+        return found
+    spent = outcomes.group_by(["batch_id", "arm"]).aggregate([(spec.spend, "sum")])
+    for batch_id in pc.unique(spent["batch_id"]).to_pylist():
+        rows = spent.filter(pc.equal(spent["batch_id"], batch_id)).to_pylist()
+        by_arm = {r["arm"]: round(r[f"{spec.spend}_sum"] * 1e6) for r in rows if r[f"{spec.spend}_sum"] is not None}
+        findings = guards.spend_over_pool(by_arm, ledger.batch(batch_id).pools, spec.guards)
+        if findings:
+            found[batch_id] = findings
+    return found
+
+
+def outcomes_of_decisions(workflow: Workflow, lake: Lake, ledger: Ledger, day: date) -> pa.Table:
+    """The outcomes that became known for the cut-off of ``day``, each beside the decision that it answers.
+
+    An outcome of the join ``entity_day`` answers the decision of its ``for_day``; one of ``entity`` answers the entity's
+    newest decision that had taken effect when it became known. Columns: decision_id, batch_id, decided_day, entity_id,
+    unit, arm, arm_probability, perturbation, before, after, state (of the delivery; null: nothing was to be sent),
+    standing (the value that stood downstream after it), then known_at and the outcome's own columns.
+    """
+    import duckdb
+
+    outcomes = lake.read(workflow.table("outcomes"), days=[day]) if lake.exists(workflow.table("outcomes")) else None
+    if outcomes is None or not outcomes.num_rows:
+        return _DECIDED.empty_table()
+    by_day = workflow.outcomes.join == "entity_day"
+    answered = set(pc.unique(outcomes["for_day"]).to_pylist()) if by_day else None
+    first = min(answered) if answered else day - timedelta(days=workflow.outcomes.lookback_days)
+    decided = _decided(workflow, ledger, first, day, answered)
+    join = "o.for_day = d.decided_day" if by_day else "d.decided_day < CAST(o.known_at AS DATE)"
+    newest = "" if by_day else "QUALIFY row_number() OVER (PARTITION BY entity_id ORDER BY decided_day DESC) = 1"
+    with duckdb.connect() as con:
+        con.execute("SET TimeZone = 'UTC'")
+        con.register("d", decided)
+        con.register("o", outcomes)
+        return con.sql(
+            f"SELECT d.*, o.* EXCLUDE (entity_id, for_day, day) FROM o JOIN d ON d.entity_id = o.entity_id AND {join} "
+            f"{newest} ORDER BY entity_id, decided_day"
+        ).to_arrow_table()
+
+
+_DECIDED = pa.schema(
+    {
+        "decision_id": pa.string(),
+        "batch_id": pa.string(),
+        "decided_day": pa.date32(),
+        "entity_id": pa.string(),
+        "unit": pa.string(),
+        "arm": pa.string(),
+        "arm_probability": pa.float64(),
+        "perturbation": pa.float64(),
+        "before": pa.int64(),
+        "after": pa.int64(),
+        "state": pa.string(),
+        "standing": pa.int64(),
+    }
+)
+
+
+def _decided(workflow: Workflow, ledger: Ledger, first: date, last: date, only: set[date] | None) -> pa.Table:
+    """The decisions of the batches that count for the days ``first``…``last``, with what came of sending them."""
+    newest: dict[date, BatchRow] = {}
+    for row in sorted(ledger.batches(workflow.name, since=first, kind="decision"), key=lambda b: b.sequence):
+        if row.day <= last and (only is None or row.day in only):
+            newest[row.day] = row
+    tables = []
+    for day, batch in sorted(newest.items()):
+        decided = ledger.decisions(batch.batch_id)
+        sent = {d.decision_id: d for d in ledger.deliveries(batch.batch_id)}
+        found = [sent.get(i) for i in decided["decision_id"].to_pylist()]
+        before = decided["before"].to_pylist()
+        added = {
+            "batch_id": [batch.batch_id] * len(found),
+            "decided_day": [day] * len(found),
+            "state": [d.state if d else None for d in found],
+            "standing": [
+                b if d is None or d.observed is None else d.observed for d, b in zip(found, before, strict=True)
+            ],
+        }
+        columns = [pa.array(added[f.name], f.type) if f.name in added else decided[f.name] for f in _DECIDED]
+        tables.append(pa.table(columns, schema=_DECIDED))
+    return pa.concat_tables(tables) if tables else _DECIDED.empty_table()
+
+
+def randomised(ledger: Ledger, workflow: str, day: date) -> dict[str, tuple[float, float]]:
+    """What exploring drew in the batch of ``day`` and really stands: entity → (multiplier, probability).
+
+    What a reporting export joins to the platform's rows, since the platform knows nothing of it.
+    """
+    try:
+        batch = batch_of(ledger, workflow, day)
+    except NothingToDeliver:
+        return {}
+    stands = {
+        d.decision_id for d in ledger.deliveries(batch.batch_id) if d.state == "ACKED" and d.sent in (None, d.after)
+    }
+    drawn = ledger.decisions(batch.batch_id).filter(pc.is_valid(pc.field("perturbation"))).to_pylist()
+    return {
+        r["entity_id"]: (r["perturbation"], r["perturbation_probability"])
+        for r in drawn
+        if r["decision_id"] in stands or not r["changed"]
+    }

@@ -1,0 +1,1419 @@
+"""The ledger: what was decided, sent, approved, promoted and taken back, and the proof that nobody changed it since.
+
+Belongs here: the record and its rules (one transaction, one writer, final is final). Does not: talking to a downstream system
+(``delivery.push``), who may approve (``delivery.approvals``), or judging outcomes. SQLite or PostgreSQL; each method is one
+transaction, safe from several threads and processes. Names of entities and people stand only in the table ``names``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import date, datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from sqlalchemy import Connection, Engine, Row, Table, and_, bindparam, delete, func, insert, select, text, update
+
+from delivery import chain, tables
+from delivery.database import (
+    Fenced,
+    LedgerError,
+    LedgerMismatch,
+    LedgerNewer,
+    LedgerUnavailable,
+    Unknown,
+    chunks,
+    engine_for,
+    insert_bulk,
+    is_sqlite,
+    migrate,
+    plainly,
+    reading,
+    select_bulk,
+    writing,
+)  # fmt: skip
+from delivery.leases import Busy, Holder, Lease
+from delivery.people import PEOPLE, People
+
+__all__ = [
+    "FINAL", "OPEN", "Acknowledged", "Approval", "Approver", "Attempt", "AttemptRow", "BatchRow", "Busy", "Conflict",
+    "Delivery", "Event", "Fenced", "Head", "Holder", "Lease", "Ledger", "LedgerError", "LedgerMismatch", "LedgerNewer",
+    "LedgerUnavailable", "NewBatch", "Promotion", "Result", "Rollback", "State", "Switch", "Unknown", "Verdict", "utc_now",
+]  # fmt: skip
+
+State = Literal[
+    "PENDING", "IN_FLIGHT", "ACKED", "REJECTED", "UNKNOWN", "CONFLICT", "OVERWRITTEN", "SKIPPED", "NOT_REVERSIBLE"
+]
+OPEN = frozenset({"PENDING", "IN_FLIGHT", "UNKNOWN"})
+"""States that a push still has to settle."""
+FINAL = frozenset({"ACKED", "REJECTED", "CONFLICT", "OVERWRITTEN", "SKIPPED", "NOT_REVERSIBLE"})
+"""States that stay, but for ACKED, of which an overwrite may be found later."""
+_CHAINED = {
+    "approval": tables.approvals,
+    "approver": tables.approvers,
+    "rollback": tables.rollbacks,
+    "switch": tables.switches,
+    "promotion": tables.promotions,
+}
+"""Kinds of event that a table repeats row by row."""
+_OWN = frozenset({*_CHAINED, "batch", "push begun", "push ended", "superseded", "forgotten", "retention"})
+_WORDS = frozenset({"reason", "secret_hash"})
+_JSON = frozenset({"evidence"})
+_GIVEN = (
+    "decision_id", "entity_id", "unit", "arm", "arm_probability", "perturbation", "perturbation_probability", "before",
+    "after", "changed", "review", "expected_gain", "reasons",
+)  # fmt: skip
+
+
+AnyRow: TypeAlias = "Row[*tuple[Any, ...]]"
+
+
+def utc_now() -> datetime:
+    """Now, as naive UTC."""
+    return datetime.now(timezone.utc).replace(tzinfo=None)  # noqa: UP017
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewBatch:
+    """A batch as it is handed to the ledger."""
+
+    batch_id: str
+    workflow: str
+    kind: Literal["decision", "rollback"]
+    day: date
+    digest: str
+    status: Literal["READY", "HELD", "REFUSED"]
+    step: str
+    as_of: datetime
+    """What was known by then; a later own write supersedes a decision's ``before``."""
+    decided_at: datetime
+    run_id: str
+    record: Mapping[str, Any]
+    findings: Sequence[Mapping[str, Any]] = ()
+    pools: Mapping[str, int] | None = None
+    """Arm → most that its entities may hold together; None: no pools."""
+    reverses: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRow(NewBatch):
+    """A batch as the ledger holds it."""
+
+    sequence: int
+    root: str
+    rows: int
+    changed: int
+    recorded_at: datetime
+    system: str | None
+    """Where it is delivered to, from the first opened push on."""
+    delivery: Literal["NONE", "OPEN", "COMPLETE"]
+    superseded_by: str | None
+    retired: bool
+    """Its rows were removed by the retention policy."""
+    counts: Mapping[str, int]
+    """Deliveries by state."""
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """One changed decision on its way; ``n`` is its row in the batch."""
+
+    batch_id: str
+    n: int
+    decision_id: str
+    entity: str | None
+    """None where the name was forgotten."""
+    arm: str | None
+    before: int | None
+    after: int | None
+    gain: float | None
+    state: State
+    target: str | None
+    expected: int | None
+    """What the push compared the downstream value with."""
+    sent: int | None
+    """What was really sent last; a replanned one differs from ``after``."""
+    prior: int | None
+    """What stood downstream just before our first write."""
+    observed: int | None
+    verified_at: datetime | None
+    attempts: int
+    repeats: int
+    says: str | None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One delivery about to be tried."""
+
+    n: int
+    value: int | None
+    expected: int | None
+    idempotency_key: str
+    started_at: datetime
+
+
+@dataclass(frozen=True)
+class AttemptRow:
+    """One try, as the ledger holds it; ``ended_at`` None: it is under way, or its process died."""
+
+    batch_id: str
+    n: int
+    attempt: int
+    value: int | None
+    expected: int | None
+    idempotency_key: str
+    started_at: datetime
+    ended_at: datetime | None
+    outcome: str | None
+    window_ms: float | None
+    says: str | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a delivery. None leaves what stands; ``prior`` is taken the first time only."""
+
+    n: int
+    state: State
+    target: str | None = None
+    expected: int | None = None
+    prior: int | None = None
+    sent: int | None = None
+    observed: int | None = None
+    verified_at: datetime | None = None
+    says: str | None = None
+    window_ms: float | None = None
+    """Between the read and the write, in milliseconds."""
+    outcome: str | None = None
+    ended_at: datetime | None = None
+    repeat: bool | int = False
+    """An equal write that may have been applied twice; a number counts several."""
+    found: int | None = None
+    """Somebody else's value, for CONFLICT and OVERWRITTEN, where it is not what was ``observed`` last."""
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """A delivery that met somebody else's value."""
+
+    batch_id: str
+    n: int
+    entity: str | None
+    state: str
+    expected: int | None
+    found: int | None
+    sent: int | None
+    at: datetime
+
+
+@dataclass(frozen=True)
+class Acknowledged:
+    """The last value of ours that a read-back proved."""
+
+    value: int
+    verified_at: datetime
+    batch_id: str
+
+
+@dataclass(frozen=True)
+class Approval:
+    """A person's yes to exactly one batch."""
+
+    batch_id: str
+    digest: str
+    approver: str | None
+    reason: str
+    at: datetime
+    expires_at: datetime
+
+
+@dataclass(frozen=True)
+class Approver:
+    """Who may approve."""
+
+    name: str
+    secret_hash: str = field(repr=False)
+    at: datetime
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A workflow stopped or let go on."""
+
+    workflow: str
+    stopped: bool
+    actor: str | None
+    reason: str
+    at: datetime
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """A model version moved."""
+
+    workflow: str
+    version: int | None
+    action: str
+    actor: str | None
+    evidence: Mapping[str, Any]
+    at: datetime
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """A rollback asked for, or complete."""
+
+    batch_id: str
+    action: Literal["asked", "complete"]
+    actor: str | None
+    reason: str
+    trigger: str
+    evidence: Mapping[str, Any]
+    at: datetime
+
+
+@dataclass(frozen=True)
+class Event:
+    """One link of the chain; names stand in ``body`` where they are not forgotten (then None)."""
+
+    seq: int
+    at: datetime
+    kind: str
+    body: Mapping[str, Any]
+    previous: str
+    hash: str
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last link of the chain. Kept elsewhere, it proves later that nothing was cut off."""
+
+    seq: int
+    hash: str
+
+    def export(self, path: Path | str) -> None:
+        """Write it to a file."""
+        Path(path).write_text(json.dumps(asdict(self)) + "\n")
+
+    @staticmethod
+    def read(path: Path | str) -> Head:
+        """The head in a file; raises LedgerError where there is none."""
+        try:
+            said = json.loads(Path(path).read_text())
+            return Head(int(said["seq"]), str(said["hash"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise LedgerError(f"{path} holds no head of a ledger ({type(error).__name__}): export one first") from None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What ``verify`` found; ``problems`` name the event, batch or row."""
+
+    ok: bool
+    events: int
+    batches: int
+    problems: list[str]
+    head: Head
+
+
+class Ledger:
+    """Open one with ``Ledger.open``; close it, or use it in a ``with``."""
+
+    def __init__(self, engine: Engine, people: People, clock: Callable[[], datetime]) -> None:
+        self.engine = engine
+        self.people = people
+        self.clock = clock
+
+    @staticmethod
+    @plainly
+    def open(url: str, *, key: bytes, clock: Callable[[], datetime] = utc_now) -> Ledger:
+        """Open the ledger at ``url`` (``sqlite:///path`` or ``postgresql://…``), making or migrating its tables.
+
+        ``key`` makes the digests of names; it must be the one that the ledger was made with. Raises LedgerNewer,
+        LedgerMismatch (another key), LedgerUnavailable.
+        """
+        ledger = Ledger(engine_for(url), People(key), clock)
+        try:
+            migrate(ledger.engine)
+            ledger._claim()
+        except BaseException:
+            ledger.close()
+            raise
+        return ledger
+
+    def _claim(self) -> None:
+        """The ledger belongs to the key that it was made with."""
+        mine = self.people.digest("ledger", "key")
+        found = select(tables.meta.c.value).where(tables.meta.c.name == "key")
+        with reading(self.engine) as connection:
+            stands = connection.execute(found).scalar()
+        if stands is None:
+            with writing(self.engine) as connection, connection.begin():
+                new = text("INSERT INTO meta (name, value) VALUES (:name, :value) ON CONFLICT DO NOTHING")
+                connection.execute(new, [{"name": "key", "value": mine}, {"name": "chain", "value": "lock"}])
+                stands = connection.execute(found).scalar()
+        if stands != mine:
+            raise LedgerMismatch(
+                "the ledger was made with another key: give the one in use then; digests cannot be remade"
+            )
+
+    def __repr__(self) -> str:
+        return f"Ledger({self.engine.url.render_as_string(hide_password=True)})"
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of connections."""
+        self.engine.dispose()
+
+    # --- chain and names
+
+    def _lock(self, connection: Connection) -> None:
+        """One appender at a time; SQLite has only one writer anyway."""
+        if not is_sqlite(connection):
+            connection.execute(select(tables.meta.c.value).where(tables.meta.c.name == "chain").with_for_update())
+
+    def _append(self, connection: Connection, kind: str, body: Mapping[str, Any], at: datetime | None = None) -> int:
+        """Add an event and return its number."""
+        self._lock(connection)
+        sealed, mapping = self.people.sealed(body)
+        self._remember(connection, mapping)
+        canonical = chain.canonical(sealed)
+        e = tables.events.c
+        last = connection.execute(select(e.seq, e.hash).order_by(e.seq.desc()).limit(1)).first()
+        seq, previous = (last.seq + 1, last.hash) if last else (1, chain.NOTHING)
+        at = at or self.clock()
+        connection.execute(
+            insert(tables.events),
+            {
+                "seq": seq, "at": at, "kind": kind, "body": canonical, "previous": previous,
+                "hash": chain.event_hash(previous, seq, at, kind, canonical),
+            },
+        )  # fmt: skip
+        return int(seq)
+
+    def _record(self, connection: Connection, kind: str, values: Mapping[str, Any]) -> int:
+        """Add an event and the row that repeats it."""
+        table = _CHAINED[kind]
+        seq = self._append(connection, kind, body_of(values, self.people), values["at"])
+        row = {k: self.people.digest(PEOPLE[k], v) if k in PEOPLE else v for k, v in values.items()}
+        row |= {k: chain.canonical(row[k]) for k in _JSON & row.keys()}
+        connection.execute(insert(table), {"seq": seq, **row})
+        return seq
+
+    def _remember(self, connection: Connection, mapping: Iterable[tuple[str, str, str]]) -> None:
+        rows = [{"digest": d, "kind": k, "name": n} for d, k, n in mapping]
+        if any("\0" in row["name"] for row in rows):
+            raise LedgerError("a name holds the character 0, which no database keeps: mend it where it comes from")
+        if rows:
+            statement = "INSERT INTO names (digest, kind, name) VALUES (:digest, :kind, :name) ON CONFLICT DO NOTHING"
+            connection.execute(text(statement), sorted(rows, key=lambda row: row["digest"]))
+
+    def _names(self, connection: Connection, digests: Iterable[str | None]) -> dict[str | None, str]:
+        known: dict[str | None, str] = {}
+        for some in chunks({d for d in digests if d}):
+            n = tables.names.c
+            found = connection.execute(select(n.digest, n.name).where(n.digest.in_(some)))
+            known |= {row.digest: row.name for row in found}
+        return known
+
+    @plainly
+    def note(self, kind: str, body: Mapping[str, Any]) -> int:
+        """Add an event of another kind (a guard's verdict, a failed proof of identity); returns its number.
+
+        Names belong under ``actor``, ``approver``, ``person`` or ``entity``: there they are kept as digests.
+        """
+        if kind in _OWN:
+            raise LedgerError(f"events of kind {kind!r} are the ledger's own: use the method that makes them")
+        with writing(self.engine) as connection, connection.begin():
+            return self._append(connection, kind, body)
+
+    @plainly
+    def events(self, kind: str | None = None, workflow: str | None = None) -> list[Event]:
+        """The chain's events, oldest first, of one kind or one workflow."""
+        query = select(tables.events).order_by(tables.events.c.seq)
+        if kind is not None:
+            query = query.where(tables.events.c.kind == kind)
+        with reading(self.engine) as connection:
+            rows = [(row, json.loads(row.body)) for row in connection.execute(query)]
+            rows = [(row, body) for row, body in rows if workflow is None or body.get("workflow") == workflow]
+            known = self._names(connection, (body.get(key) for _, body in rows for key in PEOPLE))
+        return [
+            Event(
+                row.seq, row.at, row.kind, {k: known.get(v) if k in PEOPLE else v for k, v in body.items()},
+                row.previous, row.hash,
+            )
+            for row, body in rows
+        ]  # fmt: skip
+
+    @plainly
+    def head(self) -> Head:
+        """The last link, to be kept elsewhere."""
+        e = tables.events.c
+        with reading(self.engine) as connection:
+            last = connection.execute(select(e.seq, e.hash).order_by(e.seq.desc()).limit(1)).first()
+        return Head(last.seq, last.hash) if last else Head(0, chain.NOTHING)
+
+    @plainly
+    def verify(self, *, head: Head | None = None) -> Verdict:
+        """Recompute everything; with a ``head`` exported earlier, also that nothing was cut off since."""
+        from delivery import verify
+
+        with reading(self.engine) as connection, connection.begin():
+            problems, events, batches, now = verify.examine(connection, self.people, head)
+        return Verdict(not problems, events, batches, problems, now)
+
+    # --- batches
+
+    @plainly
+    def record_batch(self, new: NewBatch, decisions: pa.Table) -> BatchRow:
+        """Record a batch, its decisions and a PENDING delivery for each changed one, in one transaction.
+
+        The same batch again changes nothing and returns the row; the same id with another content raises LedgerMismatch.
+        ``decisions``: the columns that the stage writes, entities and ids unique.
+        """
+        stored, mapping = self._stored(new, decisions)
+        root = chain.merkle_root(chain.leaf_hashes(stored))
+        changed = pc.sum(stored["changed"]).as_py() or 0
+        b = tables.batches.c
+        with writing(self.engine) as connection, connection.begin():
+            self._lock(connection)
+            row = connection.execute(select(tables.batches).where(b.batch_id == new.batch_id)).first()
+            if row is None:
+                last = connection.execute(select(func.max(b.sequence))).scalar() or 0
+                self._insert_batch(connection, new, last + 1, root, stored, mapping, changed)
+            elif (row.digest, row.root) != (new.digest, root):
+                raise LedgerMismatch(
+                    f"batch {new.batch_id} stands in the ledger with another content: a batch is recorded once; "
+                    "decide again under a new id"
+                )
+            return self._batch(connection, new.batch_id)
+
+    def _stored(self, new: NewBatch, decisions: pa.Table) -> tuple[pa.Table, pa.Table]:
+        """The rows as the database keeps them (all but ``sequence``), and the names that they mention."""
+        where = f"batch {new.batch_id}"
+        absent = [c for c in _GIVEN if c not in decisions.column_names]
+        if absent:
+            raise LedgerError(f"{where}: the decisions lack the columns {', '.join(absent)}")
+        size = decisions.num_rows
+        given = {c: decisions[c].combine_chunks() for c in _GIVEN}
+        for column in ("decision_id", "entity_id"):
+            values = given[column] = pc.cast(given[column], pa.string())
+            if values.null_count or pc.count_distinct(values).as_py() != size:
+                raise LedgerError(f"{where}: {column} must be there and differ in every row")
+        for column in ("decision_id", "entity_id", "unit", "arm"):
+            if pc.any(pc.match_substring(pc.cast(given[column], pa.string()), "\0")).as_py():
+                raise LedgerError(f"{where}: {column} holds the character 0, which no database keeps")
+        both = pa.chunked_array([given["entity_id"], pc.cast(given["unit"], pa.string())]).combine_chunks()
+        coded = both.dictionary_encode()
+        words = coded.dictionary.to_pylist()
+        digests = pa.array(self.people.digests("entity", words), pa.string())
+        of_rows = digests.take(coded.indices)
+
+        def real(column: str) -> Any:
+            values = pc.cast(given[column], pa.float64())
+            # Neither database keeps NaN from null or -0.0 from 0.0 in the same way: settled before hashing.
+            return pc.add(pc.if_else(pc.is_nan(values), None, values), 0.0)
+
+        stored = pa.table(
+            {
+                "n": _numbers(size),
+                "decision_id": given["decision_id"],
+                "entity": of_rows.slice(0, size),
+                "unit": of_rows.slice(size),
+                "arm": pc.cast(given["arm"], pa.string()),
+                "arm_probability": real("arm_probability"),
+                "perturbation": real("perturbation"),
+                "perturbation_probability": real("perturbation_probability"),
+                "before": pc.cast(given["before"], pa.int64()),
+                "after": pc.cast(given["after"], pa.int64()),
+                "changed": pc.fill_null(pc.cast(given["changed"], pa.int64()), 0),
+                "review": pc.cast(given["review"], pa.int64()),
+                "expected_gain": real("expected_gain"),
+                "reasons": _as_json(given["reasons"]),
+            }
+        )
+        mapping = pa.table({"digest": digests, "kind": pa.array(["entity"] * len(words), pa.string()), "name": words})
+        # In the order of the key: neighbours in the table are written together.
+        return stored, mapping.sort_by("digest")
+
+    def _insert_batch(
+        self,
+        connection: Connection,
+        new: NewBatch,
+        sequence: int,
+        root: str,
+        stored: pa.Table,
+        mapping: pa.Table,
+        changed: int,
+    ) -> None:
+        now = self.clock()
+        values = {
+            "batch_id": new.batch_id, "workflow": new.workflow, "kind": new.kind, "day": new.day, "digest": new.digest,
+            "status": new.status, "step": new.step, "as_of": new.as_of, "decided_at": new.decided_at, "run_id": new.run_id,
+            "record": chain.canonical(new.record), "findings": chain.canonical(list(new.findings)),
+            "pools": None if new.pools is None else json.dumps(dict(new.pools), sort_keys=True),
+            "reverses": new.reverses, "sequence": sequence, "root": root, "rows": stored.num_rows, "changed": changed,
+            "recorded_at": now,
+        }  # fmt: skip
+        seq = self._append(connection, "batch", batch_body(values, self.people), now)
+        connection.execute(
+            insert(tables.batches), {**values, "seq": seq, "delivery": "NONE", "retired": False}
+        )  # fmt: skip
+        insert_bulk(connection, tables.names, mapping, ignore_known=True)
+        numbers = pa.array([sequence] * stored.num_rows, pa.int64())
+        insert_bulk(connection, tables.decisions, stored.add_column(0, "sequence", numbers))
+        connection.exec_driver_sql(
+            "INSERT INTO deliveries (sequence, n, state, attempts, repeats) "
+            f"SELECT sequence, n, 'PENDING', 0, 0 FROM decisions WHERE sequence = {int(sequence)} AND changed <> 0"
+        )
+
+    def _batch(self, connection: Connection, batch_id: str) -> BatchRow:
+        row = self._find(connection, batch_id)
+        return self._rows(connection, [row])[0]
+
+    def _find(self, connection: Connection, batch_id: str) -> AnyRow:
+        row = connection.execute(select(tables.batches).where(tables.batches.c.batch_id == batch_id)).first()
+        if row is None:
+            raise Unknown(f"the ledger holds no batch {batch_id!r}: `signalbox batches` lists them")
+        return row
+
+    def _rows(self, connection: Connection, rows: Sequence[AnyRow]) -> list[BatchRow]:
+        d = tables.deliveries.c
+        counted: dict[int, dict[str, int]] = {}
+        for some in chunks(row.sequence for row in rows if row.counts is None and row.delivery == "OPEN"):
+            query = select(d.sequence, d.state, func.count()).where(d.sequence.in_(some)).group_by(d.sequence, d.state)
+            for sequence, state, count in connection.execute(query):
+                counted.setdefault(sequence, {})[state] = count
+        out = []
+        for row in rows:
+            own = {k: v for k, v in row._mapping.items() if k != "seq"}
+            own |= {"record": json.loads(row.record), "findings": json.loads(row.findings)}
+            own["pools"] = None if row.pools is None else json.loads(row.pools)
+            if row.counts is not None:
+                own["counts"] = json.loads(row.counts)
+            elif row.delivery == "OPEN":
+                own["counts"] = counted.get(row.sequence, {})
+            else:
+                own["counts"] = {"PENDING": row.changed} if row.changed else {}
+            out.append(BatchRow(**own))
+        return out
+
+    @plainly
+    def batch(self, batch_id: str) -> BatchRow:
+        """One batch; raises Unknown."""
+        with reading(self.engine) as connection, connection.begin():
+            return self._batch(connection, batch_id)
+
+    @plainly
+    def batches(
+        self,
+        workflow: str | None = None,
+        *,
+        since: date | None = None,
+        model_version: int | None = None,
+        kind: str | None = None,
+    ) -> list[BatchRow]:
+        """Batches in the order in which they were recorded; ``since``: of that day or later."""
+        b = tables.batches.c
+        query = select(tables.batches).order_by(b.sequence)
+        if workflow is not None:
+            query = query.where(b.workflow == workflow)
+        if since is not None:
+            query = query.where(b.day >= since)
+        if kind is not None:
+            query = query.where(b.kind == kind)
+        with reading(self.engine) as connection, connection.begin():
+            rows = self._rows(connection, connection.execute(query).all())
+        return [
+            row for row in rows if model_version is None or str(row.record.get("model_version")) == str(model_version)
+        ]
+
+    @plainly
+    def decisions(self, batch_id: str, entities: Sequence[str] | None = None) -> pa.Table:
+        """A batch's decisions in their order, columns as they were given and ``n``; names that were forgotten are null."""
+        with reading(self.engine) as connection, connection.begin():
+            sequence = self._find(connection, batch_id).sequence
+            if entities is None:
+                return self._decisions(connection, "d.sequence = ?", [sequence])
+            parts = []
+            for some in chunks(self.people.digests("entity", dict.fromkeys(entities))):
+                where = f"d.sequence = ? AND d.entity IN ({', '.join('?' * len(some))})"
+                parts.append(self._decisions(connection, where, [sequence, *some]))
+        if not parts:
+            return self._decisions_empty()
+        return pa.concat_tables(parts).sort_by("n")
+
+    def _decisions(self, connection: Connection, where: str, values: Sequence[Any]) -> pa.Table:
+        raw = select_bulk(
+            connection,
+            "SELECT d.decision_id, e.name, u.name, d.arm, d.arm_probability, d.perturbation, d.perturbation_probability,"
+            ' d."before", d."after", d.changed, d.review, d.expected_gain, d.reasons, d.n FROM decisions d'
+            " LEFT JOIN names e ON e.digest = d.entity LEFT JOIN names u ON u.digest = d.unit"
+            f" WHERE {where} ORDER BY d.n",
+            values,
+            _RAW,
+        )
+        coded = raw["reasons"].combine_chunks().dictionary_encode()
+        known = pa.array([json.loads(said) for said in coded.dictionary.to_pylist()], pa.list_(pa.string()))
+        columns = {f.name: raw[f.name] for f in _RAW}
+        columns["changed"] = pc.cast(raw["changed"], pa.bool_())
+        columns["review"] = pc.cast(raw["review"], pa.bool_())
+        columns["reasons"] = known.take(coded.indices)
+        return pa.table(columns)
+
+    def _decisions_empty(self) -> pa.Table:
+        kinds = {"changed": pa.bool_(), "review": pa.bool_(), "reasons": pa.list_(pa.string())}
+        return pa.schema([(f.name, kinds.get(f.name, f.type)) for f in _RAW]).empty_table()
+
+    @plainly
+    def decision(self, decision_id: str) -> dict[str, Any]:
+        """One decision's row and, as ``batch``, its BatchRow; raises Unknown."""
+        with reading(self.engine) as connection, connection.begin():
+            at = self._at(connection, decision_id)
+            row: dict[str, Any] = self._decisions(
+                connection, "d.sequence = ? AND d.n = ?", [at.sequence, at.n]
+            ).to_pylist()[0]
+            found = connection.execute(select(tables.batches).where(tables.batches.c.sequence == at.sequence)).one()
+            row["batch"] = self._rows(connection, [found])[0]
+        return row
+
+    def _at(self, connection: Connection, decision_id: str) -> AnyRow:
+        d = tables.decisions.c
+        query = select(d.sequence, d.n).where(d.decision_id == decision_id).order_by(d.sequence.desc()).limit(1)
+        at = connection.execute(query).first()
+        if at is None:
+            raise Unknown(f"the ledger holds no decision {decision_id!r}: `signalbox decisions` lists them")
+        return at
+
+    # --- deliveries
+
+    @plainly
+    def deliveries(self, batch_id: str, states: Collection[str] | None = None) -> list[Delivery]:
+        """A batch's deliveries in the order of its decisions, those in ``states`` only where given."""
+        d = tables.deliveries.c
+        with reading(self.engine) as connection, connection.begin():
+            where = [d.sequence == self._find(connection, batch_id).sequence]
+            if states is not None:
+                where.append(d.state.in_(list(states)))
+            return self._deliveries(connection, where)
+
+    @plainly
+    def deliveries_of(self, decision_id: str) -> list[Delivery]:
+        """The delivery of a decision, as a list: empty where nothing was to be changed; raises Unknown."""
+        d = tables.deliveries.c
+        with reading(self.engine) as connection, connection.begin():
+            at = self._at(connection, decision_id)
+            return self._deliveries(connection, [d.sequence == at.sequence, d.n == at.n])
+
+    def _deliveries(self, connection: Connection, where: Sequence[Any]) -> list[Delivery]:
+        d, c, b = tables.deliveries, tables.decisions, tables.batches
+        entity, target = tables.names.alias("e"), tables.names.alias("t")
+        query = (
+            select(
+                b.c.batch_id, d.c.n, c.c.decision_id, entity.c.name, c.c.arm, c.c.before, c.c.after, c.c.expected_gain,
+                d.c.state, target.c.name, d.c.expected, d.c.sent, d.c.prior, d.c.observed, d.c.verified_at, d.c.attempts,
+                d.c.repeats, d.c.says,
+            )
+            .select_from(
+                d.join(c, and_(c.c.sequence == d.c.sequence, c.c.n == d.c.n))
+                .join(b, b.c.sequence == d.c.sequence)
+                .outerjoin(entity, entity.c.digest == c.c.entity)
+                .outerjoin(target, target.c.digest == d.c.target)
+            )
+            .where(*where)
+            .order_by(d.c.sequence, d.c.n)
+        )  # fmt: skip
+        return [Delivery(*_cells(row)) for row in connection.execute(query)]
+
+    @plainly
+    def attempts(self, batch_id: str, n: int | None = None) -> list[AttemptRow]:
+        """What was tried, of a whole batch or of one delivery, in order."""
+        a = tables.attempts.c
+        with reading(self.engine) as connection, connection.begin():
+            query = select(
+                a.n, a.attempt, a.value, a.expected, a.idempotency_key, a.started_at, a.ended_at, a.outcome, a.window_ms,
+                a.says,
+            ).where(a.sequence == self._find(connection, batch_id).sequence)  # fmt: skip
+            if n is not None:
+                query = query.where(a.n == n)
+            return [AttemptRow(batch_id, *_cells(row)) for row in connection.execute(query.order_by(a.n, a.attempt))]
+
+    @plainly
+    def conflicts(self, batch_id: str) -> list[Conflict]:
+        """Deliveries of a batch that met, or replaced, somebody else's value."""
+        k, c, e = tables.conflicts, tables.decisions, tables.names
+        with reading(self.engine) as connection, connection.begin():
+            query = (
+                select(k.c.n, e.c.name, k.c.state, k.c.expected, k.c.found, k.c.sent, k.c.at)
+                .select_from(
+                    k.join(c, and_(c.c.sequence == k.c.sequence, c.c.n == k.c.n)).outerjoin(e, e.c.digest == c.c.entity)
+                )
+                .where(k.c.sequence == self._find(connection, batch_id).sequence)
+                .order_by(k.c.n)
+            )
+            return [Conflict(batch_id, *_cells(row)) for row in connection.execute(query)]
+
+    def _held(self, connection: Connection, lease: Lease) -> None:
+        """The fence: the lease is still ours, and stays so until this transaction ends."""
+        row = connection.execute(
+            select(tables.leases).where(tables.leases.c.system == lease.system).with_for_update()
+        ).first()
+        if row is None or not row.held or row.fence != lease.fence:
+            now = "nobody" if row is None or not row.held else str(Holder(row.host, row.pid, row.started))
+            raise Fenced(
+                f"the lease {lease.fence} of {lease.system} is no longer ours ({now} holds it): nothing was written"
+            )
+
+    def _pushing(self, connection: Connection, lease: Lease, batch_id: str) -> AnyRow:
+        """The batch, where its push over this lease's system is open."""
+        self._held(connection, lease)
+        row = self._find(connection, batch_id)
+        if row.delivery != "OPEN":
+            why = "complete: it cannot be changed" if row.delivery == "COMPLETE" else "not open: open_push comes first"
+            raise LedgerError(f"the push of batch {batch_id} is {why}")
+        if row.system != lease.system:
+            raise LedgerMismatch(
+                f"batch {batch_id} is delivered to {row.system}, and the lease is one of {lease.system}"
+            )
+        return row
+
+    def _states(self, connection: Connection, row: AnyRow, numbers: Sequence[int]) -> dict[int, AnyRow]:
+        d, c = tables.deliveries, tables.decisions
+        if len(set(numbers)) != len(numbers):
+            raise LedgerError(f"batch {row.batch_id}: a delivery is named twice in one call")
+        found: dict[int, AnyRow] = {}
+        for some in chunks(numbers):
+            query = (
+                select(d, c.c.entity)
+                .select_from(d.join(c, and_(c.c.sequence == d.c.sequence, c.c.n == d.c.n)))
+                .where(d.c.sequence == row.sequence, d.c.n.in_(some))
+            )
+            found |= {r.n: r for r in connection.execute(query)}
+        absent = set(numbers) - found.keys()
+        if absent:
+            raise Unknown(f"batch {row.batch_id} has no delivery {min(absent)}")
+        return found
+
+    @plainly
+    def begin(self, lease: Lease, batch_id: str, attempts: Sequence[Attempt]) -> None:
+        """Note that these are about to be tried, before anything is sent: IN_FLIGHT, with an attempt row each.
+
+        An attempt that is still open from a process that died ends as ``unknown``. Raises Fenced; LedgerError for a
+        delivery in a final state.
+        """
+        if not attempts:
+            return
+        a, d = tables.attempts, tables.deliveries
+        with writing(self.engine) as connection, connection.begin():
+            row = self._pushing(connection, lease, batch_id)
+            found = self._states(connection, row, [one.n for one in attempts])
+            for one in attempts:
+                if found[one.n].state not in OPEN:
+                    raise LedgerError(
+                        f"batch {batch_id}: delivery {one.n} is {found[one.n].state} and is not sent again"
+                    )
+            again = [{"s": row.sequence, "k": o.n, "e": o.started_at} for o in attempts if found[o.n].attempts]
+            if again:
+                mine = and_(a.c.sequence == bindparam("s"), a.c.n == bindparam("k"), a.c.ended_at.is_(None))
+                connection.execute(update(a).where(mine).values(ended_at=bindparam("e"), outcome="unknown"), again)
+            connection.execute(
+                insert(a),
+                [
+                    {
+                        "sequence": row.sequence, "n": one.n, "attempt": found[one.n].attempts + 1, "value": one.value,
+                        "expected": one.expected, "idempotency_key": one.idempotency_key, "started_at": one.started_at,
+                    }
+                    for one in attempts
+                ],
+            )  # fmt: skip
+            connection.execute(
+                update(d)
+                .where(d.c.sequence == row.sequence, d.c.n == bindparam("k"))
+                .values(state="IN_FLIGHT", expected=bindparam("x"), attempts=d.c.attempts + 1),
+                [{"k": one.n, "x": one.expected} for one in attempts],
+            )
+
+    @plainly
+    def settle(self, lease: Lease, batch_id: str, results: Sequence[Result]) -> None:
+        """Write down what became of these: deliveries, their open attempts, acknowledged values and conflicts.
+
+        Raises Fenced; LedgerError where a final state would change (only ACKED may become OVERWRITTEN).
+        """
+        if not results:
+            return
+        with writing(self.engine) as connection, connection.begin():
+            row = self._pushing(connection, lease, batch_id)
+            found = self._states(connection, row, [one.n for one in results])
+            for one in results:
+                was = found[one.n].state
+                if one.state not in OPEN | FINAL:
+                    raise LedgerError(f"batch {batch_id}: delivery {one.n}: there is no state {one.state!r}")
+                if was in FINAL and one.state != was and (was, one.state) != ("ACKED", "OVERWRITTEN"):
+                    raise LedgerError(
+                        f"batch {batch_id}: delivery {one.n} is {was}, which stays: it cannot become {one.state}"
+                    )
+                if one.state == "ACKED" and (one.observed is None or one.verified_at is None):
+                    raise LedgerError(
+                        f"batch {batch_id}: delivery {one.n}: ACKED needs what the read-back showed, and when"
+                    )
+            self._settle(connection, lease, row, found, results)
+
+    def _settle(
+        self, connection: Connection, lease: Lease, row: AnyRow, found: Mapping[int, AnyRow], results: Sequence[Result]
+    ) -> None:
+        now = self.clock()
+        targets = {one.target: self.people.digest("target", one.target) for one in results if one.target is not None}
+        self._remember(connection, ((d, "target", t) for t, d in targets.items()))
+        changes, ended, proved, met = [], [], [], []
+        for one in results:
+            was = found[one.n]
+            said = self.people.text(one.says)
+            new = {
+                "k": one.n, "state": one.state, "target": _or(targets.get(one.target or ""), was.target),
+                "expected": _or(one.expected, was.expected), "sent": _or(one.sent, was.sent),
+                "prior": _or(was.prior, one.prior), "observed": _or(one.observed, was.observed),
+                "verified_at": _or(one.verified_at, was.verified_at), "repeats": was.repeats + int(one.repeat),
+                "says": one.says, "says_digest": said,
+            }  # fmt: skip
+            changes.append(new)
+            if was.attempts:
+                ended.append(
+                    {
+                        "k": one.n, "t": was.attempts, "e": one.ended_at or now, "o": one.outcome, "w": one.window_ms,
+                        "y": one.says, "g": said,
+                    }
+                )  # fmt: skip
+            ours = one.verified_at is not None and one.observed is not None and one.observed == new["sent"]
+            if one.state == "ACKED" or (one.state == "OVERWRITTEN" and ours):
+                proved.append(
+                    {
+                        "system": lease.system, "entity": was.entity, "target": new["target"], "value": new["observed"],
+                        "verified_at": new["verified_at"], "sequence": row.sequence, "n": one.n,
+                    }
+                )  # fmt: skip
+            if one.state in ("CONFLICT", "OVERWRITTEN"):
+                met.append(
+                    {
+                        "sequence": row.sequence, "n": one.n, "state": one.state, "expected": new["expected"],
+                        "found": _or(one.found, new["observed"]), "sent": new["sent"], "at": one.ended_at or now,
+                    }
+                )  # fmt: skip
+        d, a = tables.deliveries, tables.attempts
+        names = [k for k in changes[0] if k != "k"]
+        connection.execute(
+            update(d)
+            .where(d.c.sequence == row.sequence, d.c.n == bindparam("k"))
+            .values({name: bindparam(f"v_{name}") for name in names}),
+            [{"k": c["k"], **{f"v_{name}": c[name] for name in names}} for c in changes],
+        )
+        if ended:
+            connection.execute(
+                update(a)
+                .where(
+                    a.c.sequence == row.sequence, a.c.n == bindparam("k"), a.c.attempt == bindparam("t"), a.c.ended_at.is_(None)
+                )
+                .values(
+                    ended_at=bindparam("e"), outcome=bindparam("o"), window_ms=bindparam("w"), says=bindparam("y"),
+                    says_digest=bindparam("g"),
+                ),
+                ended,
+            )  # fmt: skip
+        if proved:
+            connection.execute(_ACKNOWLEDGE, proved)
+        if met:
+            connection.execute(delete(tables.conflicts).where(
+                tables.conflicts.c.sequence == row.sequence, tables.conflicts.c.n == bindparam("k")
+            ), [{"k": one["n"]} for one in met])  # fmt: skip
+            connection.execute(insert(tables.conflicts), met)
+
+    @plainly
+    def acknowledged(self, system: str, entities: Sequence[str]) -> dict[str, Acknowledged]:
+        """The last proven value of ours for each entity that has one, also where it was sent for another entity of the
+        same target."""
+        k, b = tables.acknowledged, tables.batches
+        other = k.alias("o")
+        by_digest = dict(zip(self.people.digests("entity", entities), entities, strict=True))
+        found: dict[str, tuple[tuple[datetime, int], Acknowledged]] = {}
+        with reading(self.engine) as connection, connection.begin():
+            for some in chunks(by_digest):
+                query = (
+                    select(k.c.entity, other.c.value, other.c.verified_at, other.c.sequence, b.c.batch_id)
+                    .select_from(
+                        k.join(
+                            other,
+                            and_(
+                                other.c.system == k.c.system,
+                                (other.c.target == k.c.target) | (other.c.entity == k.c.entity),
+                            ),
+                        ).join(b, b.c.sequence == other.c.sequence)
+                    )
+                    .where(k.c.system == system, k.c.entity.in_(some))
+                )
+                for digest, value, verified_at, sequence, batch_id in connection.execute(query):
+                    name, order = by_digest[digest], (verified_at, sequence)
+                    if name not in found or order > found[name][0]:
+                        found[name] = (order, Acknowledged(value, verified_at, batch_id))
+        return {name: one for name, (_, one) in found.items()}
+
+    @plainly
+    def open_push(self, lease: Lease, batch_id: str) -> None:
+        """Note that a push begins, or goes on; raises Fenced, and LedgerError where the batch is refused or complete."""
+        with writing(self.engine) as connection, connection.begin():
+            self._held(connection, lease)
+            self._lock(connection)
+            row = self._find(connection, batch_id)
+            if row.status == "REFUSED" or row.delivery == "COMPLETE":
+                what = "refused" if row.status == "REFUSED" else "already delivered"
+                raise LedgerError(f"batch {batch_id} is {what}: there is nothing to push")
+            if row.system not in (None, lease.system):
+                raise LedgerMismatch(
+                    f"batch {batch_id} is delivered to {row.system}, and the lease is one of {lease.system}"
+                )
+            body = {"batch_id": batch_id, "workflow": row.workflow, "system": lease.system, "fence": lease.fence}
+            self._append(connection, "push begun", body)
+            b = tables.batches
+            connection.execute(
+                update(b).where(b.c.sequence == row.sequence).values(delivery="OPEN", system=lease.system, counts=None)
+            )
+
+    @plainly
+    def close_push(self, lease: Lease, batch_id: str, complete: bool) -> None:
+        """Note that a push ends, with a root over what it left; ``complete`` seals the batch for good.
+
+        Raises Fenced; LedgerError where ``complete`` and a delivery is still open. Nothing happens to a sealed batch.
+        """
+        with writing(self.engine) as connection, connection.begin():
+            self._held(connection, lease)
+            self._lock(connection)
+            if self._find(connection, batch_id).delivery == "COMPLETE":
+                return
+            row = self._pushing(connection, lease, batch_id)
+            self._seal(connection, lease, row, complete)
+
+    def _seal(self, connection: Connection, lease: Lease, row: AnyRow, complete: bool) -> None:
+        d, b = tables.deliveries.c, tables.batches
+        query = select(d.state, func.count()).where(d.sequence == row.sequence).group_by(d.state)
+        counts = {state: count for state, count in connection.execute(query)}
+        left = sum(counts.get(state, 0) for state in OPEN)
+        if complete and left:
+            raise LedgerError(f"batch {row.batch_id} is not complete: {left} deliveries are still open")
+        body = {
+            "batch_id": row.batch_id, "workflow": row.workflow, "system": lease.system, "fence": lease.fence,
+            "complete": complete, "counts": counts, **roots(connection, row.sequence),
+        }  # fmt: skip
+        self._append(connection, "push ended", body)
+        if complete:
+            connection.execute(
+                update(b)
+                .where(b.c.sequence == row.sequence)
+                .values(delivery="COMPLETE", system=lease.system, counts=chain.canonical(counts))
+            )
+
+    @plainly
+    def supersede(self, lease: Lease, older_batch_ids: Sequence[str], by: str) -> None:
+        """Skip what is still PENDING of older batches; one with nothing open left is sealed. Raises Fenced."""
+        d, b = tables.deliveries, tables.batches
+        with writing(self.engine) as connection, connection.begin():
+            self._held(connection, lease)
+            self._lock(connection)
+            self._find(connection, by)
+            says = f"superseded by {by}"
+            for batch_id in older_batch_ids:
+                row = self._find(connection, batch_id)
+                if row.delivery == "COMPLETE" or batch_id == by:
+                    continue
+                if row.system not in (None, lease.system):
+                    raise LedgerMismatch(
+                        f"batch {batch_id} is delivered to {row.system}, the lease is one of {lease.system}"
+                    )
+                skipped = connection.execute(
+                    update(d)
+                    .where(d.c.sequence == row.sequence, d.c.state == "PENDING")
+                    .values(state="SKIPPED", says=says, says_digest=self.people.text(says))
+                ).rowcount
+                body = {"batch_id": batch_id, "workflow": row.workflow, "system": lease.system, "fence": lease.fence}
+                self._append(connection, "superseded", {**body, "by": by, "skipped": skipped})
+                connection.execute(
+                    update(b)
+                    .where(b.c.sequence == row.sequence)
+                    .values(superseded_by=by, delivery="OPEN", system=lease.system, counts=None)
+                )
+                open_left = connection.execute(
+                    select(func.count()).where(d.c.sequence == row.sequence, d.c.state.in_(OPEN))
+                ).scalar()
+                self._seal(connection, lease, row, complete=not open_left)
+
+    # --- leases
+
+    @plainly
+    def lease(self, system: str, holder: Holder | None = None, ttl_s: float = 60.0) -> Lease:
+        """The right to write to ``system`` for ``ttl_s`` seconds; raises Busy.
+
+        Granted where it is free, or its holder is a process of this host that is gone, or, for another host's, where it
+        has expired. A process that lives on this host keeps it, whatever the clock says.
+        """
+        holder = holder or Holder.here()
+        table = tables.leases
+        now = self.clock()
+        expires_at = now + timedelta(seconds=ttl_s)
+        with writing(self.engine) as connection, connection.begin():
+            connection.execute(
+                text(
+                    "INSERT INTO leases (system, fence, held, host, pid, started, expires_at) "
+                    "VALUES (:system, 0, :held, '', 0, '', :now) ON CONFLICT DO NOTHING"
+                ).bindparams(
+                    bindparam("now", type_=table.c.expires_at.type), bindparam("held", type_=table.c.held.type)
+                ),
+                {"system": system, "held": False, "now": now},
+            )
+            row = connection.execute(select(table).where(table.c.system == system).with_for_update()).one()
+            if row.held:
+                other = Holder(row.host, row.pid, row.started)
+                here = other.host == Holder.here().host
+                if not (other.is_dead() if here else row.expires_at <= now):
+                    raise Busy(system, other, row.expires_at)
+            fence = row.fence + 1
+            connection.execute(
+                update(table).where(table.c.system == system).values(
+                    fence=fence, held=True, host=holder.host, pid=holder.pid, started=holder.started, expires_at=expires_at
+                )
+            )  # fmt: skip
+        return Lease(system, fence, holder, expires_at)
+
+    @plainly
+    def renew(self, lease: Lease, ttl_s: float = 60.0) -> Lease:
+        """The same lease for another ``ttl_s`` seconds from now; raises Fenced."""
+        expires_at = self.clock() + timedelta(seconds=ttl_s)
+        table = tables.leases
+        with writing(self.engine) as connection, connection.begin():
+            self._held(connection, lease)
+            connection.execute(update(table).where(table.c.system == lease.system).values(expires_at=expires_at))
+        return replace(lease, expires_at=expires_at)
+
+    @plainly
+    def release(self, lease: Lease) -> None:
+        """Give the lease back; nothing happens where it is somebody else's by now."""
+        table = tables.leases
+        mine = and_(table.c.system == lease.system, table.c.fence == lease.fence)
+        with writing(self.engine) as connection, connection.begin():
+            connection.execute(update(table).where(mine).values(held=False))
+
+    # --- people: approvals, switches, promotions, rollbacks
+
+    @plainly
+    def approve(
+        self, batch_id: str, digest: str, approver: str, reason: str, at: datetime, expires_at: datetime
+    ) -> Approval:
+        """Record an approval of exactly this content; raises LedgerMismatch where the batch has another digest.
+
+        Who ``approver`` is must have been proved before (``delivery.approvals``).
+        """
+        with writing(self.engine) as connection, connection.begin():
+            if self._find(connection, batch_id).digest != digest:
+                raise LedgerMismatch(f"batch {batch_id} has another content than the one approved: look at it again")
+            values = {"batch_id": batch_id, "digest": digest, "approver": approver, "reason": reason, "at": at}
+            self._record(connection, "approval", {**values, "expires_at": expires_at})
+        return Approval(batch_id, digest, approver, reason, at, expires_at)
+
+    @plainly
+    def approvals(self, batch_id: str) -> list[Approval]:
+        """Approvals of a batch, oldest first; whether they count is for ``delivery.approvals`` to say."""
+        a = tables.approvals
+        return [
+            Approval(*row) for row in self._people(
+                a, [a.c.batch_id, a.c.digest, a.c.approver, a.c.reason, a.c.at, a.c.expires_at], a.c.batch_id == batch_id
+            )
+        ]  # fmt: skip
+
+    def _people(self, table: Table, columns: Sequence[Any], where: Any = None) -> list[list[Any]]:
+        """Rows of a chained table, oldest first, with names for digests and values for JSON."""
+        query = select(*columns).order_by(table.c.seq)
+        if where is not None:
+            query = query.where(where)
+        with reading(self.engine) as connection, connection.begin():
+            rows = connection.execute(query).all()
+            known = self._names(connection, (getattr(row, c.name) for row in rows for c in columns if c.name in PEOPLE))
+        return [
+            [
+                known.get(value) if c.name in PEOPLE else json.loads(value) if c.name in _JSON else value
+                for c, value in zip(columns, row, strict=True)
+            ]
+            for row in rows
+        ]
+
+    @plainly
+    def set_approver(self, name: str, secret_hash: str) -> None:
+        """Enrol an approver or replace the secret; only its hash is given, and the one before it is erased."""
+        self._approver(name, True, secret_hash)
+
+    @plainly
+    def revoke_approver(self, name: str) -> None:
+        """An approver no more; raises Unknown where there is none of that name."""
+        if name not in {one.name for one in self.approvers()}:
+            raise Unknown(f"there is no approver {name!r}")
+        self._approver(name, False, None)
+
+    def _approver(self, name: str, active: bool, secret_hash: str | None) -> None:
+        with writing(self.engine) as connection, connection.begin():
+            self._lock(connection)
+            self._set_approver(connection, name, active, secret_hash)
+
+    def _set_approver(self, connection: Connection, name: str, active: bool, secret_hash: str | None) -> None:
+        a = tables.approvers
+        digest = self.people.digest("person", name)
+        connection.execute(update(a).where(a.c.approver == digest).values(secret_hash=None))
+        values = {"approver": name, "active": active, "secret_hash": secret_hash, "at": self.clock()}
+        self._record(connection, "approver", values)
+
+    @plainly
+    def approvers(self) -> list[Approver]:
+        """Who may approve now, by name."""
+        a = tables.approvers
+        latest = {name: (active, secret, at) for name, active, secret, at in self._people(
+            a, [a.c.approver, a.c.active, a.c.secret_hash, a.c.at]
+        )}  # fmt: skip
+        return [
+            Approver(name, secret, at) for name, (active, secret, at) in sorted(
+                item for item in latest.items() if item[0] is not None
+            ) if active
+        ]  # fmt: skip
+
+    @plainly
+    def switch(self, workflow: str, stopped: bool, actor: str, reason: str) -> Switch:
+        """Stop a workflow, or let it go on."""
+        one = Switch(workflow, stopped, actor, reason, self.clock())
+        with writing(self.engine) as connection, connection.begin():
+            self._record(connection, "switch", asdict(one))
+        return one
+
+    @plainly
+    def stopped(self, workflow: str) -> Switch | None:
+        """The switch that stops the workflow; None where it may act."""
+        s = tables.switches
+        columns = [s.c.workflow, s.c.stopped, s.c.actor, s.c.reason, s.c.at]
+        last = [Switch(*row) for row in self._people(s, columns, s.c.workflow == workflow)][-1:]
+        return last[0] if last and last[0].stopped else None
+
+    @plainly
+    def promotion(
+        self, workflow: str, version: int | None, action: str, actor: str, evidence: Mapping[str, Any] | None = None
+    ) -> Promotion:
+        """Record that a model version was moved (promoted, taken back, blocked …)."""
+        one = Promotion(workflow, version, action, actor, dict(evidence or {}), self.clock())
+        with writing(self.engine) as connection, connection.begin():
+            self._record(connection, "promotion", {**asdict(one), "evidence": one.evidence})
+        return one
+
+    @plainly
+    def promotions(self, workflow: str) -> list[Promotion]:
+        """What happened to a workflow's versions, oldest first."""
+        p = tables.promotions
+        columns = [p.c.workflow, p.c.version, p.c.action, p.c.actor, p.c.evidence, p.c.at]
+        return [Promotion(*row) for row in self._people(p, columns, p.c.workflow == workflow)]
+
+    @plainly
+    def rollback_asked(
+        self, batch_id: str, *, actor: str, reason: str, trigger: str, evidence: Mapping[str, Any] | None = None
+    ) -> None:
+        """Record that somebody or a guard (``trigger``) wants a batch taken back; raises Unknown."""
+        self._rollback(batch_id, "asked", actor, reason, trigger, evidence)
+
+    @plainly
+    def rollback_complete(
+        self, batch_id: str, *, actor: str, reason: str, trigger: str, evidence: Mapping[str, Any] | None = None
+    ) -> None:
+        """Record that the batch is taken back, with what could not be in ``evidence``; raises Unknown."""
+        self._rollback(batch_id, "complete", actor, reason, trigger, evidence)
+
+    def _rollback(
+        self, batch_id: str, action: str, actor: str, reason: str, trigger: str, evidence: Mapping[str, Any] | None
+    ) -> None:
+        values = {
+            "batch_id": batch_id, "action": action, "actor": actor, "reason": reason, "trigger": trigger,
+            "evidence": dict(evidence or {}), "at": self.clock(),
+        }  # fmt: skip
+        with writing(self.engine) as connection, connection.begin():
+            self._find(connection, batch_id)
+            self._record(connection, "rollback", values)
+
+    @plainly
+    def rollbacks(self, batch_id: str | None = None) -> list[Rollback]:
+        """Rollbacks asked for and complete, oldest first."""
+        r = tables.rollbacks
+        columns = [r.c.batch_id, r.c.action, r.c.actor, r.c.reason, r.c.trigger, r.c.evidence, r.c.at]
+        where = None if batch_id is None else r.c.batch_id == batch_id
+        return [Rollback(*row) for row in self._people(r, columns, where)]
+
+    # --- erasing
+
+    @plainly
+    def forget(self, name: str) -> int:
+        """Erase a name, whatever it named, and what systems said about that entity; returns how many mappings went.
+
+        The digests stay, so the chain still verifies, and nobody can read them any more. An approver is revoked by it.
+        """
+        n, d, c, a = tables.names, tables.deliveries, tables.decisions, tables.attempts
+        digests = [self.people.digest(kind, name) for kind in ("entity", "target", "person")]
+        entity, _, person = digests
+        with writing(self.engine) as connection, connection.begin():
+            self._lock(connection)
+            found = set(connection.execute(select(n.c.digest).where(n.c.digest.in_(digests))).scalars())
+            if not found:
+                return 0
+            v = tables.approvers
+            last = select(v.c.active).where(v.c.approver == person).order_by(v.c.seq.desc()).limit(1)
+            if connection.execute(last).scalar():
+                self._set_approver(connection, name, False, None)
+            # What holds the entity's value downstream names it too, unless other entities share it.
+            at = connection.execute(select(c.c.sequence, c.c.n).where(c.c.entity == entity)).all()
+            targets: set[str] = set()
+            for sequence, number in at:
+                row = connection.execute(select(d.c.target).where(d.c.sequence == sequence, d.c.n == number)).scalar()
+                targets |= {row} if row else set()
+                for table in (d, a):
+                    mine = and_(table.c.sequence == sequence, table.c.n == number)
+                    connection.execute(update(table).where(mine).values(says=None))
+            for target in targets - found:
+                shared = (
+                    select(func.count())
+                    .select_from(d.join(c, and_(c.c.sequence == d.c.sequence, c.c.n == d.c.n)))
+                    .where(d.c.target == target, c.c.entity != entity)
+                )
+                if not connection.execute(shared).scalar():
+                    found.add(target)
+            self._append(connection, "forgotten", {"digests": sorted(found)})
+            return connection.execute(delete(n).where(n.c.digest.in_(sorted(found)))).rowcount
+
+    @plainly
+    def retention(self, keep_days: int) -> list[str]:
+        """Remove the rows of batches that are complete or refused and older than ``keep_days``; returns their ids.
+
+        Their roots, events and acknowledged values stay, and so does a record that this policy removed the rows. They
+        cannot be rolled back or explained afterwards. Names that nothing mentions any more go too.
+        """
+        if keep_days < 1:
+            raise LedgerError(f"a retention of {keep_days} days would remove everything: keep one day at least")
+        b = tables.batches
+        with writing(self.engine) as connection, connection.begin():
+            self._lock(connection)
+            before = self.clock().date() - timedelta(days=keep_days)
+            query = select(b.c.sequence, b.c.batch_id).where(
+                b.c.day < before, b.c.retired.is_(False), (b.c.delivery == "COMPLETE") | (b.c.status == "REFUSED")
+            )
+            old = connection.execute(query.order_by(b.c.sequence)).all()
+            if not old:
+                return []
+            for some in chunks(row.sequence for row in old):
+                for table in (tables.attempts, tables.conflicts, tables.deliveries, tables.decisions):
+                    connection.execute(delete(table).where(table.c.sequence.in_(some)))
+                connection.execute(update(b).where(b.c.sequence.in_(some)).values(retired=True))
+            n = tables.names
+            used = select(tables.decisions.c.entity).union(
+                select(tables.decisions.c.unit).where(tables.decisions.c.unit.is_not(None)),
+                select(tables.acknowledged.c.entity),
+            )
+            connection.execute(delete(n).where(n.c.kind == "entity", n.c.digest.not_in(used)))
+            held = select(tables.deliveries.c.target).where(tables.deliveries.c.target.is_not(None)).union(
+                select(tables.acknowledged.c.target).where(tables.acknowledged.c.target.is_not(None))
+            )  # fmt: skip
+            connection.execute(delete(n).where(n.c.kind == "target", n.c.digest.not_in(held)))
+            ids = [row.batch_id for row in old]
+            self._append(connection, "retention", {"keep_days": keep_days, "before": before, "batches": ids})
+        return ids
+
+
+_RAW = pa.schema(
+    {
+        "decision_id": pa.string(), "entity_id": pa.string(), "unit": pa.string(), "arm": pa.string(),
+        "arm_probability": pa.float64(), "perturbation": pa.float64(), "perturbation_probability": pa.float64(),
+        "before": pa.int64(), "after": pa.int64(), "changed": pa.int64(), "review": pa.int64(),
+        "expected_gain": pa.float64(), "reasons": pa.string(), "n": pa.int64(),
+    }
+)  # fmt: skip
+_ACKNOWLEDGE = text(
+    "INSERT INTO acknowledged (system, entity, target, value, verified_at, sequence, n) "
+    "VALUES (:system, :entity, :target, :value, :verified_at, :sequence, :n) ON CONFLICT (system, entity) DO UPDATE SET "
+    "target = excluded.target, value = excluded.value, verified_at = excluded.verified_at, sequence = excluded.sequence, "
+    "n = excluded.n"
+).bindparams(bindparam("verified_at", type_=tables.acknowledged.c.verified_at.type))
+
+
+def _cells(row: AnyRow) -> tuple[Any, ...]:
+    return tuple(row)
+
+
+def _numbers(size: int) -> pa.Array:
+    import numpy as np
+
+    return pa.array(np.arange(size, dtype=np.int64))
+
+
+def _as_json(lists: pa.Array) -> pa.Array:
+    """Lists of text as JSON text; each distinct list is written once, since a batch repeats few of them."""
+    lists = pc.cast(lists, pa.list_(pa.string()))
+    words = pc.list_flatten(lists).dictionary_encode()
+    codes = pc.fill_null(pc.cast(words.indices, pa.string()), "")
+    ends = pc.cumulative_sum(pc.fill_null(pc.list_value_length(lists), 0))
+    offsets = pa.concat_arrays([pa.array([0], pa.int32()), pc.cast(ends, pa.int32())])
+    # A comma after each code tells no words from one null.
+    coded = pa.ListArray.from_arrays(offsets, pc.binary_join_element_wise(codes, "", ","))
+    rows = pc.if_else(pc.is_null(lists), None, pc.binary_join(coded, "")).dictionary_encode()
+    known = words.dictionary.to_pylist()
+    texts = [
+        json.dumps([known[int(code)] if code else None for code in row.split(",")[:-1]])
+        for row in rows.dictionary.to_pylist()
+    ]
+    return pa.array(texts, pa.string()).take(rows.indices)
+
+
+def _or(value: Any, other: Any) -> Any:
+    return other if value is None else value
+
+
+def body_of(values: Mapping[str, Any], people: People) -> dict[str, Any]:
+    """The event's body for a row of a chained table: free words as digests."""
+    return {k: people.text(v) if k in _WORDS else v for k, v in values.items()}
+
+
+def batch_body(values: Mapping[str, Any], people: People) -> dict[str, Any]:
+    """The event's body for a batch: everything that it was recorded with; findings may name somebody."""
+    body = dict(values)
+    body["record"] = json.loads(body["record"])
+    body["pools"] = None if body["pools"] is None else json.loads(body["pools"])
+    body["findings"] = people.text(body["findings"])
+    return body
+
+
+def stored_rows(connection: Connection, table: Table, sequence: int) -> pa.Table:
+    """A batch's rows of a table as they are hashed: all columns but ``sequence`` and free words, in the key's order."""
+    fields, columns = [], []
+    for column in table.columns:
+        if column.name in ("sequence", "says"):
+            continue
+        kind = column.type.python_type
+        shown = f'"{column.name}"'
+        if kind is datetime and not is_sqlite(connection):
+            shown = f"to_char({shown}, 'YYYY-MM-DD HH24:MI:SS.US')"  # as SQLite keeps it
+        columns.append(shown)
+        fields.append((column.name, {int: pa.int64(), float: pa.float64()}.get(kind, pa.string())))
+    order = ", ".join(f'"{c.name}"' for c in table.primary_key.columns if c.name != "sequence")
+    query = f'SELECT {", ".join(columns)} FROM "{table.name}" WHERE sequence = ? ORDER BY {order}'
+    return select_bulk(connection, query, [sequence], pa.schema(fields))
+
+
+def roots(connection: Connection, sequence: int) -> dict[str, str]:
+    """Merkle roots over what a push left of a batch."""
+    return {
+        table.name: chain.merkle_root(chain.leaf_hashes(stored_rows(connection, table, sequence)))
+        for table in (tables.deliveries, tables.attempts, tables.conflicts)
+    }

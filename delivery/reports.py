@@ -1,0 +1,143 @@
+"""What a push is told and what it tells: settings, errors, progress, report, diff. Cheap to import.
+
+Belongs here: values only. Does not: doing anything (``delivery.push``, which also exports them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class PushError(RuntimeError):
+    """A push that may not begin or cannot go on; the message says why and the way out. Nothing is lost by it."""
+
+
+class Refused(PushError):
+    """The batch was refused by its guardrails and is never sent."""
+
+
+class NotApproved(PushError):
+    """The batch waits for a named person."""
+
+
+class Stopped(PushError):
+    """The workflow was stopped by a person."""
+
+
+class Blocked(PushError):
+    """A rollback of the same workflow is not complete; it comes first."""
+
+
+class PushSettings(BaseModel):
+    """How a workflow's batches are sent."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    concurrency: int = Field(default=8, ge=1, le=64, description="calls at the same time")
+    rate_per_s: float | None = Field(
+        default=None, gt=0, description="most calls a second, reads and writes together; none: no limit"
+    )
+    wave: int = Field(default=200, ge=1, description="deliveries between two commits of the ledger")
+    attempts: int = Field(default=5, ge=1, description="writes of one value, before it is given up as rejected")
+    patience_s: float = Field(
+        default=120.0, ge=0, description="seconds for which a system that does not answer is asked again"
+    )
+    backoff_s: tuple[float, float] = Field(
+        default=(0.2, 20.0), description="first and longest bound of the random wait between tries"
+    )
+    breaker_failures: int = Field(
+        default=10, ge=1, description="failures in a row after which the system is left alone"
+    )
+    breaker_cooldown_s: float = Field(
+        default=15.0, gt=0, description="seconds for which it is left alone before one call probes it"
+    )
+    lease_s: float = Field(
+        default=60.0, gt=0, description="seconds after which another machine may take over from a silent pusher"
+    )
+    late_s: float = Field(
+        default=2.0, ge=0,
+        description="seconds for which an unanswered write may still be applied; only waited where the system has no "
+        "conditional write, and before an unknown one is taken for lost",
+    )  # fmt: skip
+    unit: int = Field(
+        default=1,
+        ge=1,
+        description="what a value that had to be replanned is rounded down to (10000: cents, in micros)",
+    )
+    four_eyes: bool = Field(default=False, description="a held batch wants two different approvers")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a push is: ``done`` of ``total`` deliveries are over; ``counts`` by state."""
+
+    batch_id: str
+    done: int
+    total: int
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a push. ``complete``: every delivery is over, nothing is left that running it again could do.
+
+    ``why``: why it is not, or why nothing was sent. ``window_*_ms``: from before the reading that a write was based on until
+    its answer, in milliseconds; within it a change by somebody else can be overwritten where the system has no conditional
+    write. ``repeats``: writes repeated although the first may have been applied, where the system knows neither keys nor
+    conditions. ``replanned``: entities that got less than decided. ``dead_letters``, ``conflicts``, ``overwritten``: entity
+    and words; they and ``counts`` are of the whole batch, the rest is of this run. ``sends``: writes handed to the system.
+    ``reads``: entities read.
+    """
+
+    batch_id: str
+    system: str
+    complete: bool
+    counts: Mapping[str, int]
+    guarantee: str
+    why: str = ""
+    window_max_ms: float | None = None
+    window_median_ms: float | None = None
+    sends: int = 0
+    reads: int = 0
+    repeats: int = 0
+    replanned: tuple[tuple[str, int, int], ...] = ()
+    dead_letters: tuple[tuple[str, str], ...] = ()
+    conflicts: tuple[tuple[str, str], ...] = ()
+    overwritten: tuple[tuple[str, str], ...] = ()
+    seconds: float = 0.0
+    ledger_seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a command's --json and for metadata."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class DiffRow:
+    """What a push would do to one entity: from ``now`` to ``would`` (None: it would be left), or ``why`` not."""
+
+    entity: str
+    arm: str | None
+    now: int | None
+    would: int | None
+    action: str
+    """SEND, or the state that it would end in without a write."""
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Diff:
+    """The exact difference between a batch and what stands downstream. ``notes``: what would keep a push from beginning."""
+
+    batch_id: str
+    system: str
+    rows: tuple[DiffRow, ...]
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a command's --json."""
+        return asdict(self)

@@ -1,0 +1,440 @@
+"""The commands of the operations owner: look at a batch, approve it, send it, stop it, take it back, ask why, verify.
+
+Belongs here: reading arguments, asking for a secret at the prompt, printing. Does not: doing (``assets.delivering``,
+``delivery``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import getpass
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from delivery.ledger import BatchRow, Ledger
+
+console = Console()
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output")]
+As = Annotated[str | None, typer.Option("--as", help="Your name as it shall stand in the ledger; default: your login")]
+Reason = Annotated[str, typer.Option("--reason", help="Why, in a sentence; it stands in the ledger")]
+
+
+def now() -> datetime:
+    """Now, naive UTC."""
+    return datetime.now(UTC).replace(tzinfo=None)
+
+
+@contextlib.contextmanager
+def ledger() -> Iterator[Ledger]:
+    """The ledger, closed afterwards."""
+    from assets.resources import resources
+
+    book = resources()["ledger"].open(now)
+    try:
+        yield book
+    finally:
+        book.close()
+
+
+def told(found: dict[str, Any], as_json: bool, lines: list[str]) -> None:
+    """One JSON document, or the lines."""
+    if as_json:
+        print(json.dumps(found, default=str))
+    else:
+        for line in lines:
+            console.print(line, highlight=False, markup=False)
+
+
+def money_or_level(workflow: Any, value: int | None) -> str:
+    """A value as people say it: money for a budget, the number for a priority."""
+    if value is None:
+        return "–"
+    return f"{value / 1e6:,.2f}" if workflow.policy.kind == "budget_allocation" else str(value)
+
+
+def who(name: str | None) -> str:
+    """The name given, else the login."""
+    return name or getpass.getuser()
+
+
+def workflow_of(batch: BatchRow) -> Any:
+    """The workflow that a batch belongs to."""
+    from orchestration.cli import workflow_named
+
+    return workflow_named(batch.workflow)
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the ``signalbox`` command."""
+    app.command()(show)
+    app.command()(deliver)
+    app.command()(approve)
+    app.command()(stop)
+    app.command()(resume)
+    app.command()(rollback)
+    app.command()(explain)
+    app.command()(verify)
+    app.command()(forget)
+    app.command()(lift)
+    people = typer.Typer(no_args_is_help=True, help="Who may approve a held batch")
+    people.command("add")(add_approver)
+    people.command("list")(list_approvers)
+    people.command("revoke")(revoke_approver)
+    app.add_typer(people, name="approvers")
+    from orchestration import sandbox
+
+    sandbox.register(app)
+
+
+def show(
+    batch: str, limit: Annotated[int, typer.Option(help="How many of the largest changes")] = 10, as_json: Json = False
+) -> None:
+    """A batch: what it would change or has changed, in sum and the largest first; what was objected; what became of it."""
+    from assets import deciding
+    from delivery.approvals import standing
+
+    with ledger() as book:
+        found = book.batch(batch)
+        workflow = workflow_of(found)
+        decisions = book.decisions(batch)
+        four_eyes = workflow.delivery.approval.four_eyes if workflow.delivery else False
+        stands = standing(book, found, now(), four_eyes)
+        rows = book.deliveries(batch)
+        stopped = book.stopped(found.workflow)
+    largest = deciding.largest_changes(decisions, limit).to_pylist()
+    sums = deciding.totals(decisions)
+    off = [d for d in rows if d.state not in ("ACKED", "PENDING")]
+    document = {
+        "batch": found.batch_id, "workflow": found.workflow, "kind": found.kind, "day": found.day, "status": found.status,
+        "step": found.step, "digest": found.digest, "rows": found.rows, "changed": found.changed, "delivery": found.delivery,
+        "states": found.counts, "findings": found.findings, "approval": stands.text, "totals": sums,
+        "largest changes": largest, "stopped": bool(stopped),
+        "not as intended": [{"entity": d.entity, "state": d.state, "before": d.before, "after": d.after, "observed": d.observed, "says": d.says} for d in off],
+    }  # fmt: skip
+    say: Callable[[int | None], str] = functools.partial(money_or_level, workflow)
+    lines = [
+        f"{found.batch_id}: {found.kind} of {found.day}, {found.status}, step {found.step}, digest {found.digest[:16]}…",
+        f"  {found.rows} decisions, {found.changed} change something; delivery: {found.delivery} {found.counts or ''}",
+        f"  {stands.text}",
+    ]
+    if stopped:
+        lines.append(f"  {found.workflow} is stopped by {stopped.actor}: {stopped.reason}")
+    for finding in found.findings:
+        lines.append("  " + _finding(finding))
+    for arm, total in sums.items():
+        lines.append(
+            f"  arm {arm}: {total['changed']} of {total['entities']} change, {say(total['before'])} → {say(total['after'])} "
+            f"(up {say(total['up'])}, down {say(total['down'])})"
+        )
+    for row in largest:
+        if row["before"] != row["after"]:
+            lines.append(
+                f"  {row['entity_id']}: {say(row['before'])} → {say(row['after'])}  {' '.join(row['reasons'])}"
+            )
+    for d in off[:limit]:
+        lines.append(f"  {d.state} {d.entity}: {say(d.before)} → {say(d.after)}, there {say(d.observed)}. {d.says}")
+    told(document, as_json, lines)
+
+
+def _finding(finding: Mapping[str, Any]) -> str:
+    from data_checks import guardrails
+
+    return guardrails.sentence(finding)
+
+
+def _batch(book: Ledger, named: str, day: date | None) -> Any:
+    """A batch by its id, or the newest of a workflow (or the one of a day)."""
+    from assets import delivering
+    from assets.workflow import FOLDER
+
+    if not (FOLDER / named / "workflow.yaml").is_file():
+        return book.batch(named)
+    if day is not None:
+        return delivering.batch_of(book, named, day)
+    rows = book.batches(named, kind="decision")
+    if not rows:
+        raise delivering.NothingToDeliver(
+            f"{named}: no batch stands in the ledger; decide a day first: signalbox run {named}"
+        )
+    return max(rows, key=lambda b: (b.day, b.sequence))
+
+
+def deliver(
+    batch: Annotated[str, typer.Argument(help="A batch, or a workflow for its newest one")],
+    day: Annotated[
+        str | None, typer.Option(metavar="YYYY-MM-DD", help="With a workflow: the batch of this day")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be sent, exactly, and send nothing")
+    ] = False,
+    late: Annotated[bool, typer.Option("--late", help="Send it although the day it was decided for is over")] = False,
+    as_json: Json = False,
+) -> None:
+    """Send a batch downstream and verify it by reading back; run again to go on where an earlier run ended."""
+    from assets import delivering
+    from delivery import push as pushing
+
+    with ledger() as book:
+        found = _batch(book, batch, date.fromisoformat(day) if day else None)
+        workflow = workflow_of(found)
+        connector = delivering.connect(workflow, now)
+        try:
+            if dry_run:
+                diff = pushing.dry_run(book, connector, found.batch_id, settings=workflow.delivery.push, clock=now)
+                told(diff.as_dict(), as_json, _diff_lines(workflow, diff))
+                return
+            with _bar(as_json) as progress:
+                done = delivering.deliver(
+                    workflow, book, connector, found, run_id=f"cli:{os.getpid()}", clock=now, sleep=time.sleep,
+                    progress=progress, stale=late,
+                )  # fmt: skip
+        finally:
+            connector.close()
+    if done.report is None:
+        told({"batch": found.batch_id, "sent": False, "why": done.said}, as_json, [done.said])
+        raise typer.Exit(1)
+    report = done.report
+    lines = [
+        f"{found.batch_id}: {'complete' if report.complete else 'NOT complete: run it again'}; {report.counts}",
+        f"  {report.guarantee}",
+        *(f"  dead letter: {entity}: {says}" for entity, says in report.dead_letters[:20]),
+        *([f"  {report.why}"] if report.why else []),
+    ]
+    told(report.as_dict(), as_json, lines)
+    if not report.complete:
+        raise typer.Exit(1)
+
+
+def _diff_lines(workflow: Any, diff: Any) -> list[str]:
+    sent = sum(row.action == "SEND" for row in diff.rows)
+    lines = [
+        f"{diff.batch_id} to {diff.system}: {sent} of {len(diff.rows)} would be sent. Nothing was written.",
+        *diff.notes,
+    ]
+    for row in diff.rows:
+        would = f" → {money_or_level(workflow, row.would)}" if row.would is not None else ""
+        lines.append(f"  {row.action:<9} {row.entity}: {money_or_level(workflow, row.now)}{would}  {row.why}")
+    return lines
+
+
+@contextlib.contextmanager
+def _bar(quiet: bool) -> Iterator[Any]:
+    """A progress bar on a terminal; nothing where the output is for a machine."""
+    if quiet:
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[states]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("Delivering", total=None, states="")
+
+        def tell(progress: Any) -> None:
+            states = " ".join(f"{k.lower()} {v}" for k, v in sorted(progress.counts.items()))
+            bar.update(task, total=progress.total, completed=progress.done, states=states)
+
+        yield tell
+
+
+def _secret(prompt: str) -> str:
+    """A secret from the terminal, never echoed; from a pipe where there is no terminal."""
+    return getpass.getpass(prompt) if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
+
+
+def approve(
+    batch: str,
+    name: Annotated[str, typer.Option("--as", help="Your name as an approver")],
+    reason: Reason,
+    hours: Annotated[float | None, typer.Option(help="For how long it counts; default: what the workflow says")] = None,
+    as_json: Json = False,
+) -> None:
+    """Let a held batch go. Asks for your own secret; counts for exactly this batch, and not for ever."""
+    from delivery import approvals
+
+    with ledger() as book:
+        found = book.batch(batch)
+        workflow = workflow_of(found)
+        spec = workflow.delivery.approval
+        valid = timedelta(hours=hours if hours is not None else spec.valid_hours)
+        secret = _secret(f"Secret of {name}: ")
+        stands = approvals.approve(book, batch, name, secret, reason, valid_for=valid, four_eyes=spec.four_eyes)
+    told(
+        {"batch": batch, "approved_by": list(stands.who), "may_go": stands.ok, "missing": stands.missing},
+        as_json,
+        [stands.text],
+    )
+
+
+def add_approver(name: str, as_json: Json = False) -> None:
+    """Enrol an approver; asks for a secret of their own, of which only a hash is kept."""
+    from delivery import approvals
+
+    first = _secret(f"A new secret for {name} (at least {approvals.SHORTEST_SECRET} characters): ")
+    if sys.stdin.isatty() and _secret("Again: ") != first:
+        raise typer.BadParameter("the two secrets differ; nothing was changed")
+    with ledger() as book:
+        approvals.enrol(book, name, first)
+    told({"approver": name}, as_json, [f"{name} may approve held batches."])
+
+
+def list_approvers(as_json: Json = False) -> None:
+    """Who may approve, since when."""
+    with ledger() as book:
+        rows = [{"name": one.name, "since": one.at} for one in book.approvers()]
+    lines = [f"{row['name']}  since {row['since']:%Y-%m-%d %H:%M} UTC" for row in rows]
+    told({"approvers": rows}, as_json, lines or ["Nobody yet: signalbox approvers add NAME"])
+
+
+def revoke_approver(name: str, as_json: Json = False) -> None:
+    """Take the right to approve away; approvals of theirs that stand no longer count."""
+    from delivery import approvals
+
+    with ledger() as book:
+        approvals.revoke(book, name)
+    told({"revoked": name}, as_json, [f"{name} may no longer approve."])
+
+
+def stop(workflow: str, reason: Reason, name: As = None, as_json: Json = False) -> None:
+    """The kill switch: nothing of this workflow is sent any more, a push under way ends after its wave. Rollbacks still run."""
+    _switch(workflow, True, reason, name, as_json)
+
+
+def resume(workflow: str, reason: Reason, name: As = None, as_json: Json = False) -> None:
+    """Let a stopped workflow send again."""
+    _switch(workflow, False, reason, name, as_json)
+
+
+def _switch(workflow: str, stopped: bool, reason: str, name: str | None, as_json: bool) -> None:
+    from orchestration.cli import workflow_named
+
+    workflow_named(workflow)
+    with ledger() as book:
+        book.switch(workflow, stopped, who(name), reason)
+    said = f"{workflow} is {'stopped' if stopped else 'running again'} ({who(name)}: {reason})"
+    told({"workflow": workflow, "stopped": stopped}, as_json, [said])
+
+
+def rollback(
+    reason: Reason,
+    batch: Annotated[str | None, typer.Argument(help="The batch to take back")] = None,
+    since: Annotated[
+        str | None, typer.Option(metavar="YYYY-MM-DD", help="With --workflow: all batches of this day and after")
+    ] = None,
+    model: Annotated[int | None, typer.Option(help="With --workflow: all batches that this version decided")] = None,
+    workflow: Annotated[str | None, typer.Option(help="Whose batches")] = None,
+    name: As = None,
+    as_json: Json = False,
+) -> None:
+    """Push the prior values, newest batch first. What a person changed since is left and listed; run again until complete."""
+    from assets import delivering
+    from orchestration import runner
+
+    with ledger() as book:
+        which = delivering.selection(
+            book, batch=batch, workflow=workflow, since=date.fromisoformat(since) if since else None, model=model
+        )
+        with _bar(as_json) as progress:
+            report = delivering.roll_back(
+                book, runner.registry(), which, actor=who(name), reason=reason, trigger="person",
+                run_id=f"cli:{os.getpid()}", clock=now, sleep=time.sleep, progress=progress,
+            )  # fmt: skip
+    told(report.as_dict(), as_json, delivering.lines(report))
+    if not report.complete:
+        raise typer.Exit(1)
+
+
+def lift(workflow: str, version: int, reason: Reason, name: As = None, as_json: Json = False) -> None:
+    """Take the block off a model version that was rolled back, so that it may be promoted again."""
+    from orchestration import runner
+    from orchestration.cli import workflow_named
+
+    workflow_named(workflow)
+    with ledger() as book:
+        runner.registry().lift(workflow, version)
+        book.promotion(workflow, version, "lifted", who(name), {"reason": reason})
+    told(
+        {"workflow": workflow, "version": version, "lifted": True},
+        as_json,
+        [f"{workflow} version {version} may be promoted again."],
+    )
+
+
+def explain(
+    decision: str,
+    live: Annotated[bool, typer.Option("--live", help="Also ask the downstream system what stands there now")] = False,
+    as_json: Json = False,
+) -> None:
+    """Why: from the value downstream back to the source rows, made again to the bit, and what would have changed it."""
+    from assets import delivering, explaining
+    from assets.resources import resources
+    from orchestration import runner
+
+    with ledger() as book:
+        reading = None
+        if live:
+            row = book.decision(decision)
+            connector = delivering.connect(workflow_of(row["batch"]), now)
+            try:
+                reading = connector.read([row["entity_id"]])[row["entity_id"]]
+            finally:
+                connector.close()
+        found = explaining.explain(book, resources()["lake"].lake, runner.registry(), decision, reading=reading)
+    told(found.as_dict(), as_json, found.lines())
+
+
+def verify(
+    head: Annotated[Path | None, typer.Option(help="A head exported before: the ledger must contain it")] = None,
+    export: Annotated[
+        Path | None, typer.Option(help="Write the head to this file; keep it where the ledger is not")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Prove that no record was changed, removed or reordered: the chain, every batch's root, and what was sealed."""
+    from delivery.ledger import Head
+
+    with ledger() as book:
+        verdict = book.verify(head=Head.read(head) if head else None)
+    if export is not None and verdict.ok:
+        verdict.head.export(export)
+    lines = [
+        f"{'The ledger verifies' if verdict.ok else 'THE LEDGER DOES NOT VERIFY'}: {verdict.events} events, {verdict.batches} batches",
+        f"  head {verdict.head.seq} {verdict.head.hash}",
+        *(f"  {problem}" for problem in verdict.problems[:50]),
+    ]
+    told(
+        {
+            "ok": verdict.ok,
+            "events": verdict.events,
+            "batches": verdict.batches,
+            "head": verdict.head.hash,
+            "seq": verdict.head.seq,
+            "problems": verdict.problems,
+        },
+        as_json,
+        lines,
+    )
+    if not verdict.ok:
+        raise typer.Exit(1)
+
+
+def forget(name: str, as_json: Json = False) -> None:
+    """Erase a person's or an entity's name from the ledger; its records stay, and nobody can tell whose they were."""
+    with ledger() as book:
+        book.forget(name)
+    told({"forgotten": True}, as_json, ["The name is gone; the chain verifies as before."])

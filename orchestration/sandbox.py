@@ -1,0 +1,115 @@
+"""``signalbox sandbox``: both local downstream systems on 127.0.0.1, with the generated worlds behind them.
+
+Belongs here: starting them and moving their clock. Does not: what they are (``delivery.sandbox``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from assets.resources import home
+
+console = Console()
+_RUNNING = "running.json"
+
+
+def folder() -> Path:
+    """Where the state of the sandbox lies."""
+    return home() / "sandbox"
+
+
+def environment() -> None:
+    """Addresses and tokens of this state folder's sandbox, for what the environment leaves open."""
+    for name in ("tokens.json", _RUNNING):
+        with contextlib.suppress(FileNotFoundError):
+            for variable, value in json.loads((folder() / name).read_text()).items():
+                os.environ.setdefault(variable, value)
+
+
+def register(app: typer.Typer) -> None:
+    """Add ``sandbox up`` and ``sandbox advance``."""
+    commands = typer.Typer(no_args_is_help=True, help="Local downstream systems: an advertising API and a help desk")
+    commands.command("up")(up)
+    commands.command("advance")(advance)
+    app.add_typer(commands, name="sandbox")
+
+
+def up(
+    seed: Annotated[int, typer.Option(help="Of the worlds, when the sandbox is set up")] = 7,
+    days: Annotated[int, typer.Option(help="Days of history before it opens, when it is set up")] = 35,
+    ports: Annotated[tuple[int, int], typer.Option(help="Of the advertising API and the help desk")] = (8101, 8102),
+) -> None:
+    """Start both systems and wait; Ctrl-C ends them. A state folder that has one goes on where it was."""
+    from assets.workflow import FOLDER, load
+    from delivery.sandbox import systems
+    from orchestration import runner
+
+    state = runner.prepare_home()
+    setup, queue = systems.Setup.read(folder()), None
+    if setup is None:
+        start = min(load(FOLDER / name).start for name in ("ad_budget", "ticket_priority"))
+        setup = systems.Setup(seed, start, days)
+        with console.status(f"Generating {days} days of both worlds"):
+            queue = systems.history(setup, state / "landing")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with systems.Systems(folder(), setup, ports=ports, tickets_world=queue) as both:
+        running = {k: v for k, v in both.environment.items() if not k.endswith("_TOKEN")}
+        (folder() / _RUNNING).write_text(json.dumps(running))
+        console.print(
+            f"Advertising API  {running['SIGNALBOX_ADS_ENDPOINT']}  next day {both.ads.next_day}", highlight=False
+        )
+        console.print(
+            f"Help desk        {both.desk.url}/helpdesk/  next day {both.desk.state()['next_day']}", highlight=False
+        )
+        console.print("Their tokens lie in the state folder; every `signalbox` command finds them. Ctrl-C ends both.")
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
+        (folder() / _RUNNING).unlink(missing_ok=True)
+
+
+def advance(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output")] = False,
+) -> None:
+    """Let one day pass in both running systems under the values that stand in them; its exports land as files."""
+    import httpx
+
+    from assets import delivering
+    from delivery.sandbox.helpdesk import Controls
+    from delivery.sandbox.systems import Setup
+    from orchestration import operations, runner
+
+    if Setup.read(folder()) is None or not (folder() / _RUNNING).exists():
+        raise SystemExit("No sandbox is running on this state folder; start one with: signalbox sandbox up")
+    at = runner.prepare_home() / "landing"
+    ads, desk = os.environ["SIGNALBOX_ADS_ENDPOINT"], os.environ["SIGNALBOX_HELPDESK_URL"].removesuffix("/helpdesk/api")
+    with operations.ledger() as book:
+        day = date.fromisoformat(
+            httpx.get(f"{ads}/sandbox/state", headers=_bearer()).raise_for_status().json()["next_day"]
+        )
+        drawn = delivering.randomised(book, "ad_budget", day - timedelta(days=1))
+    said = {"landing": str(at / "ad_budget"), "multipliers": drawn}
+    answer = httpx.post(f"{ads}/sandbox/advance", json=said, headers=_bearer(), timeout=60).raise_for_status().json()
+    controls = Controls(desk, os.environ["SIGNALBOX_HELPDESK_TOKEN"])
+    try:
+        served = controls.advance(at / "ticket_priority")
+    finally:
+        controls.close()
+    came = datetime.combine(day + timedelta(days=1), datetime.min.time(), UTC).timestamp() + 5400
+    for path in (at / "ad_budget" / "export" / f"advertising_{day}.csv.gz", Path(served["export"])):
+        os.utime(path, (came, came))
+    line = f"{day} is over: {answer['rows']} advertising rows, {served['events']} ticket events landed"
+    operations.told({"day": day, "advertising": answer, "tickets": served}, as_json, [line])
+
+
+def _bearer() -> dict[str, str]:
+    return {"Authorization": f"Bearer {os.environ['SIGNALBOX_ADS_TOKEN']}"}
