@@ -6,6 +6,7 @@ Belongs here: the bridge between a workflow's lake tables and ``delivery``. Does
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -62,7 +63,7 @@ def record(
         as_of=workflow.cutoff_of(day),
         decided_at=decided_at,
         run_id=run_id,
-        record={**batch.record, "reasons": list(batch.reasons), "late": batch.late, "certificates": batch.certificates},
+        record={**batch.record, "step_reasons": list(batch.reasons), "late": batch.late, "certificates": batch.certificates},
         findings=[dict(f) for f in batch.findings],
         pools=pools(workflow, batch.decisions),
         reverses=None,
@@ -265,9 +266,10 @@ def lines(report: rollback.RollbackReport) -> list[str]:
     for one in report.batches:
         how = "was complete already" if one.already else "complete" if one.complete else "NOT complete: run it again"
         told.append(f"{one.batch_id}: {how}; {one.restored} restored, {one.never_sent} had not been sent")
-        for title in ("conflicts", "not_reversible", "newer", "rejected", "partly", "open"):
-            for left in getattr(one, title):
-                told.append(f"  {title.replace('_', ' ')}: {left.entity}: {left.says}")
+        for what in dataclasses.fields(one):
+            found = getattr(one, what.name)
+            for left in found if isinstance(found, tuple) else ():
+                told.append(f"  {what.name.replace('_', ' ')}: {left.entity}: {left.says}")
     told += [f"{batch_id}: waits, a newer one comes first" for batch_id in report.waiting]
     told += [f"{batch_id}: newer, not chosen, left as it is" for batch_id in report.newer]
     return told or ["Nothing to take back."]
@@ -307,14 +309,14 @@ def outcomes_of_decisions(workflow: Workflow, lake: Lake, ledger: Ledger, day: d
     first = min(answered) if answered else day - timedelta(days=workflow.outcomes.lookback_days)
     decided = _decided(workflow, ledger, first, day, answered)
     join = "o.for_day = d.decided_day" if by_day else "d.decided_day < CAST(o.known_at AS DATE)"
-    newest = "" if by_day else "QUALIFY row_number() OVER (PARTITION BY entity_id ORDER BY decided_day DESC) = 1"
+    newest = "" if by_day else "QUALIFY row_number() OVER (PARTITION BY d.entity_id ORDER BY d.decided_day DESC) = 1"
     with duckdb.connect() as con:
         con.execute("SET TimeZone = 'UTC'")
         con.register("d", decided)
         con.register("o", outcomes)
         return con.sql(
             f"SELECT d.*, o.* EXCLUDE (entity_id, for_day, day) FROM o JOIN d ON d.entity_id = o.entity_id AND {join} "
-            f"{newest} ORDER BY entity_id, decided_day"
+            f"{newest} ORDER BY d.entity_id, d.decided_day"
         ).to_arrow_table()
 
 

@@ -203,8 +203,8 @@ def _step_reasons(lake: Lake, batch: Mapping[str, Any]) -> list[str]:
     """Why the batch took its step of the bad-day ladder; empty for the champion."""
     if batch["step"] == "champion":
         return []
-    if "reasons" in batch["record"] and batch["record"].get("decision_id") is None:
-        return list(batch["record"]["reasons"])
+    if "step_reasons" in batch["record"]:
+        return list(batch["record"]["step_reasons"])
     where = pc.field("batch_id") == batch["batch_id"]
     found = lake.read(f"{batch['workflow']}/batches", where=where, days=[batch["day"]], columns=["reasons"])
     return list(found["reasons"][0].as_py()) if found.num_rows else ["the lake holds this batch no more"]
@@ -415,7 +415,7 @@ def _tables(row: Mapping[str, Any], lake: Lake) -> dict[str, Any]:
 
 
 def _written(lake: Lake, table: str, version: int) -> dict[str, Any]:
-    """When a version was committed, and that its files are still there."""
+    """When a version of a table was committed."""
     if lake.version(table) is None:
         raise TableMissing(f"table {table!r} is gone")
     opened = deltalake.DeltaTable(lake.uri(table), version=version, storage_options=lake.storage_options or None)
@@ -586,7 +586,7 @@ def _delivery_lines(said: Mapping[str, Any], value: Callable[[Any], str]) -> Ite
         yield "Delivery: none"
     for one in said["each"]:
         tries = one["tries"]
-        count = "attempts gone" if "gone" in tries else f"{len(tries['each'])} attempts"
+        count = "attempts gone" if "gone" in tries else f"attempts: {len(tries['each'])}"
         differs = "" if one["sent"] in (None, one["after"]) else f", sent {value(one['sent'])} (replanned)"
         yield (
             f"Delivery {one['state']}, {count}, expected {_shown(one['expected'], value)}, "

@@ -30,11 +30,11 @@ from models.priority import PriorityPolicy
 
 MATERIAL = 0.01
 """A budget counts as changed from this share of what stood before on; a priority from one level on."""
-MOST = 400
+MOST = 600
 """Re-decisions for one explanation; fewer where a day holds so many entities that each takes long."""
 FEATURES_TRIED, FEATURES_SHOWN, LIMITS_SHOWN = 12, 3, 5
 _GRID, _HALVINGS, _FINE = 8, 30, 1e-3
-_FACTORS = (1.02, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0)
+_FACTORS = (1.03, 1.2, 1.6, 4.0)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -135,12 +136,14 @@ def _sqlite(url: URL) -> Engine:
         raise LedgerError("a ledger must outlive its process: give it a file, as in sqlite:////folder/ledger.db")
     try:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        # For its owner only: it maps digests to people. SQLite gives its other files the same mode.
+        os.close(os.open(url.database, os.O_RDWR | os.O_CREAT, 0o600))
     except OSError as error:
         reason = error.strerror
     else:
         reason = None
     if reason:
-        raise LedgerUnavailable(f"the folder of the ledger {url.database} cannot be made: {reason}")
+        raise LedgerUnavailable(f"the ledger {url.database} cannot be made or written to: {reason}")
     engine = create_engine(
         url,
         hide_parameters=True,

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from datetime import date, datetime, timedelta, timezone
-from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -38,6 +37,27 @@ from delivery.database import (
 )  # fmt: skip
 from delivery.leases import Busy, Holder, Lease
 from delivery.people import PEOPLE, People
+from delivery.records import (
+    FINAL,
+    OPEN,
+    Acknowledged,
+    Approval,
+    Approver,
+    Attempt,
+    AttemptRow,
+    BatchRow,
+    Conflict,
+    Delivery,
+    Event,
+    Head,
+    NewBatch,
+    Promotion,
+    Result,
+    Rollback,
+    State,
+    Switch,
+    Verdict,
+)  # fmt: skip
 
 __all__ = [
     "FINAL", "OPEN", "Acknowledged", "Approval", "Approver", "Attempt", "AttemptRow", "BatchRow", "Busy", "Conflict",
@@ -45,14 +65,7 @@ __all__ = [
     "LedgerUnavailable", "NewBatch", "Promotion", "Result", "Rollback", "State", "Switch", "Unknown", "Verdict", "utc_now",
 ]  # fmt: skip
 
-State = Literal[
-    "PENDING", "IN_FLIGHT", "ACKED", "REJECTED", "UNKNOWN", "CONFLICT", "OVERWRITTEN", "SKIPPED", "NOT_REVERSIBLE"
-]
-OPEN = frozenset({"PENDING", "IN_FLIGHT", "UNKNOWN"})
-"""States that a push still has to settle."""
-FINAL = frozenset({"ACKED", "REJECTED", "CONFLICT", "OVERWRITTEN", "SKIPPED", "NOT_REVERSIBLE"})
-"""States that stay, but for ACKED, of which an overwrite may be found later."""
-_CHAINED = {
+CHAINED = {
     "approval": tables.approvals,
     "approver": tables.approvers,
     "rollback": tables.rollbacks,
@@ -60,7 +73,7 @@ _CHAINED = {
     "promotion": tables.promotions,
 }
 """Kinds of event that a table repeats row by row."""
-_OWN = frozenset({*_CHAINED, "batch", "push begun", "push ended", "superseded", "forgotten", "retention"})
+_OWN = frozenset({*CHAINED, "batch", "push begun", "push ended", "superseded", "forgotten", "retention"})
 _WORDS = frozenset({"reason", "secret_hash"})
 _JSON = frozenset({"evidence"})
 _GIVEN = (
@@ -75,250 +88,6 @@ AnyRow: TypeAlias = "Row[*tuple[Any, ...]]"
 def utc_now() -> datetime:
     """Now, as naive UTC."""
     return datetime.now(timezone.utc).replace(tzinfo=None)  # noqa: UP017
-
-
-@dataclass(frozen=True, kw_only=True)
-class NewBatch:
-    """A batch as it is handed to the ledger."""
-
-    batch_id: str
-    workflow: str
-    kind: Literal["decision", "rollback"]
-    day: date
-    digest: str
-    status: Literal["READY", "HELD", "REFUSED"]
-    step: str
-    as_of: datetime
-    """What was known by then; a later own write supersedes a decision's ``before``."""
-    decided_at: datetime
-    run_id: str
-    record: Mapping[str, Any]
-    findings: Sequence[Mapping[str, Any]] = ()
-    pools: Mapping[str, int] | None = None
-    """Arm → most that its entities may hold together; None: no pools."""
-    reverses: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchRow(NewBatch):
-    """A batch as the ledger holds it."""
-
-    sequence: int
-    root: str
-    rows: int
-    changed: int
-    recorded_at: datetime
-    system: str | None
-    """Where it is delivered to, from the first opened push on."""
-    delivery: Literal["NONE", "OPEN", "COMPLETE"]
-    superseded_by: str | None
-    retired: bool
-    """Its rows were removed by the retention policy."""
-    counts: Mapping[str, int]
-    """Deliveries by state."""
-
-
-@dataclass(frozen=True)
-class Delivery:
-    """One changed decision on its way; ``n`` is its row in the batch."""
-
-    batch_id: str
-    n: int
-    decision_id: str
-    entity: str | None
-    """None where the name was forgotten."""
-    arm: str | None
-    before: int | None
-    after: int | None
-    gain: float | None
-    state: State
-    target: str | None
-    expected: int | None
-    """What the push compared the downstream value with."""
-    sent: int | None
-    """What was really sent last; a replanned one differs from ``after``."""
-    prior: int | None
-    """What stood downstream just before our first write."""
-    observed: int | None
-    verified_at: datetime | None
-    attempts: int
-    repeats: int
-    says: str | None
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One delivery about to be tried."""
-
-    n: int
-    value: int | None
-    expected: int | None
-    idempotency_key: str
-    started_at: datetime
-
-
-@dataclass(frozen=True)
-class AttemptRow:
-    """One try, as the ledger holds it; ``ended_at`` None: it is under way, or its process died."""
-
-    batch_id: str
-    n: int
-    attempt: int
-    value: int | None
-    expected: int | None
-    idempotency_key: str
-    started_at: datetime
-    ended_at: datetime | None
-    outcome: str | None
-    window_ms: float | None
-    says: str | None
-
-
-@dataclass(frozen=True)
-class Result:
-    """What became of a delivery. None leaves what stands; ``prior`` is taken the first time only."""
-
-    n: int
-    state: State
-    target: str | None = None
-    expected: int | None = None
-    prior: int | None = None
-    sent: int | None = None
-    observed: int | None = None
-    verified_at: datetime | None = None
-    says: str | None = None
-    window_ms: float | None = None
-    """Between the read and the write, in milliseconds."""
-    outcome: str | None = None
-    ended_at: datetime | None = None
-    repeat: bool | int = False
-    """An equal write that may have been applied twice; a number counts several."""
-    found: int | None = None
-    """Somebody else's value, for CONFLICT and OVERWRITTEN, where it is not what was ``observed`` last."""
-
-
-@dataclass(frozen=True)
-class Conflict:
-    """A delivery that met somebody else's value."""
-
-    batch_id: str
-    n: int
-    entity: str | None
-    state: str
-    expected: int | None
-    found: int | None
-    sent: int | None
-    at: datetime
-
-
-@dataclass(frozen=True)
-class Acknowledged:
-    """The last value of ours that a read-back proved."""
-
-    value: int
-    verified_at: datetime
-    batch_id: str
-
-
-@dataclass(frozen=True)
-class Approval:
-    """A person's yes to exactly one batch."""
-
-    batch_id: str
-    digest: str
-    approver: str | None
-    reason: str
-    at: datetime
-    expires_at: datetime
-
-
-@dataclass(frozen=True)
-class Approver:
-    """Who may approve."""
-
-    name: str
-    secret_hash: str = field(repr=False)
-    at: datetime
-
-
-@dataclass(frozen=True)
-class Switch:
-    """A workflow stopped or let go on."""
-
-    workflow: str
-    stopped: bool
-    actor: str | None
-    reason: str
-    at: datetime
-
-
-@dataclass(frozen=True)
-class Promotion:
-    """A model version moved."""
-
-    workflow: str
-    version: int | None
-    action: str
-    actor: str | None
-    evidence: Mapping[str, Any]
-    at: datetime
-
-
-@dataclass(frozen=True)
-class Rollback:
-    """A rollback asked for, or complete."""
-
-    batch_id: str
-    action: Literal["asked", "complete"]
-    actor: str | None
-    reason: str
-    trigger: str
-    evidence: Mapping[str, Any]
-    at: datetime
-
-
-@dataclass(frozen=True)
-class Event:
-    """One link of the chain; names stand in ``body`` where they are not forgotten (then None)."""
-
-    seq: int
-    at: datetime
-    kind: str
-    body: Mapping[str, Any]
-    previous: str
-    hash: str
-
-
-@dataclass(frozen=True)
-class Head:
-    """The last link of the chain. Kept elsewhere, it proves later that nothing was cut off."""
-
-    seq: int
-    hash: str
-
-    def export(self, path: Path | str) -> None:
-        """Write it to a file."""
-        Path(path).write_text(json.dumps(asdict(self)) + "\n")
-
-    @staticmethod
-    def read(path: Path | str) -> Head:
-        """The head in a file; raises LedgerError where there is none."""
-        try:
-            said = json.loads(Path(path).read_text())
-            return Head(int(said["seq"]), str(said["hash"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise LedgerError(f"{path} holds no head of a ledger ({type(error).__name__}): export one first") from None
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What ``verify`` found; ``problems`` name the event, batch or row."""
-
-    ok: bool
-    events: int
-    batches: int
-    problems: list[str]
-    head: Head
 
 
 class Ledger:
@@ -403,7 +172,7 @@ class Ledger:
 
     def _record(self, connection: Connection, kind: str, values: Mapping[str, Any]) -> int:
         """Add an event and the row that repeats it."""
-        table = _CHAINED[kind]
+        table = CHAINED[kind]
         seq = self._append(connection, kind, body_of(values, self.people), values["at"])
         row = {k: self.people.digest(PEOPLE[k], v) if k in PEOPLE else v for k, v in values.items()}
         row |= {k: chain.canonical(row[k]) for k in _JSON & row.keys()}
@@ -557,10 +326,11 @@ class Ledger:
         changed: int,
     ) -> None:
         now = self.clock()
+        findings = [self.people.sealed(finding) for finding in new.findings]
         values = {
             "batch_id": new.batch_id, "workflow": new.workflow, "kind": new.kind, "day": new.day, "digest": new.digest,
             "status": new.status, "step": new.step, "as_of": new.as_of, "decided_at": new.decided_at, "run_id": new.run_id,
-            "record": chain.canonical(new.record), "findings": chain.canonical(list(new.findings)),
+            "record": chain.canonical(new.record), "findings": chain.canonical([body for body, _ in findings]),
             "pools": None if new.pools is None else json.dumps(dict(new.pools), sort_keys=True),
             "reverses": new.reverses, "sequence": sequence, "root": root, "rows": stored.num_rows, "changed": changed,
             "recorded_at": now,
@@ -569,6 +339,7 @@ class Ledger:
         connection.execute(
             insert(tables.batches), {**values, "seq": seq, "delivery": "NONE", "retired": False}
         )  # fmt: skip
+        self._remember(connection, (one for _, named in findings for one in named))
         insert_bulk(connection, tables.names, mapping, ignore_known=True)
         numbers = pa.array([sequence] * stored.num_rows, pa.int64())
         insert_bulk(connection, tables.decisions, stored.add_column(0, "sequence", numbers))
@@ -594,10 +365,17 @@ class Ledger:
             query = select(d.sequence, d.state, func.count()).where(d.sequence.in_(some)).group_by(d.sequence, d.state)
             for sequence, state, count in connection.execute(query):
                 counted.setdefault(sequence, {})[state] = count
+        findings = {row.sequence: json.loads(row.findings) for row in rows}
+        named = [found for some in findings.values() for found in some]
+        known = self._names(
+            connection, (found[key] for found in named for key in PEOPLE if isinstance(found.get(key), str))
+        )
+        for found in named:
+            found |= {key: known.get(found[key]) for key in PEOPLE if isinstance(found.get(key), str)}
         out = []
         for row in rows:
             own = {k: v for k, v in row._mapping.items() if k != "seq"}
-            own |= {"record": json.loads(row.record), "findings": json.loads(row.findings)}
+            own |= {"record": json.loads(row.record), "findings": findings[row.sequence]}
             own["pools"] = None if row.pools is None else json.loads(row.pools)
             if row.counts is not None:
                 own["counts"] = json.loads(row.counts)
@@ -941,29 +719,26 @@ class Ledger:
         """The last proven value of ours for each entity that has one, also where it was sent for another entity of the
         same target."""
         k, b = tables.acknowledged, tables.batches
-        other = k.alias("o")
         by_digest = dict(zip(self.people.digests("entity", entities), entities, strict=True))
-        found: dict[str, tuple[tuple[datetime, int], Acknowledged]] = {}
+        rows = select(k.c.entity, k.c.target, k.c.value, k.c.verified_at, k.c.sequence, b.c.batch_id).join(
+            b, b.c.sequence == k.c.sequence
+        )
+        own: list[AnyRow] = []
+        latest: dict[str, AnyRow] = {}
         with reading(self.engine) as connection, connection.begin():
+            # Two steps, each along an index: the entities, then whoever else shares their targets.
             for some in chunks(by_digest):
-                query = (
-                    select(k.c.entity, other.c.value, other.c.verified_at, other.c.sequence, b.c.batch_id)
-                    .select_from(
-                        k.join(
-                            other,
-                            and_(
-                                other.c.system == k.c.system,
-                                (other.c.target == k.c.target) | (other.c.entity == k.c.entity),
-                            ),
-                        ).join(b, b.c.sequence == other.c.sequence)
-                    )
-                    .where(k.c.system == system, k.c.entity.in_(some))
-                )
-                for digest, value, verified_at, sequence, batch_id in connection.execute(query):
-                    name, order = by_digest[digest], (verified_at, sequence)
-                    if name not in found or order > found[name][0]:
-                        found[name] = (order, Acknowledged(value, verified_at, batch_id))
-        return {name: one for name, (_, one) in found.items()}
+                own += connection.execute(rows.where(k.c.system == system, k.c.entity.in_(some))).all()
+            for some in chunks({row.target for row in own if row.target}):
+                for row in connection.execute(rows.where(k.c.system == system, k.c.target.in_(some))):
+                    before = latest.get(row.target)
+                    if before is None or (before.verified_at, before.sequence) < (row.verified_at, row.sequence):
+                        latest[row.target] = row
+        found = {}
+        for mine in own:
+            last = latest.get(mine.target, mine)
+            found[by_digest[mine.entity]] = Acknowledged(last.value, last.verified_at, last.batch_id)
+        return found
 
     @plainly
     def open_push(self, lease: Lease, batch_id: str) -> None:

@@ -717,10 +717,7 @@ class _Push:
     def _wave(self, wave: Sequence[Item], mode: Mode) -> list[_Done]:
         """Write down what is about to be tried, try it, write down what came of it."""
         now = self.monotonic()
-        ready = [
-            i for i in wave
-            if mode == "send" and i.clear_at <= now and (i.confirm_at is None or i.confirm_at <= now)
-        ]  # fmt: skip
+        ready = [i for i in wave if mode == "send" and i.clear_at <= now]
         self._begin(ready)
         steps = [(chunk, True) for chunk in _chunks(ready, self.can.bulk_write)]
         begun = {id(i) for i in ready}
@@ -846,7 +843,7 @@ class _Push:
                 elif mode == "resolve":
                     done.final = Final("SKIPPED", f"{self.by}; what had been sent never arrived", reading.value)
                 elif not may_send:
-                    done.until, done.window = at, True
+                    done.until, done.window = max(at, item.clear_at), True
                 elif id(item) in sent:
                     self._later([item], dones, None, f"answered, and still shows {judging.shown(reading)}")
                 else:

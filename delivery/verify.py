@@ -19,8 +19,9 @@ from sqlalchemy import Connection, func, select
 
 from delivery import chain, tables
 from delivery.database import select_bulk
-from delivery.ledger import _CHAINED, FINAL, OPEN, Head, batch_body, body_of, roots, stored_rows
+from delivery.ledger import CHAINED, batch_body, body_of, roots, stored_rows
 from delivery.people import PEOPLE, People
+from delivery.records import FINAL, OPEN, Head
 
 _SAID = 20
 """Problems of one sort that are listed; the rest is counted."""
@@ -76,8 +77,8 @@ def examine(connection: Connection, people: People, head: Head | None) -> tuple[
         _events(proof)
     if head is not None:
         _head(proof, head)
-    for kind in _CHAINED:
-        with proof.readable(_CHAINED[kind].name):
+    for kind in CHAINED:
+        with proof.readable(CHAINED[kind].name):
             _chained(proof, kind)
     batches = 0
     with proof.readable("batches"):
@@ -139,7 +140,7 @@ def _head(proof: _Proof, head: Head) -> None:
 
 
 def _chained(proof: _Proof, kind: str) -> None:
-    table = _CHAINED[kind]
+    table = CHAINED[kind]
     told = dict(proof.events[kind])
     rows = proof.connection.execute(select(table).order_by(table.c.seq)).all()
     latest = {row.approver: row.seq for row in rows} if kind == "approver" else {}
@@ -173,6 +174,9 @@ def _batches(proof: _Proof) -> int:
             values = {k: row._mapping[k] for k in body if k in row._mapping}
             if chain.canonical(batch_body(values, proof.people)) != chain.canonical(body):
                 proof.wrong("batches", f"{where} was changed: event {row.seq} says otherwise")
+            for found in json.loads(row.findings):
+                named = {found.get(key) for key in PEOPLE}
+                proof.mentioned[f"findings of {where}"] |= {digest for digest in named if isinstance(digest, str)}
             events = proof.pushed[row.batch_id]
             for name in ("delivery", "system", "superseded_by", "counts", "retired"):
                 if getattr(row, name) != getattr(events, name):

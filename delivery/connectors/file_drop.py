@@ -147,7 +147,7 @@ class FileDrop:
         self._wrote: tuple[str, str] | None = None
         """The batch and the digest of the state that we wrote last."""
         self._exchanges = _can_exchange(self._folder) if settings.shape == "state" else False
-        self.system = f"file_drop:{self._path}"
+        self.system = f"file_drop:{self._path}:{settings.value}"
 
     def __repr__(self) -> str:
         return f"FileDrop({self.system})"

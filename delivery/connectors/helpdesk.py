@@ -331,7 +331,6 @@ class HelpdeskConnector:
         """Note what an answer shows of our last write, and of others since the reading that it was based on."""
         now, value = self._clock(), ticket.get("priority")
         with self._lock:
-            changes = self._changes[key]
             tried = self._tried.get(number)
             if tried is not None and tried.value == value:
                 del self._tried[number]
@@ -341,12 +340,12 @@ class HelpdeskConnector:
                         # Our writes leave no follow-up: whoever left this one, it was not this connector
                         user = follow_up.get("user")
                         actor = "the system, or the caller by e-mail" if user is None else f"user {user}"
-                        changes.append(Change(key, None, tried.at, actor, ours=False))
-                changes.append(Change(key, tried.value, now, "signalbox", ours=True))
+                        self._changes[key].append(Change(key, None, tried.at, actor, ours=False))
+                self._changes[key].append(Change(key, tried.value, now, "signalbox", ours=True))
             elif self._stored.get(number, value) != value:
                 # It was stored, and now there is another: somebody wrote after us
                 del self._stored[number]
-                changes.append(Change(key, value if _whole(value) else None, now, "somebody", ours=False))
+                self._changes[key].append(Change(key, value if _whole(value) else None, now, "somebody", ours=False))
 
     # Words.
 

@@ -13,7 +13,9 @@ import ssl
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -135,15 +137,9 @@ class Http:
         self._largest = largest_body
         # What the request of the current thread may still take, and whether any of it has left
         self._now = threading.local()
-        context = _certificates(ca_file) if self._origin[0] == "https" else None
-        self._pool = httpcore.ConnectionPool(
-            ssl_context=context,
-            max_connections=pool,
-            max_keepalive_connections=pool,
-            # Shorter than the servers' usual 5 s, so that a request seldom meets a connection that is just closing
-            keepalive_expiry=2.0,
-            network_backend=_Backend(self._now),
-        )
+        self._context = _certificates(ca_file) if self._origin[0] == "https" else None
+        self._free, self._idle = threading.BoundedSemaphore(pool), deque[httpcore.HTTPConnection]()
+        self._closed = False
 
     def __repr__(self) -> str:
         return f"Http({self._base!r})"
@@ -205,15 +201,18 @@ class Http:
         now = self._now
         now.deadline, now.sent = time.monotonic() + 2 * self._timeout_s, False
         status: int | None = None
-        waits = {name: self._timeout_s for name in ("connect", "read", "write", "pool")}
+        waits = {name: self._timeout_s for name in ("connect", "read", "write")}
         try:
-            with self._pool.stream(
-                method,
-                url,
-                headers=[(name.encode(), value.encode("latin-1")) for name, value in sent_headers.items()],
-                content=content,
-                extensions={"timeout": waits},
-            ) as response:
+            with (
+                self._connection() as connection,
+                connection.stream(
+                    method,
+                    url,
+                    headers=[(name.encode(), value.encode("latin-1")) for name, value in sent_headers.items()],
+                    content=content,
+                    extensions={"timeout": waits},
+                ) as response,
+            ):
                 status = response.status
                 found = _headers(response.headers)
                 return Answer(status, found, b"" if method == "HEAD" else self._body(response, found))
@@ -262,9 +261,49 @@ class Http:
             raise NoAnswer("the answer's gzip ends in the middle")
         return b"".join(pieces)
 
+    @contextmanager
+    def _connection(self) -> Iterator[httpcore.HTTPConnection]:
+        """A connection for this thread alone, kept open for the next if it is still good.
+
+        Not the library's own pool: that one may close a connection that another thread has just been given (1.0.9: it looks
+        whether an idle one can be read, while its request is being answered), and with the descriptor used again by
+        then an answer could reach the wrong request.
+        """
+        if not self._free.acquire(timeout=self._timeout_s):
+            raise NotSent(f"no connection to {self._base} became free within {self._timeout_s:g} s")
+        try:
+            connection = self._kept() or httpcore.HTTPConnection(
+                httpcore.Origin(self._origin[0].encode(), self._origin[1].encode(), self._origin[2]),
+                ssl_context=self._context,
+                # Shorter than the servers' usual 5 s, so that a request seldom meets a connection that is just closing
+                keepalive_expiry=2.0,
+                network_backend=_Backend(self._now),
+            )
+            try:
+                yield connection
+            finally:
+                if connection.is_idle() and not connection.is_closed() and not self._closed:
+                    self._idle.append(connection)
+                else:
+                    connection.close()
+        finally:
+            self._free.release()
+
+    def _kept(self) -> httpcore.HTTPConnection | None:
+        while True:
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                return None
+            if not connection.has_expired() and connection.is_available():
+                return connection
+            connection.close()
+
     def close(self) -> None:
-        """Close every connection."""
-        self._pool.close()
+        """Close every connection that is not in use, and those in use after their request."""
+        self._closed = True
+        while (connection := self._kept()) is not None:
+            connection.close()
 
 
 class _Stream(httpcore.NetworkStream):

@@ -138,8 +138,9 @@ class RestConnector:
             else:
                 wanted.append(key)
         if spec.many is not None and (len(wanted) > 1 or spec.one is None):
-            for start in range(0, len(wanted), spec.many.at_most):
-                chunk = wanted[start : start + spec.many.at_most]
+            listable = [key for key in wanted if self._listable(spec.many, key)]
+            for start in range(0, len(listable), spec.many.at_most):
+                chunk = listable[start : start + spec.many.at_most]
                 try:
                     listed = self._read_many(spec.many, chunk)
                 except _Singly as turned_away:
@@ -159,7 +160,7 @@ class RestConnector:
                 found[key] = (
                     self._read_one(spec.one, key)
                     if spec.one is not None
-                    else Reading(key=key, target=key, value=None, state="missing", says="the listing does not hold it")
+                    else Reading(key=key, target=key, value=None, state="missing", says="no listing holds it")
                 )
         return found
 
@@ -167,6 +168,15 @@ class RestConnector:
         if len(key) > LONGEST_ID or not self._entity.fullmatch(key):
             return f"{self._http.clean(key, 60)!r} cannot be an id of this system (`entity`)"
         return ""
+
+    @staticmethod
+    def _listable(call: ReadMany, key: str) -> bool:
+        """Whether an id can stand among others: none that holds what stands between them."""
+        try:
+            fill(call.row, {"entity": key})
+        except Unfit:
+            return False
+        return call.join not in key or "entities" not in used_in(call)
 
     def _read_one(self, call: ReadOne, key: str) -> Reading:
         try:
@@ -199,8 +209,6 @@ class RestConnector:
         return self._reading(key, item, answer)
 
     def _read_many(self, call: ReadMany, keys: Sequence[str]) -> dict[str, Reading]:
-        if any(call.join in key for key in keys):
-            raise _Singly("an id holds what stands between ids (`join`)")
         values = {
             "entities": call.join.join(keys),
             "rows": [fill(call.row, {"entity": key}) for key in keys],

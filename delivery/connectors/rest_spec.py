@@ -425,7 +425,7 @@ class RestSystem(Strict):
     )
     largest_body: int = Field(default=16 << 20, ge=1024, description="Bytes of an answer, unpacked; more is an error")
     auth: Auth = Field(description="How the connector proves who it is; secrets only by a variable's name")
-    headers: dict[str, str] = Field(default={}, description="Headers of every call, as they are")
+    headers: dict[str, str] = Field(default={}, description="Headers of every call, as they are; never a secret")
     entity: str = Field(
         default=r"[A-Za-z0-9][A-Za-z0-9._:@-]*",
         description="Regular expression that a whole id must match; others are never sent and count as missing",
@@ -449,6 +449,11 @@ class RestSystem(Strict):
             check_headers(self.headers)
         except Misconfigured as error:
             raise ValueError(str(error)) from None
+        secret = [
+            n for n in self.headers if re.search("authorization|cookie|api-?key|secret|password", n, re.IGNORECASE)
+        ]
+        if secret:
+            raise ValueError(f"headers: {secret[0]} holds a secret, which never stands in a file; use `auth`")
         read, write = self.read, self.write
         _only(read.one, "read.one", {"entity"})
         _only(read.many, "read.many", {"entities", "rows"}, {"entity"})

@@ -159,7 +159,8 @@ class SqlTable:
             raise Misconfigured(f"{settings.url_env} names a {backend} database; PostgreSQL and SQLite are known")
         self._sqlite = backend == "sqlite"
         name = f"{settings.schema_name}.{settings.table}" if settings.schema_name else settings.table
-        self.system = f"sql_table:{self._place}/{name}"
+        # With the column: another workflow may write another one of the same rows
+        self.system = f"sql_table:{self._place}/{name}.{settings.value}"
 
     def __repr__(self) -> str:
         return f"SqlTable({self.system})"

@@ -253,6 +253,7 @@ class AdvertisingSandbox:
         self._load()
 
     def _load(self) -> None:
+        self._indexed: tuple[dict[str, list[Budget]], dict[int, int]] | None = None
         (self.next_day,) = map(
             date.fromisoformat, self._db.execute("SELECT value FROM meta WHERE key = 'next_day'").fetchone()
         )
@@ -378,6 +379,8 @@ class AdvertisingSandbox:
             if old == value:
                 continue
             setattr(budget, name, value)
+            if name != "amount":
+                self._indexed = None
             self._last_micros = max(self._last_micros + 1, _micros(self._clock()))
             operation = "REMOVE" if name == "status" and value == "REMOVED" else "UPDATE"
             self._db.execute(
@@ -405,6 +408,7 @@ class AdvertisingSandbox:
             for campaign in self.campaigns.values():
                 if campaign.budget == budget.id:
                     campaign.status = "REMOVED"
+                    self._indexed = None
                     self._db.execute("UPDATE campaigns SET status = 'REMOVED' WHERE id = ?", (campaign.id,))
 
     def share(self, line: str, others: Sequence[str], actor: str = "person@example.com") -> None:
@@ -416,6 +420,7 @@ class AdvertisingSandbox:
                 campaign = next(c for c in self.campaigns.values() if c.line == other)
                 old = self.budgets[campaign.budget]
                 campaign.budget = budget.id
+                self._indexed = None
                 self._db.execute("UPDATE campaigns SET budget = ? WHERE id = ?", (budget.id, campaign.id))
                 if not any(c.budget == old.id for c in self.campaigns.values()):
                     self._set(old, {"status": "REMOVED"}, actor, "GOOGLE_ADS_WEB_CLIENT")
@@ -664,19 +669,14 @@ class AdvertisingSandbox:
             return [{"customer": customer}]
         if query.resource == "change_event":
             return [{"changeEvent": event, "customer": customer} for event in self._events(query)]
-        users: dict[int, int] = {}
-        for campaign in self.campaigns.values():
-            if campaign.status != "REMOVED":
-                users[campaign.budget] = users.get(campaign.budget, 0) + 1
+        by_name, users = self._index()
         if query.resource == "campaign_budget":
             budgets = list(self.budgets.values())
             asked = {name: query.asked(f"campaign_budget.{name}") for name in ("id", "name", "resource_name")}
             if asked["id"] is not None:
                 budgets = [self.budgets[int(i)] for i in dict.fromkeys(asked["id"]) if int(i) in self.budgets]
             elif asked["name"] is not None:
-                budgets = [b for b in budgets if b.name in set(asked["name"])]
-            elif asked["resource_name"] is not None:
-                budgets = [b for b in budgets if self._name(b) in set(asked["resource_name"])]
+                budgets = [b for name in dict.fromkeys(asked["name"]) for b in by_name.get(name, [])]
             return [{"campaignBudget": self._budget_row(b, users), "customer": customer} for b in budgets]
         rows = []
         names = query.asked("campaign.name")
@@ -694,6 +694,19 @@ class AdvertisingSandbox:
                 }
                 rows.append({"campaign": row, "campaignBudget": self._budget_row(budget, users), "customer": customer})
         return rows
+
+    def _index(self) -> tuple[dict[str, list[Budget]], dict[int, int]]:
+        """Budgets by name, and how many campaigns use each; made anew after either has changed."""
+        if self._indexed is None:
+            by_name: dict[str, list[Budget]] = {}
+            for budget in self.budgets.values():
+                by_name.setdefault(budget.name, []).append(budget)
+            users: dict[int, int] = {}
+            for campaign in self.campaigns.values():
+                if campaign.status != "REMOVED":
+                    users[campaign.budget] = users.get(campaign.budget, 0) + 1
+            self._indexed = (by_name, users)
+        return self._indexed
 
     def _name(self, budget: Budget) -> str:
         return f"customers/{self.customer_id}/campaignBudgets/{budget.id}"

@@ -126,7 +126,7 @@ class Language:
             path, kind = self.path(field)
             kept.sort(key=lambda row, p=path, k=kind: _comparable(_at(row, p), k), reverse=descends)  # type: ignore[misc]
         paths = [self.path(field)[0] for field in query.fields]
-        paths += [(path[0], "resourceName") for path in paths]
+        paths = list(dict.fromkeys([*paths, *((path[0], "resourceName") for path in paths)]))
         return [_only(row, paths) for row in kept[: query.limit]]
 
     def _test(self, condition: Condition) -> Callable[[Mapping[str, Any]], bool]:
@@ -170,7 +170,7 @@ def camel(name: str) -> str:
 def _at(row: Mapping[str, Any], path: Sequence[str]) -> Any:
     here: Any = row
     for part in path:
-        here = here.get(part) if isinstance(here, Mapping) else None
+        here = here.get(part) if isinstance(here, dict) else None
     return here
 
 

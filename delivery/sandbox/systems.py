@@ -36,7 +36,7 @@ class Setup:
     history_days: int
     """Days that ran under the people in charge before the systems opened."""
     lines: int = 120
-    teams: int = 12
+    teams: int = 6
     load: float = 0.9
     advertising_drift: date | None = None
     tickets_drift: date | None = None

@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,55 @@ KEY = b"a key of the tests, not a secret"
 def ledger(tmp_path: Path) -> Iterator[Ledger]:
     with Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}", key=KEY) as opened:
         yield opened
+
+
+@dataclass(frozen=True)
+class World:
+    """A day decided and delivered. Shared: what a test spoils it copies."""
+
+    bench: Any
+    registry: Registry
+    batch: deciding.Batch
+    ledger: Ledger
+    rows: list[dict[str, Any]]
+
+    def explain(self, row: dict[str, Any], **other: Any) -> Explanation:
+        return explain(self.ledger, self.bench.lake, self.registry, row["decision_id"], **other)
+
+    def some(self, arm: str = "champion") -> dict[str, Any]:
+        return next(r for r in self.rows if r["arm"] == arm and (r["changed"] or arm == "holdout"))
+
+
+def made(bench: Any, folder: Path, versions: Path) -> Iterator[World]:
+    registry = Registry(f"sqlite:///{versions / 'mlflow.db'}", (versions / "artifacts").as_uri())  # only read
+    batch = bench.decide(registry, bench.last)
+    with Ledger.open(f"sqlite:///{folder / 'ledger.db'}", key=KEY) as opened:
+        rows = record(opened, bench, batch)
+        assert push(opened, Shelf(rows), batch.batch_id, run_id="run-1").complete
+        yield World(bench, registry, batch, opened, rows)
+
+
+@pytest.fixture(scope="module")
+def lines(ads: Any, _two_versions: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """``ad_budget``."""
+    folder = tmp_path_factory.mktemp("lines")
+    yield from made(ads.copy(folder / "bench"), folder, _two_versions)
+
+
+@pytest.fixture(scope="module")
+def tickets(queue: Any, _two_versions: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """``ticket_priority`` on a day on which open tickets stand close to their due times: who goes first matters."""
+    folder = tmp_path_factory.mktemp("tickets")
+    bench = queue.copy(folder / "bench")
+    pressed(bench)
+    yield from made(bench, folder, _two_versions)
+
+
+@pytest.fixture(params=["lines", "tickets"])
+def world(request: pytest.FixtureRequest) -> World:
+    """Each shipped workflow in turn."""
+    found: World = request.getfixturevalue(request.param)
+    return found
 
 
 @pytest.fixture
@@ -98,25 +148,20 @@ def gone(said: dict[str, Any]) -> dict[str, str]:
 
 
 def pressed(bench: Any) -> None:
-    """A day on which open tickets stand close to their due times, so that who goes first matters."""
+    """Due times close by, for every ticket of the last day."""
     table = bench.workflow.table("features")
     features = bench.lake.read(table, days=[bench.last])
-    hours = [(-5.0 + 4.5 * (n % 11)) for n in range(features.num_rows)]
+    hours = pa.array([-5.0 + 4.5 * (n % 11) for n in range(features.num_rows)])
     at = features.schema.get_field_index("hours_to_due")
-    bench.lake.replace_days(table, features.set_column(at, "hours_to_due", pa.array(hours)), [bench.last])
+    bench.lake.replace_days(table, features.set_column(at, "hours_to_due", hours), [bench.last])
 
 
 # --- the chain --------------------------------------------------------------------------------------------------------
 
 
-def test_the_chain_leads_from_downstream_to_the_rows_of_the_files(
-    bench: Any, registry: Registry, ledger: Ledger, unsearched: None
-) -> None:
-    rows = decided(bench, registry, ledger)
-    report = push(ledger, Shelf(rows), rows[0]["batch_id"], run_id="run-1")
-    assert report.complete
-    row = next(r for r in rows if r["changed"] and r["arm"] == "champion")
-    told = explain(ledger, bench.lake, registry, row["decision_id"])
+def test_the_chain_leads_from_downstream_to_the_rows_of_the_files(world: World, unsearched: None) -> None:
+    row, bench, registry = world.some(), world.bench, world.registry
+    told = world.explain(row)
     said = told.as_dict()
     assert not gone(said) and json.loads(json.dumps(said)) == said
     assert said["downstream"]["state"] == "ACKED" and said["downstream"]["observed"] == row["after"]
@@ -142,11 +187,9 @@ def test_the_chain_leads_from_downstream_to_the_rows_of_the_files(
     assert "Replay: the same decision to the bit" in lines
 
 
-def test_the_source_rows_are_the_ones_in_the_landed_files(
-    bench: Any, registry: Registry, ledger: Ledger, unsearched: None
-) -> None:
-    row = decided(bench, registry, ledger)[0]
-    sources = explain(ledger, bench.lake, registry, row["decision_id"]).as_dict()["sources"]
+def test_the_source_rows_are_the_ones_in_the_landed_files(world: World, unsearched: None) -> None:
+    row, bench = world.some(), world.bench
+    sources = world.explain(row).as_dict()["sources"]
     assert sources["rows"] >= len(sources["listed"]) > 0
     events = bench.lake.read(bench.workflow.table("events")).filter(pc.field(sources["column"]) == row["entity_id"])
     assert sources["rows"] == events.num_rows, "all that the entity has is known by then and within the lookback here"
@@ -157,31 +200,26 @@ def test_the_source_rows_are_the_ones_in_the_landed_files(
         assert row["entity_id"] in lines[one["row"] - 1]
 
 
-def test_source_rows_are_told_as_they_were_known(
-    small: Any, registry: Registry, ledger: Ledger, unsearched: None
-) -> None:
-    """What is known only after the cut-off, and what replaced a file later, is not what the decision came from."""
-    row = decided(small, registry, ledger)[0]
-    before = explain(ledger, small.lake, registry, row["decision_id"]).as_dict()["sources"]
+def test_source_rows_are_told_as_they_were_known(lines: World, small: Any, unsearched: None) -> None:
+    """What replaced a file after the cut-off is not what the decision came from."""
+    row = lines.some()
+    before = lines.explain(row).as_dict()["sources"]
+    shutil.copytree(lines.bench.root, small.root, dirs_exist_ok=True)
     file = small.folder() / f"advertising_{small.days[5]}.csv.gz"
     header, first, *rest = gzip.decompress(file.read_bytes()).splitlines(keepends=True)
     file.write_bytes(gzip.compress(header + b"".join(rest) + first))  # restated: the rows in another order
     late = small.morning(small.last) + timedelta(days=2)
     landed = landing.ingest(small.workflow, small.lake, small.root / "landing", now=late)
     assert landed.accepted == len(rest) + 1
-    after = explain(ledger, small.lake, registry, row["decision_id"]).as_dict()["sources"]
+    after = explain(lines.ledger, small.lake, lines.registry, row["decision_id"]).as_dict()["sources"]
     assert after["events_version"] > before["events_version"]
     assert {k: v for k, v in after.items() if k != "events_version"} == {
         k: v for k, v in before.items() if k != "events_version"
     }
 
 
-def test_a_ticket_says_which_heads_its_index_rests_on(
-    queue: Any, registry: Registry, ledger: Ledger, tmp_path: Path, unsearched: None
-) -> None:
-    bench = queue.copy(tmp_path / "queue")
-    row = next(r for r in decided(bench, registry, ledger) if r["arm"] == "champion")
-    score = explain(ledger, bench.lake, registry, row["decision_id"]).as_dict()["score"]
+def test_a_ticket_says_which_heads_its_index_rests_on(tickets: World, unsearched: None) -> None:
+    score = tickets.explain(tickets.some()).as_dict()["score"]
     assert {h["name"]: h["decides"] for h in score["heads"]} == {"miss": False, "effort": True}
     assert "'effort'" in score["rests_on"] and "hours_to_due" in score["features"]
     for head in score["heads"]:
@@ -191,12 +229,10 @@ def test_a_ticket_says_which_heads_its_index_rests_on(
         assert sizes == sorted(sizes, reverse=True)
 
 
-def test_what_the_system_shows_now_is_told_beside_what_was_read_back(
-    small: Any, registry: Registry, ledger: Ledger, unsearched: None
-) -> None:
-    row = decided(small, registry, ledger)[0]
+def test_what_the_system_shows_now_is_told_beside_what_was_read_back(lines: World, unsearched: None) -> None:
+    row = lines.some()
     now = Reading(row["entity_id"], "a budget", 1, state="closed", says="paused")
-    said = explain(ledger, small.lake, registry, row["decision_id"], reading=now)
+    said = lines.explain(row, reading=now)
     assert said.as_dict()["downstream"]["now"] == {
         "value": 1, "state": "closed", "target": "a budget", "says": "paused", "as_decided": False,
     }  # fmt: skip
@@ -230,7 +266,7 @@ def test_a_held_batch_tells_its_findings_and_who_approved_it(
 
 
 def test_the_rule_tells_what_it_counted_and_which_model_could_not_be_used(
-    bench: Any, empty_registry: Registry, ledger: Ledger
+    bench: Any, empty_registry: Registry, ledger: Ledger, unsearched: None
 ) -> None:
     row = next(r for r in decided(bench, empty_registry, ledger) if r["arm"] == "champion")
     told = explain(ledger, bench.lake, empty_registry, row["decision_id"])
@@ -259,32 +295,30 @@ def test_a_day_without_change_says_that_nothing_was_scored(
     assert any("the rule has nothing to go by" in r for r in said["batch"]["step_reasons"])
 
 
-def test_a_holdout_says_that_only_another_arm_would_have_changed_it(
-    small: Any, registry: Registry, ledger: Ledger
-) -> None:
-    row = next(r for r in decided(small, registry, ledger) if r["arm"] == "holdout")
-    said = explain(ledger, small.lake, registry, row["decision_id"]).as_dict()
+def test_a_holdout_says_that_only_another_arm_would_have_changed_it(lines: World) -> None:
+    row = lines.some("holdout")
+    said = lines.explain(row).as_dict()
     found = said["would_change"]
     assert "holdout" in found["says"][0] and found["features"] == found["limits"] == found["tried"] == []
     assert "does not act on the score" in said["score"]["unused"]
-    assert found["arms"]["champion"] == in_arm(small, registry, row, "champion") != row["after"]
+    assert found["arms"]["champion"] == in_arm(lines, row, "champion") != row["after"]
 
 
-def in_arm(bench: Any, registry: Registry, row: dict[str, Any], arm: str) -> int:
-    inputs = explaining._inputs(row, bench.lake, registry)
+def in_arm(world: World, row: dict[str, Any], arm: str) -> Any:
+    inputs = explaining._inputs(row, world.bench.lake, world.registry)
     units = inputs.drawn["unit"].to_pylist()
     arms = [arm if u == row["unit"] else a for u, a in zip(units, inputs.drawn["arm"].to_pylist(), strict=True)]
     drawn = inputs.drawn.set_column(inputs.drawn.schema.get_field_index("arm"), "arm", pa.array(arms))
     return decide_again(inputs, drawn=drawn)
 
 
-def test_an_exploring_line_says_that_its_coin_decided(small: Any, registry: Registry, ledger: Ledger) -> None:
-    row = next(r for r in decided(small, registry, ledger) if r["arm"] == "explore" and r["changed"])
-    said = explain(ledger, small.lake, registry, row["decision_id"]).as_dict()
-    found = said["would_change"]
+def test_an_exploring_line_says_that_its_coin_decided(lines: World) -> None:
+    row = lines.some("explore")
+    found = lines.explain(row).as_dict()["would_change"]
     assert "fair coin" in found["says"][0] and found["features"] == found["tried"] == []
     assert "arms.explore.step" in found["limits_tried"] and found["arms"]["holdout"] == row["before"]
-    inputs = explaining._inputs(row, small.lake, registry)
+    inputs = explaining._inputs(row, lines.bench.lake, lines.registry)
+    assert found["limits"]
     for turn in found["limits"]:
         prove_limit(inputs, turn)
 
@@ -349,22 +383,16 @@ def prove_limit(inputs: what_if.Inputs, turn: dict[str, Any]) -> None:
     close(turn)
 
 
-@pytest.mark.parametrize("name", ["ads", "queue"])
-def test_the_smallest_changes_flip_the_decision_and_a_little_less_does_not(
-    name: str, request: pytest.FixtureRequest, registry: Registry, ledger: Ledger, tmp_path: Path
-) -> None:
-    bench = request.getfixturevalue(name).copy(tmp_path / "bench")
-    if name == "queue":
-        pressed(bench)
-    rows = [r for r in decided(bench, registry, ledger) if r["arm"] == "champion"]
-    picked = rows[:: max(1, len(rows) // 3)][:3]
+def test_the_smallest_changes_flip_the_decision_and_a_little_less_does_not(world: World) -> None:
+    rows = [r for r in world.rows if r["arm"] == "champion"]
+    picked = rows[1 :: max(1, len(rows) // 2)]
     features, limits = 0, 0
     for row in picked:
         begun = time.process_time()
-        found = explain(ledger, bench.lake, registry, row["decision_id"]).as_dict()["would_change"]
+        found = world.explain(row).as_dict()["would_change"]
         assert time.process_time() - begun < 10, "seconds of one core"
         assert 0 < found["redecisions"] <= found["most"] and not found["stopped"]
-        inputs = explaining._inputs(row, bench.lake, registry)
+        inputs = explaining._inputs(row, world.bench.lake, world.registry)
         sizes = [turn["size"] for turn in found["features"]]
         assert sizes == sorted(sizes), "the smallest first"
         for turn in found["features"]:
@@ -392,12 +420,9 @@ def test_a_ticket_left_to_people_says_where_the_review_line_would_have_to_lie(
         assert turn["unchanged_at"] < uncertain <= turn["value"], "at its own uncertainty it is decided on"
 
 
-def test_a_search_that_is_cut_short_says_so(
-    small: Any, registry: Registry, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_search_that_is_cut_short_says_so(lines: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(what_if, "MOST", 30)
-    row = next(r for r in decided(small, registry, ledger) if r["arm"] == "champion")
-    told = explain(ledger, small.lake, registry, row["decision_id"])
+    told = lines.explain(lines.some())
     found = told.as_dict()["would_change"]
     assert found["stopped"] and found["redecisions"] <= found["most"]
     assert any("stopped after 30" in line for line in told.lines())
@@ -463,61 +488,58 @@ def lose(table: str) -> Callable[[Any, Registry], None]:
     ids=["model", "run", "features", "arms", "events", "specs"],
 )
 def test_what_is_gone_is_said_in_its_place_and_the_rest_is_told(
-    small: Any, registry: Registry, ledger: Ledger, unsearched: None, losing: Any, lost: set[str], kept: set[str]
+    lines: World, tmp_path: Path, registry: Registry, unsearched: None, losing: Any, lost: set[str], kept: set[str]
 ) -> None:
-    row = decided(small, registry, ledger)[0]
+    bench = lines.bench.copy(tmp_path / "lost")
+    losing(bench, registry)
     deciding._model.cache_clear()
-    losing(small, registry)
-    told = explain(ledger, small.lake, registry, row["decision_id"])
+    told = explain(lines.ledger, bench.lake, registry, lines.some()["decision_id"])
     found = gone(told.as_dict())
     assert set(found) == lost and not set(found) & kept, found
     assert all(found.values())
     assert sum("gone:" in line for line in told.lines()) >= len(lost)
 
 
-def test_a_forgotten_name_is_not_told_again(small: Any, registry: Registry, ledger: Ledger) -> None:
-    row = decided(small, registry, ledger)[0]
+def test_a_forgotten_name_is_not_told_again(lines: World, ledger: Ledger) -> None:
+    row = record(ledger, lines.bench, lines.batch)[0]
     ledger.forget(row["entity_id"])
-    told = explain(ledger, small.lake, registry, row["decision_id"])
+    told = explain(ledger, lines.bench.lake, lines.registry, row["decision_id"])
     said = told.as_dict()
     assert set(gone(said)) == {"score", "sources", "replay", "would_change"}
     assert said["model"]["version"] == 2 and said["decision"]["after"] == row["after"]
     assert row["entity_id"] not in json.dumps(said) + "\n".join(told.lines())
 
 
-def test_after_the_ledgers_retention_the_lake_tells(
-    small: Any, registry: Registry, ledger: Ledger, unsearched: None
-) -> None:
-    rows = decided(small, registry, ledger)
+def test_after_the_ledgers_retention_the_lake_tells(lines: World, ledger: Ledger, unsearched: None) -> None:
+    rows = record(ledger, lines.bench, lines.batch)
+    lake, registry = lines.bench.lake, lines.registry
     push(ledger, Shelf(rows), rows[0]["batch_id"])
     row, other = rows[0], rows[1]
     ledger.forget(other["entity_id"])
     assert ledger.retention(1) == [row["batch_id"]]
-    told = explain(ledger, small.lake, registry, row["decision_id"]).as_dict()
+    told = explain(ledger, lake, registry, row["decision_id"]).as_dict()
     assert set(gone(told)) == {"downstream", "deliveries"} and told["replay"]["equal"] is True
     assert told["batch"]["digest"] == ledger.batch(row["batch_id"]).digest
-    assert other["entity_id"] not in json.dumps(explain(ledger, small.lake, registry, other["decision_id"]).as_dict())
+    assert other["entity_id"] not in json.dumps(explain(ledger, lake, registry, other["decision_id"]).as_dict())
 
 
 def test_a_decision_that_the_ledger_never_had_is_told_from_the_lake_and_an_unknown_one_refused(
-    small: Any, registry: Registry, ledger: Ledger, unsearched: None
+    lines: World, ledger: Ledger, unsearched: None
 ) -> None:
-    small.decide(registry, small.last)
-    row = small.decided(small.last)[0]
-    told = explain(ledger, small.lake, registry, row["decision_id"])
+    lake, registry = lines.bench.lake, lines.registry
+    told = explain(ledger, lake, registry, lines.rows[0]["decision_id"])
     assert set(gone(told.as_dict())) == {"downstream", "deliveries", "batch"} and told.as_dict()["replay"]["equal"]
     assert told.lines()
     with pytest.raises(Unknown, match="no-such-decision"):
-        explain(ledger, small.lake, registry, "no-such-decision")
+        explain(ledger, lake, registry, "no-such-decision")
 
 
 # --- rollbacks --------------------------------------------------------------------------------------------------------
 
 
-def test_a_rollback_tells_what_it_took_back_and_who_asked(
-    small: Any, registry: Registry, ledger: Ledger, unsearched: None
-) -> None:
-    rows = decided(small, registry, ledger)
+def test_a_rollback_tells_what_it_took_back_and_who_asked(lines: World, ledger: Ledger, unsearched: None) -> None:
+    rows = record(ledger, lines.bench, lines.batch)
+    lake, registry = lines.bench.lake, lines.registry
     shelf = Shelf(rows)
     push(ledger, shelf, rows[0]["batch_id"])
     row = next(r for r in rows if r["changed"])
@@ -526,7 +548,7 @@ def test_a_rollback_tells_what_it_took_back_and_who_asked(
     )
     assert report.complete and shelf.values[row["entity_id"]] == row["before"]
     back = ledger.decisions(rollback.rollback_id(row["batch_id"]), [row["entity_id"]]).to_pylist()[0]
-    told = explain(ledger, small.lake, registry, back["decision_id"])
+    told = explain(ledger, lake, registry, back["decision_id"])
     said = told.as_dict()
     assert not gone(said), gone(said)
     assert (said["decision"]["before"], said["decision"]["after"]) == (row["after"], row["before"])
@@ -535,6 +557,6 @@ def test_a_rollback_tells_what_it_took_back_and_who_asked(
     assert said["replay"]["equal"] and said["replay"]["prior"] == row["before"]
     lines = "\n".join(told.lines())
     assert "It reverses:" in lines and "too bold" in lines and "decided by no model" in lines
-    original = explain(ledger, small.lake, registry, row["decision_id"])
+    original = explain(ledger, lake, registry, row["decision_id"])
     assert original.as_dict()["batch"]["rolled_back_by"][0]["delivery"] == "COMPLETE"
     assert isinstance(original, Explanation) and any("rolled back by" in line for line in original.lines())

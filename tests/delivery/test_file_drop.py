@@ -28,6 +28,9 @@ from hypothesis import strategies as st
 from delivery.connectors import file_drop
 from delivery.connectors.base import Misconfigured, Reading, Unavailable, Write
 from delivery.connectors.file_drop import FileDrop, FileDropSettings
+from delivery.ledger import Ledger, utc_now
+from delivery.push import PushSettings, push
+from tests.support.ledgers import KEY, new_batch, some_decisions
 
 NOW = datetime(2026, 5, 1, 6, 0)
 FORMATS = pytest.mark.parametrize("format", ["csv", "parquet"])
@@ -420,6 +423,34 @@ def test_a_folder_that_is_not_there_or_not_ours_is_told(tmp_path: Path) -> None:
         drop.apply([write(drop.read(["a"])["a"], 5)])
 
 
+@pytest.mark.parametrize("shape", ["batches", "state"])
+def test_a_file_appears_after_it_is_on_the_disk_and_the_folder_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str
+) -> None:
+    """What a power cut or a reader between any two steps would find."""
+    drop = connect(tmp_path, shape=shape, missing_means=1)
+    if shape == "state":
+        drop.apply([write(drop.read(["b"])["b"], 5)])
+    steps: list[str] = []
+    before = [(p.name, p.read_bytes()) for p in dropped(tmp_path)]
+
+    def step(name: str, real: Callable[..., None]) -> Callable[..., None]:
+        def call(first: Any, *more: Any) -> None:
+            folder = isinstance(first, int) and os.path.isdir(f"/proc/self/fd/{first}")
+            if ".kept" not in (os.readlink(f"/proc/self/fd/{first}") if isinstance(first, int) else str(more[0])):
+                unseen = [(p.name, p.read_bytes()) for p in dropped(tmp_path)] == before
+                steps.append(f"{name} {'folder' if folder else 'file'}{' unseen' if unseen else ''}")
+            real(first, *more)
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", step("fsync", os.fsync))
+    monkeypatch.setattr(os, "rename", step("place", os.rename))
+    monkeypatch.setattr(file_drop, "_exchange", step("place", file_drop._exchange))
+    assert outcomes(drop.apply([write(drop.read(["a"])["a"], 5)])) == ["accepted"]
+    assert steps == ["fsync file unseen", "place file unseen", "fsync folder"]
+
+
 KILLED = """
 import sys
 from datetime import datetime
@@ -479,3 +510,54 @@ def test_whatever_is_dropped_is_read_back(
     assert ok == {key for key in wanted if "\0" not in key}
     read = connect(folder, format=format, shape=shape, decimals=decimals, missing_means=0).read(list(wanted))
     assert {key: read[key].value for key in ok} == {key: wanted[key] for key in ok}
+
+
+# -- with the ledger and the push
+
+
+@pytest.mark.parametrize("shape", ["batches", "state"])
+def test_a_push_drops_one_file_and_leaves_what_people_changed(tmp_path: Path, shape: str) -> None:
+    names = ["plain", "persons", "there", "bad"]
+    (tmp_path / "drop").mkdir()
+    file = tmp_path / ("drop/lines.csv" if shape == "state" else "export.csv")
+    save(file, {"id": names, "amount": ["low", "high", "mid", "low"]}, at=NOW)
+    more = {"baseline": "export.csv"} if shape == "batches" else {}
+    drop = connect(tmp_path, clock=utc_now, shape=shape, names={100: "low", 120: "mid", 150: "high"}, **more)
+    with Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}", key=KEY) as ledger:
+        ledger.record_batch(new_batch(pools=None), some_decisions("b1", names, after=[120, 120, 120, 110]))
+        report = push(ledger, drop, "b1", settings=PushSettings(backoff_s=(0.01, 0.1), late_s=0.1))
+        assert report.complete
+        ends = {str(d.entity): (d.state, d.prior) for d in ledger.deliveries("b1")}
+    assert ends["plain"] == ("ACKED", 100) and ends["there"][0] == "ACKED"
+    assert ends["persons"][0] == "CONFLICT" and ends["bad"][0] == "REJECTED"
+    if shape == "state":
+        assert table(file)["amount"] == ["mid", "high", "mid", "low"]
+    else:
+        (made,) = dropped(tmp_path)
+        assert table(made)["id"] == ["plain"] and table(made)["amount"] == ["mid"] and table(made)["before"] == ["low"]
+
+
+@pytest.mark.parametrize(("later", "end"), [(False, "OVERWRITTEN"), (True, "CONFLICT")])
+def test_a_persons_file_that_lands_while_ours_is_made_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: bool, end: str
+) -> None:
+    """A folder cannot refuse: if theirs is older than ours by a moment, theirs is lost and listed; else theirs stands."""
+    drop = connect(tmp_path, clock=utc_now, missing_means=100)
+    temporary, landed = FileDrop._temporary, []
+
+    def raced(self: FileDrop, content: bytes, folder: Path) -> Path:
+        if not landed:
+            landed.append(1)
+            now = utc_now() + timedelta(seconds=5 if later else -0.5)
+            save(tmp_path / "drop" / "by_hand.csv", {"id": ["a"], "amount": [77]}, at=now)
+        return temporary(self, content, folder)
+
+    monkeypatch.setattr(FileDrop, "_temporary", raced)
+    with Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}", key=KEY) as ledger:
+        ledger.record_batch(new_batch(pools=None), some_decisions("b1", ["a", "b"]))
+        report = push(ledger, drop, "b1", settings=PushSettings(late_s=0.1))
+        assert report.complete
+        ends = {str(d.entity): d.state for d in ledger.deliveries("b1")}
+        assert ends == {"a": end, "b": "ACKED"}
+        assert [c.found for c in ledger.conflicts("b1")] == [77]
+    assert drop.read(["a"])["a"].value == (77 if later else 120)

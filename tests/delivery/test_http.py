@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any
 
+import httpcore
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from delivery.connectors.base import Misconfigured
@@ -23,6 +24,7 @@ from delivery.connectors.http import (
     Http,
     NoAnswer,
     NotSent,
+    _Stream,
     clean,
     outcome_of,
     retry_after,
@@ -66,8 +68,8 @@ def test_many_threads_share_it() -> None:
     with serving(Scripted(lambda r: (200, {"path": r.path}, {}))) as url:
         http = client(url, pool=4, timeout_s=10)
         with ThreadPoolExecutor(12) as threads:
-            answers = list(threads.map(lambda n: http.request("GET", f"/{n}").json()["path"], range(200)))
-        assert answers == [f"/{n}" for n in range(200)]
+            answers = list(threads.map(lambda n: http.request("GET", f"/{n}").json()["path"], range(1000)))
+        assert answers == [f"/{n}" for n in range(1000)]
 
 
 def test_what_never_left_is_told_from_what_may_have_been_applied() -> None:
@@ -120,6 +122,29 @@ def test_nobody_holds_it_longer_than_twice_the_timeout(talk: Callable[[socket.so
         with pytest.raises(NoAnswer):
             client(url, timeout_s=0.2).request("POST", "/", json=1)
         assert time.monotonic() - began < 1.0
+
+
+def test_no_single_wait_is_longer_than_what_is_left_of_the_whole() -> None:
+    waits: list[float | None] = []
+
+    class Recorded(httpcore.NetworkStream):
+        def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+            waits.append(timeout)
+            return b""
+
+        def write(self, buffer: bytes, timeout: float | None = None) -> None:
+            waits.append(timeout)
+
+    now = threading.local()
+    now.deadline = time.monotonic() + 5
+    stream = _Stream(Recorded(), now)
+    stream.read(1, 10)
+    stream.write(b"x", 10)
+    stream.read(1, 1)
+    assert waits[0] is not None and waits[0] <= 5 and waits[1] is not None and waits[1] <= 5 and waits[2] == 1
+    now.deadline = time.monotonic() - 1
+    with pytest.raises(httpcore.ReadTimeout):
+        stream.read(1, 10)
 
 
 def test_a_server_that_takes_nothing_in_cannot_hold_it() -> None:
@@ -282,12 +307,14 @@ def test_retry_after_is_seconds_or_a_date(said: str, seconds: float | None) -> N
     assert retry_after({"retry-after": said}, NOW) == seconds
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_retry_after_never_breaks(said: str) -> None:
     found = retry_after({"retry-after": said}, NOW)
     assert found is None or 0 <= found <= 3600
 
 
+@settings(deadline=None)
 @given(st.text(max_size=400), st.integers(0, 400))
 def test_clean_texts_are_one_short_line_without_the_secret(text: str, where: int) -> None:
     shown = clean(text[:where] + SECRET + text[where:], [SECRET])
@@ -301,6 +328,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None, max_examples=50)
 @given(JSON)
 def test_json_comes_back_as_it_was(value: Any) -> None:
     assert strict_json(json.dumps(value).encode()) == value

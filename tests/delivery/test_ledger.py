@@ -483,7 +483,9 @@ def test_events_of_other_kinds_can_be_noted_and_the_ledgers_own_cannot(file_book
 
 def test_no_name_stands_anywhere_but_in_names(file_book: Ledger, tmp_path: Path) -> None:
     pushed(file_book, results=[acked(n, target=f"ticket-of-zoe-{n}") for n in range(4)])
-    file_book.record_batch(new_batch("b2"), some_decisions("b2", ["zoe-1", "zoe-2"]))
+    file_book.record_batch(
+        new_batch("b2", findings=[{"rule": "x", "entity": "zoe-1"}]), some_decisions("b2", ["zoe-1", "zoe-2"])
+    )
     file_book.set_approver("zoe", "$argon2id$x")
     file_book.approve("b2", "d" * 64, "zoe", "reason", NOW, NOW)
     file_book.note("guard", {"entity": "zoe-1", "person": "zoe"})
@@ -492,6 +494,13 @@ def test_no_name_stands_anywhere_but_in_names(file_book: Ledger, tmp_path: Path)
             found = [row for row in raw.execute(f'SELECT * FROM "{table}"') if any("zoe" in str(cell) for cell in row)]
             assert bool(found) == (table == "names"), (table, found)
     raw.close()
+
+
+def test_a_ledger_file_is_for_its_owner_only(file_book: Ledger, tmp_path: Path) -> None:
+    file_book.note("x", {})
+    assert {file.name: oct(file.stat().st_mode & 0o777) for file in tmp_path.iterdir()} == dict.fromkeys(
+        ("ledger.db", "ledger.db-wal", "ledger.db-shm"), "0o600"
+    )
 
 
 def test_a_forgotten_name_is_gone_and_the_ledger_still_verifies(book: Ledger) -> None:
@@ -507,6 +516,8 @@ def test_a_forgotten_name_is_gone_and_the_ledger_still_verifies(book: Ledger) ->
     assert [a.says for a in book.attempts("b1", 1)] == [None]
     assert book.decisions("b1")["entity_id"].to_pylist() == ["line-0", None, "line-2", "line-3"]
     assert book.approvals("b1")[0].approver is None and book.approvers() == []
+    book.forget("line-0")
+    assert book.batch("b1").findings == [{"rule": "blast", "entity": None}]
     verdict = book.verify(head=head)
     assert verdict.ok, verdict.problems
     book.record_batch(new_batch("b2"), some_decisions("b2"))
@@ -777,7 +788,7 @@ def test_a_broken_database_is_a_ledger_error_without_values(file_book: Ledger, t
     not_one.write_bytes(b"this is no database, and it is long enough to be taken for one" * 50)
     with pytest.raises(LedgerUnavailable, match="damaged"):
         Ledger.open(f"sqlite:///{not_one}", key=KEY)
-    with pytest.raises(LedgerUnavailable, match="cannot be made"):
+    with pytest.raises(LedgerUnavailable, match="cannot be made or written to"):
         Ledger.open(f"sqlite:///{not_one}/below/ledger.db", key=KEY)
     with pytest.raises(LedgerError, match="must outlive its process"):
         Ledger.open("sqlite://", key=KEY)

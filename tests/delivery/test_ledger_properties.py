@@ -266,5 +266,5 @@ class Model(RuleBasedStateMachine):
 
 TestLedger = Model.TestCase
 TestLedger.settings = settings(
-    max_examples=20, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), database=None
+    max_examples=12, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck), database=None
 )

@@ -250,3 +250,15 @@ def test_rows_that_cannot_be_read_are_findings(tmp_path: Path) -> None:
         ]
         for statement in garbage:
             assert problems_after(book, sql(statement)), statement
+
+
+def test_an_event_that_was_given_a_fitting_hash_no_longer_has_a_successor(filled: Ledger) -> None:
+    def forge(connection: Connection) -> None:
+        (seq,) = connection.execute(text("SELECT MIN(seq) FROM events WHERE kind = 'push begun'")).one()
+        one = connection.execute(tables.events.select().where(tables.events.c.seq == seq)).one()
+        body = chain.canonical({**json.loads(one.body), "note": "forged"})
+        own = chain.event_hash(one.previous, seq, one.at, one.kind, body)
+        connection.execute(tables.events.update().where(tables.events.c.seq == seq).values(body=body, hash=own))
+
+    said = problems_after(filled, forge)
+    assert len(said) == 1 and "its predecessor has another hash" in said[0]

@@ -147,6 +147,10 @@ def always(status: int, body: Any = None, **headers: str) -> Callable[[Request],
             {"history": {"path": "/h", "items": "", "value": "/v", "time": "/t", "actor": "/a"}},
             "history.own_actor: is required",
         ),
+        (
+            {"headers": {"X-Api-Key": "hunter2"}},
+            "headers: X-Api-Key holds a secret, which never stands in a file; use `auth`",
+        ),
         ({"entity": "("}, "entity is no regular expression"),
     ],
 )
@@ -231,6 +235,7 @@ def test_placeholders_keep_their_type_where_they_stand_alone() -> None:
         fill("{entity:integer}", {"entity": "7a"})
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_no_id_adds_a_part_to_a_path_or_climbs(text: str) -> None:
     try:
@@ -484,6 +489,15 @@ def test_pages_that_go_round_end(tmp_path: Path) -> None:
         assert len(api.requests) <= 3
 
 
+def test_one_that_a_listing_shows_twice_and_differently_is_asked_for_by_itself(tmp_path: Path) -> None:
+    def script(request: Request) -> Reply:
+        twice = items({"id": "1", "v": 5}, {"id": "2", "v": 6}, {"id": "1", "v": 9})
+        return 200, twice if request.path == "/t" else {"id": request.path[3:], "v": 7}, {}
+
+    with against(tmp_path, script, read__many=LISTED) as (_, connector):
+        assert {k: r.value for k, r in connector.read(["1", "2"]).items()} == {"1": 7, "2": 6}
+
+
 def test_one_id_that_spoils_a_listing_does_not_spoil_the_others(tmp_path: Path) -> None:
     def script(request: Request) -> Reply:
         if request.path == "/t":
@@ -496,6 +510,29 @@ def test_one_id_that_spoils_a_listing_does_not_spoil_the_others(tmp_path: Path) 
             "2": "missing",
             "3": "open",
         }
+
+
+def test_an_id_that_cannot_stand_in_a_list_is_asked_for_by_itself(tmp_path: Path) -> None:
+    def script(request: Request) -> Reply:
+        rows = [{"id": i, "v": 7} for i in request.query.get("ids", [""])[0].split(",")]
+        return 200, items(*rows) if request.path == "/t" else {"id": "a,b", "v": 8}, {}
+
+    for one, state in (({"path": "/t/{entity}"}, "open"), (None, "missing")):
+        with against(tmp_path, script, entity=".*", read__many=LISTED, read__one=one) as (_, connector):
+            found = connector.read(["1", "a,b", "b"])
+            assert {k: r.state for k, r in found.items()} == {"1": "open", "a,b": state, "b": "open"}
+    typed = {
+        "method": "POST",
+        "path": "/t",
+        "body": {"ids": "{rows}"},
+        "row": "{entity:integer}",
+        "at_most": 9,
+        "items": "/items",
+    }
+    with against(
+        tmp_path, lambda r: (200, items({"id": 1, "v": r.body["ids"][0]}), {}), read__many=typed, read__one=None
+    ) as (_, c):
+        assert {k: r.value for k, r in c.read(["1", "x"]).items()} == {"1": 1, "x": None}
 
 
 # --------------------------------------------------------------------------- writing

@@ -283,7 +283,7 @@ def test_pages_show_each_row_once_as_of_one_moment(server: Server, sandbox: Adve
     while True:
         found = query(server, text, pageSize=7, **({"pageToken": token} if token else {}))
         seen += [int(row["campaignBudget"]["amountMicros"]) for row in found["results"]]
-        sandbox.by_hand(WORLD.line_id[pages * 5], 10_000)
+        sandbox.by_hand(WORLD.line_id[-1 - pages], 10_000)  # not read yet
         pages, token = pages + 1, found.get("nextPageToken", "")
         if not token:
             break

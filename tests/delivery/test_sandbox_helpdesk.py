@@ -45,6 +45,10 @@ def some_open(desk: Controls, count: int) -> list[str]:
     return found[:count]
 
 
+def open_in(now: tickets.World) -> dict[str, int]:
+    return {row["ticket_id"]: row["priority"] for row in now.open_tickets().to_pylist()}
+
+
 def test_the_worlds_open_tickets_stand_under_their_own_numbers(tmp_path: Path, templates: Path) -> None:
     with sandbox(tmp_path / "desk", templates) as desk, api(desk) as client:
         shown = {t["id"]: t for t in client.get("tickets/", params={"page_size": 1000}).json()["results"]}
@@ -77,8 +81,7 @@ def test_priorities_that_stand_in_the_help_desk_are_served_and_the_export_is_the
             assert Path(said["export"]).read_bytes() == ours.read_bytes()
             assert [p.name for p in (tmp_path / "landing" / "export").iterdir() if p.name.startswith(".")] == []
             assert (said["day"], said["events"]) == (day.isoformat(), events.num_rows)
-        open_now = {row["ticket_id"]: row["priority"] for row in alone.open_tickets().to_pylist()}
-        assert open_now == {k: t["priority"] for k, t in desk.tickets().items() if t["status"] in (1, 2)}
+        assert open_in(alone) == {k: t["priority"] for k, t in desk.tickets().items() if t["status"] in (1, 2)}
         again = desk.replay()
     assert again.open_tickets().equals(alone.open_tickets())
     untouched = world()
@@ -135,19 +138,22 @@ def test_a_killed_help_desk_goes_on_where_it_was(tmp_path: Path, templates: Path
     recipe.append(tmp_path / "desk", OPENED + DAY, {})
     with (tmp_path / "desk" / recipe.LOG).open("a") as log:
         log.write('{"day": "2026-03-1')
+    straight = world()
+    events = [straight.step(OPENED + n * DAY, {name: 5} if n == 0 else None) for n in range(2)]
     with kept as desk:
         assert desk.state()["next_day"] == (OPENED + 2 * DAY).isoformat()
+        assert open_in(straight) == {k: t["priority"] for k, t in desk.tickets().items() if t["status"] in (1, 2)}
         said = desk.advance(tmp_path, day=OPENED + DAY)
         assert said["day"] == (OPENED + DAY).isoformat() == Path(said["export"]).name[8:18]
         desk.advance(tmp_path, day=OPENED + 2 * DAY)
         after = desk.tickets()
         with pytest.raises(SandboxError, match="2026-03-15 is next"):
             desk.advance(tmp_path, day=OPENED)
-    straight = world()
-    events = [straight.step(OPENED + n * DAY, {name: 5} if n == 0 else None) for n in range(3)]
+        again = desk.replay()
+    events.append(straight.step(OPENED + 2 * DAY))
+    assert again.open_tickets().equals(straight.open_tickets())
     assert before[1]["next_day"] == (OPENED + DAY).isoformat() and before[0].keys() != after.keys()
-    shown = {row["ticket_id"]: row["priority"] for row in straight.open_tickets().to_pylist()}
-    assert shown == {k: t["priority"] for k, t in after.items() if t["status"] in (1, 2)}
+    assert open_in(straight) == {k: t["priority"] for k, t in after.items() if t["status"] in (1, 2)}
     for n in range(3):
         ours = tickets.export_day(events[n], tmp_path / "ours", OPENED + n * DAY)
         assert (tmp_path / "export" / ours.name).read_bytes() == ours.read_bytes()

@@ -25,7 +25,10 @@ import sqlalchemy as sa
 from delivery.connectors import sql_table
 from delivery.connectors.base import Misconfigured, Reading, Unavailable, Write
 from delivery.connectors.sql_table import SqlTable, SqlTableSettings
+from delivery.ledger import Ledger
+from delivery.push import push
 from tests.support import postgres as postgres_server
+from tests.support.ledgers import KEY, new_batch, some_decisions
 
 NOW = datetime(2026, 5, 1, 6, 0)
 
@@ -315,6 +318,12 @@ def test_identifiers_are_quoted(place: Place) -> None:
     assert table.read(["a"])["a"].value == 3
 
 
+def test_two_columns_of_one_table_are_two_systems(place: Place) -> None:
+    """The ledger knows a value by system and entity: a budget must not be taken for a priority."""
+    place.table("priority INTEGER")
+    assert place.connect().system != place.connect(value="priority").system
+
+
 # -- what is carried, inserted, only tried
 
 
@@ -572,14 +581,15 @@ def test_a_server_that_is_down_hangs_or_comes_back(tmp_path: Path) -> None:
         frozen = [server.process.pid, *map(int, family)]
         for pid in frozen:
             os.kill(pid, signal.SIGSTOP)
-        start = time.monotonic()
-        with pytest.raises(Unavailable):
-            table.read(["e0"])
-        answer = table.apply([write(seen, 5)])[0]
-        assert answer.outcome == "not_applied"
-        assert time.monotonic() - start < 10, "a frozen server held us"
-        for pid in frozen:
-            os.kill(pid, signal.SIGCONT)
+        try:
+            start = time.monotonic()
+            with pytest.raises(Unavailable):
+                table.read(["e0"])
+            assert table.apply([write(seen, 5)])[0].outcome == "not_applied"
+            assert time.monotonic() - start < 10, "a frozen server held us"
+        finally:
+            for pid in frozen:
+                os.kill(pid, signal.SIGCONT)
         server.process.send_signal(signal.SIGINT)
         server.process.wait(20)
         with pytest.raises(Unavailable):
@@ -597,3 +607,27 @@ def test_a_server_that_is_down_hangs_or_comes_back(tmp_path: Path) -> None:
         assert table.read(["e0"])["e0"].value == 100
         assert table.apply([write(seen, 5)])[0].outcome == "accepted"
         place.close()
+
+
+# -- with the ledger and the push
+
+
+def test_a_push_ends_right_whatever_people_and_the_database_do(place: Place, tmp_path: Path) -> None:
+    place.table("status TEXT, batch TEXT, CHECK (amount < 1000)", rows=0)
+    for key, amount, status in (
+        ("plain", 100, None), ("persons", 77, None), ("closed", 100, "void"), ("there", 120, None), ("bad", 100, None),
+    ):  # fmt: skip
+        place.run("INSERT INTO lines VALUES (:k, :a, :s, NULL)", k=key, a=amount, s=status)
+    table = place.connect(closed={"column": "status", "values": ["void"]}, batch_id="batch", timeout_s=10)
+    names = ["plain", "persons", "closed", "there", "bad", "gone"]
+    with Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}", key=KEY) as ledger:
+        after = [120, 120, 120, 120, 5000, 120]
+        ledger.record_batch(new_batch(pools=None), some_decisions("b1", names, after=after))
+        report = push(ledger, table, "b1")
+        assert report.complete and "exactly once (conditional writes)" in report.guarantee
+        assert {str(d.entity): d.state for d in ledger.deliveries("b1")} == {
+            "plain": "ACKED", "persons": "CONFLICT", "closed": "SKIPPED", "there": "ACKED", "bad": "REJECTED", "gone": "REJECTED",
+        }  # fmt: skip
+        assert report.sends == 2
+    assert place.amounts() == {"bad": 100, "closed": 100, "persons": 77, "plain": 120, "there": 120}
+    assert place.run("SELECT id FROM lines WHERE batch = 'b1'") == [("plain",)]

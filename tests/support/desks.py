@@ -10,11 +10,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from delivery.connectors.base import Capabilities
-from delivery.ledger import Ledger
+from delivery.connectors.base import Capabilities, Write, Written
+from delivery.ledger import Ledger, NewBatch
 from delivery.push import PushSettings, Report, push
 from delivery.rollback import RollbackReport, roll_back
-from tests.support.fakes import DAY, Clock, Crash, FakeSystem, Fault, Mortal, Process, dead_holder, record
+from tests.support.fakes import DAY, Clock, Crash, FakeSystem, Fault, Mortal, Process, dead_holder, table
 
 KEY = b"a key for tests only"
 CAN = Capabilities(conditional_write=True, bulk_read=10)
@@ -39,6 +39,25 @@ class Killer:
                 self.process.die()
 
 
+class World(FakeSystem):
+    """The fake system, with who set each value: a batch, or ``person``."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.log: list[tuple[str, int | None, str]] = []
+
+    def person(self, key: str, value: int | None, actor: str = "anna") -> None:
+        super().person(key, value, actor)
+        self.log.append((key, value, "person"))
+
+    def _apply(self, write: Write, value: int) -> Written:
+        applied = len(self.applied)
+        answer = super()._apply(write, value)
+        if len(self.applied) > applied:
+            self.log.append((write.key, value, write.batch_id))
+        return answer
+
+
 class Desk:
     """Values that stood at the start, and whatever is done to them. ``pooled``: all entities share one arm's money."""
 
@@ -51,7 +70,7 @@ class Desk:
             pools[arm] = pools.get(arm, 0) + values[key]
         self.pools = pools or None
         self.ledger = opened(folder, self.clock)
-        self.world = FakeSystem(values, can=can, clock=self.clock, arms=self.arms, pools=pools)
+        self.world = World(values, can=can, clock=self.clock, arms=self.arms, pools=pools)
         self.settings = PushSettings(concurrency=2, wave=3, patience_s=30, late_s=1)  # type: ignore[call-arg]
         self.day = 0
 
@@ -72,19 +91,23 @@ class Desk:
         self.world.fault = lambda op, key: ""
         self.world.before_write = lambda key: None
 
-    def batch(self, name: str, after: Mapping[str, int], *, day: int | None = None, version: int = 1, **said: Any) -> str:
+    def batch(
+        self, name: str, after: Mapping[str, int], *, day: int | None = None, version: int = 1, status: Any = "READY"
+    ) -> str:
         """Decide from what stands now, each on a day of its own."""
-        self.day += 1
         self.clock.sleep(1)
         now = self.values()
         rows = [
             {"entity": k, "before": v, "after": after.get(k, v), "arm": self.arms.get(k, "champion"), "gain": 1.0}
             for k, v in now.items()
         ]
-        record(
-            self.ledger, rows, name, day=DAY + timedelta(days=self.day if day is None else day), pools=self.pools,
-            as_of=self.clock(), version=version, **said,
+        new = NewBatch(
+            batch_id=name, workflow="ad_budget", kind="decision", day=DAY + timedelta(days=self.day if day is None else day),
+            digest=f"digest of {name}", status=status, step="champion", as_of=self.clock(), decided_at=self.clock(),
+            run_id="run", record={"model_version": version}, pools=self.pools,
         )  # fmt: skip
+        self.ledger.record_batch(new, table(rows, name))
+        self.day += 1
         self.clock.sleep(1)
         return name
 
@@ -94,8 +117,8 @@ class Desk:
             "holder": dead_holder(),
         }  # fmt: skip
 
-    def push(self, name: str) -> Report:
-        report = push(self.ledger, self.world, name, **self.how())
+    def push(self, name: str, ledger: Any = None) -> Report:
+        report = push(ledger or self.ledger, self.world, name, **self.how())
         self.clock.sleep(1)
         return report
 
@@ -144,7 +167,6 @@ class Desk:
         """The same desk as it stands, with a ledger of its own; this one must be closed."""
         shutil.copytree(self.folder, folder)
         other = Desk(folder, self.start, self.world.can, arms=self.arms)
-        other.clock.jump((self.clock() - other.clock()).total_seconds())
         other.clock.sleep(self.clock.monotonic() - other.clock.monotonic())
         other.day = self.day
         other.world.targets = {k: replace(t, past=list(t.past)) for k, t in self.world.targets.items()}

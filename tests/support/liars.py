@@ -112,6 +112,20 @@ def stale(seconds: float) -> Lie:
     return read
 
 
+def behind(seconds: float, value: Any) -> Lie:
+    """Shows an old value, in its old version, until so long after it was first asked."""
+    first: list[float] = []
+
+    def read(liar: Liar, ask: Ask) -> Reply:
+        with liar.lock:
+            first.append(time.monotonic())
+            if first[-1] - first[0] < seconds:
+                return Reply(200, {**liar.truth[ask.id], "value": value}, {"ETag": '"0"'})
+        return honest_read(liar, ask)
+
+    return read
+
+
 def after(seconds: float) -> Callable[[Liar], Reply]:
     """429 with a date so many seconds from now."""
 

@@ -1,0 +1,227 @@
+"""The operations owner's commands, on a real ledger and over HTTP to the advertising sandbox."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from assets import delivering
+from assets.resources import resources
+from delivery.approvals import NotAuthenticated
+from delivery.ledger import BatchRow, Ledger, utc_now
+from delivery.push import Stopped
+from delivery.sandbox import advertising_api
+from delivery.sandbox.worlds import advertising
+from models.registry import Registry
+from orchestration import cli
+from tests.conftest import Bench
+
+SECRET = "marked secret, nobody else's"
+TOKEN = "marked-token-0123456789"
+
+
+@dataclass
+class Office:
+    """A state folder with a decided day, and the account that its budgets stand in."""
+
+    bench: Bench
+    registry: Registry
+    account: advertising_api.AdvertisingSandbox
+    home: Path
+
+    def __call__(self, *words: str, typed: str = "") -> Result:
+        return CliRunner().invoke(cli.app, list(words), input=typed)
+
+    def json(self, *words: str, typed: str = "") -> Any:
+        result = self(*words, "--json", typed=typed)
+        assert result.exit_code == 0, (result.output, result.exception)
+        return json.loads(result.stdout)
+
+    def decide(self, **guardrails: Any) -> BatchRow:
+        said = self.bench.workflow
+        tight = said.model_copy(update={"guardrails": said.guardrails.model_copy(update=guardrails)})
+        batch = replace(self.bench, workflow=tight).decide(self.registry, self.bench.last)
+        with self.ledger() as book:
+            return delivering.record(
+                tight, book, self.bench.last, batch, decided_at=self.bench.morning(self.bench.last), run_id="run-1"
+            )
+
+    def ledger(self) -> Ledger:
+        book: Ledger = resources()["ledger"].open(utc_now)
+        return book
+
+    def decided(self, column: str) -> dict[str, int]:
+        return {d["entity_id"]: d[column] for d in self.bench.decided(self.bench.last)}
+
+
+@pytest.fixture
+def office(ads: Bench, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Office]:
+    bench = ads.copy(tmp_path / "bench")
+    world = advertising.World(7, "easy", 24, origin=bench.workflow.start)
+    rows = advertising.history(world, bench.workflow.start, len(bench.days))
+    account = advertising_api.AdvertisingSandbox(
+        tmp_path / "account", world, next_day=bench.last + timedelta(days=1), token=TOKEN,
+        budgets=advertising_api.budgets_of(rows), customer_id="1000000001", user_email="signalbox@example.org",
+    )  # fmt: skip
+    with advertising_api.serve(account) as server:
+        for name, value in {
+            "SIGNALBOX_HOME": str(tmp_path / "home"), "SIGNALBOX_LAKE": str(bench.root / "lake"),
+            "SIGNALBOX_MLFLOW_URI": registry.uri, "SIGNALBOX_MLFLOW_ARTIFACTS": registry.artifacts,
+            "SIGNALBOX_ADS_TOKEN": TOKEN, "SIGNALBOX_ADS_ENDPOINT": server.url.rstrip("/"),
+        }.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        (tmp_path / "home").mkdir()
+        yield Office(bench, registry, account, tmp_path / "home")
+    account.close()
+
+
+def test_a_batch_is_looked_at_tried_dry_delivered_and_explained(office: Office) -> None:
+    row = office.decide()
+    shown = office.json("show", row.batch_id)
+    assert shown["status"] == "READY" and shown["delivery"] == "NONE" and shown["changed"] == row.changed
+    assert sum(t["changed"] for t in shown["totals"].values()) == row.changed
+    dry = office.json("deliver", "ad_budget", "--dry-run")
+    before, after = office.decided("before"), office.decided("after")
+    assert {r["entity"]: (r["now"], r["would"]) for r in dry["rows"] if r["action"] == "SEND"} == {
+        e: (before[e], after[e]) for e in after if after[e] != before[e]
+    }
+    assert office.account.amounts() == before, "a dry run writes nothing"
+
+    report = office.json("deliver", row.batch_id, "--late")
+
+    assert report["complete"] and report["counts"] == {"ACKED": row.changed}
+    assert office.account.amounts() == after
+    changed = next(d for d in office.bench.decided(office.bench.last) if d["changed"] and d["arm"] == "champion")
+    why = office.json("explain", changed["decision_id"], "--live")
+    told = json.dumps(why)
+    assert str(changed["after"]) in told and row.batch_id in told
+    assert office(*["explain", changed["decision_id"]]).exit_code == 0
+    verdict = office.json("verify", "--export", str(office.home / "head.json"))
+    assert verdict["ok"] and office.json("verify", "--head", str(office.home / "head.json"))["ok"]
+    again = office.json("deliver", row.batch_id, "--late")
+    assert again["complete"] and again["sends"] == 0
+
+
+def test_a_batch_whose_day_is_over_is_not_sent_unasked(office: Office) -> None:
+    row = office.decide()
+    result = office("deliver", row.batch_id)
+    assert isinstance(result.exception, delivering.TooLate) and "--late" in str(result.exception)
+    assert office.account.amounts() == office.decided("before")
+
+
+def test_a_held_batch_waits_for_somebody_who_proves_who_they_are(office: Office) -> None:
+    row = office.decide(max_changed=1)
+    shown = office.json("show", row.batch_id)
+    assert shown["status"] == "HELD" and "waits for 1 more person" in shown["approval"]
+    assert shown["findings"][0]["name"] == "changed"
+    assert office("deliver", row.batch_id, "--late").exit_code == 1
+    assert office.account.amounts() == office.decided("before")
+    assert office("approvers", "add", "robin", typed=f"{SECRET}\n").exit_code == 0
+    wrong = office("approve", row.batch_id, "--as", "robin", "--reason", "as planned", typed="something else!\n")
+    assert isinstance(wrong.exception, NotAuthenticated)
+    assert office("deliver", row.batch_id, "--late").exit_code == 1
+
+    given = office.json("approve", row.batch_id, "--as", "robin", "--reason", "as planned", typed=f"{SECRET}\n")
+
+    assert given["may_go"] and given["approved_by"] == ["robin"]
+    assert office.json("deliver", row.batch_id, "--late")["complete"]
+    assert office.account.amounts() == office.decided("after")
+    assert [a["name"] for a in office.json("approvers", "list")["approvers"]] == ["robin"]
+    assert office("approvers", "revoke", "robin").exit_code == 0
+    for file in office.home.rglob("*"):
+        if file.is_file():
+            found = file.read_bytes()
+            assert SECRET.encode() not in found and TOKEN.encode() not in found, file
+
+
+def test_a_stopped_workflow_sends_nothing_until_somebody_lets_it(office: Office) -> None:
+    row = office.decide()
+    assert office.json("stop", "ad_budget", "--reason", "odd figures", "--as", "kim")["stopped"]
+    result = office("deliver", row.batch_id, "--late")
+    assert isinstance(result.exception, Stopped) and "odd figures" in str(result.exception)
+    assert "odd figures" in office("show", row.batch_id).output
+    assert office.account.amounts() == office.decided("before")
+    assert not office.json("resume", "ad_budget", "--reason", "explained", "--as", "kim")["stopped"]
+    assert office.json("deliver", row.batch_id, "--late")["complete"]
+
+
+def test_a_rollback_restores_what_stood_and_leaves_a_human_change_alone(office: Office) -> None:
+    row = office.decide()
+    office.json("deliver", row.batch_id, "--late")
+    before, after = office.decided("before"), office.decided("after")
+    lowered = next(e for e in sorted(after) if after[e] < before[e])
+    office.account.by_hand(lowered, after[lowered] - 10_000)
+
+    result = office("rollback", row.batch_id, "--reason", "it does harm", "--as", "kim", "--json")
+
+    report = json.loads(result.stdout)
+    (one,) = report["batches"]
+    assert [left["entity"] for left in one["conflicts"]] == [lowered]
+    amounts = office.account.amounts()
+    assert amounts[lowered] == after[lowered] - 10_000
+    assert sum(amounts.values()) <= sum(before.values())
+    restored = {e for e in before if e != lowered and after[e] != before[e] and amounts[e] == before[e]}
+    assert one["restored"] == len(restored) and office.json("verify")["ok"]
+    again = json.loads(office("rollback", row.batch_id, "--reason", "once more", "--json").stdout)
+    assert again["batches"][0]["already"] == one["complete"] and office.account.amounts() == amounts
+
+
+def test_a_rollback_of_a_model_takes_its_batches_back_and_the_version_out(office: Office) -> None:
+    row = office.decide()
+    office.json("deliver", row.batch_id, "--late")
+    version = row.record["model_version"]
+
+    report = office.json(
+        "rollback", "--workflow", "ad_budget", "--model", str(version), "--reason", "harm", "--as", "kim"
+    )
+
+    assert [b["batch_id"] for b in report["batches"]] == [row.batch_id] and report["complete"]
+    assert office.account.amounts() == office.decided("before")
+    held = office.registry.by_alias("ad_budget", "champion")
+    assert held is not None and held.number != version
+    assert "harm" in office.registry.by_number("ad_budget", version).blocked
+    with office.ledger() as book:
+        assert [(p.version, p.action) for p in book.promotions("ad_budget")] == [(version, "rolled back")]
+    assert office.json("lift", "ad_budget", str(version), "--reason", "was the data", "--as", "kim")["lifted"]
+    assert not office.registry.by_number("ad_budget", version).blocked
+
+
+def test_a_ledger_that_was_edited_does_not_verify(office: Office) -> None:
+    row = office.decide()
+    assert office("verify").exit_code == 0
+    with sqlite3.connect(office.home / "ledger.db") as database:
+        database.execute("UPDATE decisions SET after = after + 10000 WHERE n = 3")
+    database.close()
+    result = office("verify", "--json")
+    assert result.exit_code == 1
+    said = json.loads(result.stdout)
+    assert not said["ok"] and row.batch_id in " ".join(said["problems"])
+
+
+def test_a_forgotten_name_is_gone_and_the_chain_stands(office: Office) -> None:
+    row = office.decide()
+    office.json("forget", "line-0001")
+    assert "line-0001" not in office("show", row.batch_id, "--json").stdout
+    assert office.json("verify")["ok"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("show", "no-such-batch"), "no-such-batch"),
+        (("rollback", "no-such-batch", "--reason", "r"), "no-such-batch"),
+        (("explain", "no-such-decision"), "no-such-decision"),
+        (("stop", "no_such_workflow", "--reason", "r"), "no_such_workflow"),
+    ],
+)
+def test_what_does_not_exist_is_named(office: Office, words: tuple[str, ...], says: str) -> None:
+    result = office(*words)
+    assert result.exit_code != 0 and says in result.output + str(result.exception)
