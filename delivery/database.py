@@ -9,6 +9,7 @@ import functools
 import io
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -193,6 +194,10 @@ def writing(engine: Engine) -> Connection:
     return engine.connect().execution_options(writes=True)
 
 
+_ALEMBIC = threading.Lock()
+"""Alembic's context is one for the whole process."""
+
+
 def migrate(engine: Engine) -> None:
     """Bring the database to ``HEAD``; refuse one that a newer Signalbox made. Safe from several processes at once."""
     with reading(engine) as connection:
@@ -219,7 +224,8 @@ def migrate(engine: Engine) -> None:
                 "a newer one made it; install that, nothing was changed"
             )
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        with _ALEMBIC:
+            command.upgrade(config, "head")
 
 
 def _version(connection: Connection) -> str | None:

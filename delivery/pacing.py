@@ -56,7 +56,8 @@ class Backoff:
 
 
 class Breaker:
-    """Opens after so many failures in a row; after the cooldown it is half open: one probe closes it or opens it again.
+    """Opens when so many different entities failed with no success between them (one that always fails is its own trouble,
+    not the system's); after the cooldown it is half open: one probe closes it or opens it again.
 
     Whoever calls the system asks ``wait()`` first, and while ``half_open`` sends one call only.
     """
@@ -64,7 +65,7 @@ class Breaker:
     def __init__(self, failures: int, cooldown_s: float, *, monotonic: Callable[[], float]) -> None:
         self._limit, self._cooldown, self._monotonic = failures, cooldown_s, monotonic
         self._lock = threading.Lock()
-        self._row = 0
+        self._row: set[str] = set()
         self._opened: float | None = None
 
     def wait(self) -> float:
@@ -85,15 +86,16 @@ class Breaker:
     def succeeded(self) -> None:
         """The system answered in earnest."""
         with self._lock:
-            self._row, self._opened = 0, None
+            self._row.clear()
+            self._opened = None
 
-    def failed(self) -> None:
-        """It did not. A late answer to a call from before it opened does not prolong the cooldown."""
+    def failed(self, who: str) -> None:
+        """It did not, asked for ``who``. A late answer to a call from before it opened does not prolong the cooldown."""
         with self._lock:
             now = self._monotonic()
-            self._row += 1
+            self._row.add(who)
             cooled = self._opened is not None and now - self._opened >= self._cooldown
-            if cooled or (self._opened is None and self._row >= self._limit):
+            if cooled or (self._opened is None and len(self._row) >= self._limit):
                 self._opened = now
 
 

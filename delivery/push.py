@@ -74,6 +74,11 @@ def utc_now() -> datetime:
     return datetime.now(UTC).replace(tzinfo=None)
 
 
+def steady() -> float:
+    """Seconds of a clock that nobody sets, and that goes on while the machine sleeps, as leases do."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
 def idempotency_key(batch_id: str, entity: str, value: int) -> str:
     """The same for every try of one value for one entity in one batch, on any machine."""
     return hashlib.sha256(f"{batch_id}\0{entity}\0{value}".encode()).hexdigest()[:32]
@@ -88,7 +93,7 @@ def push(
     run_id: str = "",
     clock: Callable[[], datetime] = utc_now,
     sleep: Callable[[float], None] = time.sleep,
-    monotonic: Callable[[], float] = time.monotonic,
+    monotonic: Callable[[], float] = steady,
     rng: random.Random | None = None,
     progress: Callable[[Progress], None] | None = None,
     stop: threading.Event | None = None,
@@ -126,7 +131,7 @@ def resolve(
     run_id: str = "",
     clock: Callable[[], datetime] = utc_now,
     sleep: Callable[[float], None] = time.sleep,
-    monotonic: Callable[[], float] = time.monotonic,
+    monotonic: Callable[[], float] = steady,
     rng: random.Random | None = None,
     stop: threading.Event | None = None,
     holder: Holder | None = None,
@@ -155,7 +160,7 @@ def dry_run(
     run_id: str = "",
     clock: Callable[[], datetime] = utc_now,
     sleep: Callable[[float], None] = time.sleep,
-    monotonic: Callable[[], float] = time.monotonic,
+    monotonic: Callable[[], float] = steady,
     by_person: bool = False,
 ) -> Diff:
     """What a push would change now, exactly; writes nothing anywhere and takes no lease.
@@ -327,7 +332,10 @@ class _Push:
         self.replanned: list[tuple[str, int, int]] = []
         self.ledger_s = 0.0
         self.why = ""
+        """Why no more is sent by this push."""
+        self.note = ""
         self.by = ""
+        self.obeys_switch = not _allowed_while_stopped(batch, by_person)
         self.counts: Counter[str] = Counter()
         self.total = 0
 
@@ -371,6 +379,7 @@ class _Push:
         return self._close()
 
     def resolve(self, by: str) -> Report:
+        self.obeys_switch = False  # it only reads
         self._timed(self.ledger.open_push, self.held.lease, self.batch.batch_id)
         self._resolve(self.batch, by)
         return self._close()
@@ -556,6 +565,7 @@ class _Push:
         """Read everything once and put together what shares a target; settles what needs no write, returns the rest."""
         if not items:
             return []
+        verified_at = self.clock()
         readings = self._read_all([i.key for i in items])
         by_target: dict[str, list[Item]] = {}
         alone = []
@@ -577,7 +587,7 @@ class _Push:
                 continue
             judged = None if first.maybe else self._judge(first, readings[first.key])
             if isinstance(judged, Final):
-                over.append(_Done(first, judged, verified_at=self.clock()))
+                over.append(_Done(first, judged, verified_at=verified_at))
             else:
                 out.append(first)
         self._settle(over)
@@ -633,9 +643,7 @@ class _Push:
                 item = of[one.increase.key]
                 if one.increase.arm in unsettled:
                     item.left = True
-                    self.why = (
-                        self.why or f"increases of arm {one.increase.arm} wait for deliveries that are not settled"
-                    )
+                    self.note = f"increases of arm {one.increase.arm} wait for deliveries that are not settled"
                 elif one.value is not None:
                     item.value = one.value
                     part.append(item)
@@ -717,7 +725,7 @@ class _Push:
     def _wave(self, wave: Sequence[Item], mode: Mode) -> list[_Done]:
         """Write down what is about to be tried, try it, write down what came of it."""
         now = self.monotonic()
-        ready = [i for i in wave if mode == "send" and i.clear_at <= now]
+        ready = [i for i in wave if mode == "send" and i.clear_at <= now and self._patient(i, now)]
         self._begin(ready)
         steps = [(chunk, True) for chunk in _chunks(ready, self.can.bulk_write)]
         begun = {id(i) for i in ready}
@@ -843,7 +851,8 @@ class _Push:
                 elif mode == "resolve":
                     done.final = Final("SKIPPED", f"{self.by}; what had been sent never arrived", reading.value)
                 elif not may_send:
-                    done.until, done.window = max(at, item.clear_at), True
+                    done.window = self._patient(item, at)
+                    done.until = max(at, item.clear_at) if done.window else float("inf")
                 elif id(item) in sent:
                     self._later([item], dones, None, f"answered, and still shows {judging.shown(reading)}")
                 else:
@@ -888,13 +897,13 @@ class _Push:
                 self.accepted += answer.outcome == "accepted"
             if answer.outcome == "not_applied":
                 if answer.retry_after is None:
-                    self.write_breaker.failed()
+                    self.write_breaker.failed(item.key)
                 else:
                     self.pause.ask(answer.retry_after)
                 self._later([item], dones, None, answer.says, answer.retry_after)
                 continue
             if answer.outcome == "unknown":
-                self.write_breaker.failed()
+                self.write_breaker.failed(item.key)
                 if answer.retry_after is not None:
                     self.pause.ask(answer.retry_after)
             else:
@@ -914,7 +923,8 @@ class _Push:
                 item.sent = item.maybe = True
                 item.accepted = answer.outcome == "accepted"
                 item.tries += 1
-                item.clear_at = now + (self.can.stale_reads_s if item.accepted else self.window_s)
+                window_s = self.can.stale_reads_s if item.accepted else self.window_s
+                item.clear_at = now + (max(window_s, self.backoff.wait(item.tries)) if window_s > 0 else 0.0)
                 item.token_before, item.token_after = reading.token, answer.token
                 if item.accepted:
                     item.since = now
@@ -980,6 +990,10 @@ class _Push:
                 return Final("REJECTED", f"{says} ({item.answered})" if item.answered else says, reading.value)
         return Send(reading)
 
+    def _patient(self, item: Item, now: float) -> bool:
+        """Whether an unanswered write is worth another one; reading it goes on."""
+        return not item.maybe or item.since is None or now - item.since <= self.settings.patience_s
+
     def _claim(self, item: Item, reading: Reading) -> Item | None:
         """The other item of this batch that has the same target; None where this one may go on."""
         if reading.state == "missing":
@@ -1030,7 +1044,7 @@ class _Push:
                 found |= self.connector.read(some)
             except Unavailable as error:
                 if error.retry_after is None:
-                    self.read_breaker.failed()
+                    self.read_breaker.failed(some[0])
                 else:
                     self.pause.ask(error.retry_after)
                 raise
@@ -1105,7 +1119,7 @@ class _Push:
         self._timed(self.held.keep)
         if self.stop.is_set():
             return "it was asked to stop: run it again"
-        if not _allowed_while_stopped(self.batch, self.by_person):
+        if self.obeys_switch:
             switch = self._timed(self.ledger.stopped, self.batch.workflow)
             if switch is not None:
                 return _stopped(switch.workflow, switch.actor, switch.reason)
@@ -1133,6 +1147,7 @@ class _Push:
         if left and not why:
             said = next((d.says for d in left if d.says), "")
             why = f"{len(left)} deliveries are not settled yet{f' ({said})' if said else ''}: run it again"
+            why = f"{self.note}; {why}" if self.note else why
         return replace(
             _report(self.ledger, self.connector, batch, why),
             window_max_ms=max(self.windows, default=None),

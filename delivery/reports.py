@@ -50,7 +50,7 @@ class PushSettings(BaseModel):
         default=(0.2, 20.0), description="first and longest bound of the random wait between tries"
     )
     breaker_failures: int = Field(
-        default=10, ge=1, description="failures in a row after which the system is left alone"
+        default=10, ge=1, description="entities that failed in a row, after which the system is left alone"
     )
     breaker_cooldown_s: float = Field(
         default=15.0, gt=0, description="seconds for which it is left alone before one call probes it"

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 _NEVER_SENT = "rolled back before it was sent"
 _NEVER = datetime(9999, 12, 31)
 """What a rollback expects to find is the value of the batch that it takes back and of no later one, whenever proven."""
-_MAY_HOLD = ("ACKED", "OVERWRITTEN", "UNKNOWN", "IN_FLIGHT")
-"""States of a delivery whose value may stand downstream."""
+_LANDED = ("ACKED", "OVERWRITTEN")
+"""States of a delivery whose value was proven downstream."""
 _UNKNOWN = ("UNKNOWN", "IN_FLIGHT")
 _NOT_BACK = ("SKIPPED", "REJECTED", "PENDING", "UNKNOWN", "IN_FLIGHT")
 """States of a rollback's delivery after which the value that was to be taken back may still stand."""
@@ -229,7 +229,9 @@ def _one(
             known = _record(ledger, connector, ledger.batch(batch.batch_id), how["clock"](), how["run_id"])
         if known.delivery != "COMPLETE":
             lease = ledger.renew(lease, settings.lease_s)
-            _leave_to_newer(ledger, lease, batch, rid)
+            if _leave_to_newer(ledger, lease, batch, rid):
+                # By then a reading shows whether they landed: as a value that a rollback does not write over.
+                how["sleep"](max(connector.capabilities.stale_reads_s, settings.late_s))
     finally:
         ledger.release(lease)
     report = push(ledger, connector, rid, progress=progress, by_person=by_person, **how)
@@ -317,18 +319,25 @@ def _further_back(
     for one in sorted(older, key=_age, reverse=True):
         if _find(ledger, rollback_id(one.batch_id)) is None:
             continue
-        for left in ledger.deliveries(rollback_id(one.batch_id), ("SKIPPED", "PENDING")):
+        for left in ledger.deliveries(rollback_id(one.batch_id), ("SKIPPED", "PENDING", "CONFLICT")):
             n = numbers.get(left.entity or "")
-            if n in further and left.after is not None and further[n][1] == left.before:
+            if n not in further or left.after is None or further[n][1] != left.before:
+                continue
+            # a conflict is this batch's doing where it met this batch's value, else a person's
+            if left.state != "CONFLICT" or left.observed == further[n][0]:
                 further[n] = (further[n][0], left.after)
     return {n: pair for n, pair in further.items() if pair[0] != pair[1]}
 
 
-def _leave_to_newer(ledger: Ledger, lease: Lease, batch: BatchRow, rid: str) -> None:
-    """Skip what a newer batch that stands has changed since, before anything goes out; again on every run."""
+def _leave_to_newer(ledger: Ledger, lease: Lease, batch: BatchRow, rid: str) -> bool:
+    """Skip what a newer batch that stands has changed since, before anything goes out; again on every run.
+
+    Returns whether newer batches have deliveries that may have landed or not.
+    """
     waiting = [d for d in ledger.deliveries(rid, ("PENDING",)) if not d.attempts]
     if not waiting:
-        return
+        return False
+    unknown = False
     holders: dict[tuple[str, str], str] = {}
     for newer in ledger.batches(batch.workflow, kind="decision"):
         if _age(newer) <= _age(batch) or newer.delivery == "NONE":
@@ -339,7 +348,8 @@ def _leave_to_newer(ledger: Ledger, lease: Lease, batch: BatchRow, rid: str) -> 
             tried = {d.entity: d for d in ledger.deliveries(undoing.batch_id) if d.entity is not None}
             came_back = {e for e, d in tried.items() if d.state not in _NOT_BACK and not _is_partly(d)}
             came_back |= {d.entity for d in ledger.deliveries(newer.batch_id) if d.entity and d.entity not in tried}
-        for d in ledger.deliveries(newer.batch_id, _MAY_HOLD):
+        unknown = unknown or bool(ledger.deliveries(newer.batch_id, _UNKNOWN))
+        for d in ledger.deliveries(newer.batch_id, _LANDED):
             if d.entity is not None and (came_back is None or d.entity not in came_back):
                 holders["entity", d.entity] = newer.batch_id
                 if d.target is not None:
@@ -354,6 +364,7 @@ def _leave_to_newer(ledger: Ledger, lease: Lease, batch: BatchRow, rid: str) -> 
     if skipped:
         ledger.open_push(lease, rid)
         ledger.settle(lease, rid, skipped)
+    return unknown
 
 
 def _result(ledger: Ledger, batch: BatchRow, undoing: BatchRow, *, already: bool, push: Report | None) -> RolledBack:
@@ -368,7 +379,7 @@ def _result(ledger: Ledger, batch: BatchRow, undoing: BatchRow, *, already: bool
     erased = tuple(
         Left("(erased)", "NOT_REVERSIBLE", "its name was erased from the ledger, so the system cannot be asked for it")
         for d in unasked
-        if d.entity is None and d.state in _MAY_HOLD
+        if d.entity is None and d.state in (*_LANDED, *_UNKNOWN)
     )
     lost = [d for d in unasked if d.entity is not None and d.state == "OVERWRITTEN"]
     open_ = ("PENDING", "IN_FLIGHT", "UNKNOWN")

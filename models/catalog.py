@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from matplotlib.figure import Figure
 
+    from models.booster import Because
+
 
 class Scorer(Protocol):
     """What a model and a rule have in common. ``spec`` is the workflow's model section plus its feature lists."""
@@ -37,6 +39,10 @@ class Scorer(Protocol):
 
     def evaluate(self, rows: pa.Table) -> dict[str, float]:
         """Figures on rows with known outcomes."""
+        ...
+
+    def because(self, row: pa.Table) -> Because:
+        """What made the score of one row: the heads that count, with what each feature moved."""
         ...
 
 

@@ -40,7 +40,7 @@ BREAK_ON = {"ad_budget": 2, "ticket_priority": 1}
 """The live day (from 0) on which upstream breaks its schema."""
 DRIFT_ON = {"ad_budget": 3, "ticket_priority": 3}
 """The live day (from 0) on which the world changes."""
-PEOPLE_ON = 1
+PEOPLE_ON = {"ad_budget": 1, "ticket_priority": 2}
 """The live day (from 0) on which people change some of what is about to be sent."""
 HARM_ON, SEEN_ON = 6, 7
 """The live days (from 0) on which somebody promotes a harmful model past the gate, and on which its harm is seen."""
@@ -160,7 +160,7 @@ class Company:
         if workflow.name == "ad_budget" and number == SEEN_ON:
             self.take_harm_back(workflow, day)
         elif self.lake.read(workflow.table("batches"), days=[day]).num_rows:
-            if number == PEOPLE_ON:
+            if number == PEOPLE_ON[workflow.name]:
                 self.people(workflow, day)
             self.send(workflow, day)
         self.retrain(workflow, day)
@@ -256,15 +256,12 @@ class Company:
         """The owner reads what the batch earned beside the holdout, and takes the model and its batches back."""
         harmful = self.registry.by_alias(workflow.name, CHAMPION)
         assert harmful is not None, "it was promoted the day before"
+        yesterday = day - timedelta(days=1)
         fell = earned.against_holdout(
-            self.lake, workflow, [day - timedelta(days=1)], [day - timedelta(days=n) for n in (4, 3, 2)]
+            self.lake, workflow, [yesterday], [yesterday - timedelta(days=n) for n in (3, 2, 1)], yesterday
         )
-        self.story.tell(
-            day,
-            workflow.name,
-            f"outcomes of {day - timedelta(days=1)}'s batch are in: against the holdout the champion arm moved by {fell:+.1%}",
-        )
-        self.moment[0] = at(day, "08:00")
+        said = f"outcomes of {yesterday}'s batch are in: against the holdout the champion arm moved by {fell:+.1%}"
+        self.story.tell(day, workflow.name, said)
         with self.ledger(self.moment[0]) as book:
             which = delivering.selection(book, batch=None, workflow=workflow.name, since=None, model=harmful.number)
             report = delivering.roll_back(

@@ -5,6 +5,7 @@ Belongs here: the closing table of the demo. Does not: verdicts that act (the re
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from datetime import date, timedelta
 from typing import Any
@@ -19,45 +20,56 @@ from delivery.sandbox import systems
 from delivery.sandbox.worlds import tickets
 
 
-def against_holdout(lake: Lake, workflow: Workflow, days: Sequence[date], before: Sequence[date]) -> float:
+def against_holdout(lake: Lake, workflow: Workflow, days: Sequence[date], before: Sequence[date], drawn: date) -> float:
     """How the champion arm's value moved between two sets of days, relative to the holdout's (difference in differences).
 
-    ``days``, ``before``: of the decisions; their outcomes are those of the day after.
+    ``days``, ``before``: of the decisions, their outcomes are those of the day after; ``drawn``: a day whose decisions say
+    which line is in which arm. One number without an interval: what an analyst would look at first.
     """
-    from collections import defaultdict
-
-    rows = lake.read(workflow.table("decision_outcomes")).to_pylist()
-    sums: dict[tuple[str, bool], float] = defaultdict(float)
-    for row in rows:
+    arm = {r["entity_id"]: r["arm"] for r in lake.read(workflow.table("decisions"), days=[drawn]).to_pylist()}
+    earned: dict[tuple[str, bool], float] = defaultdict(float)
+    for row in lake.read(workflow.table("outcomes"), columns=["entity_id", "for_day", "value"]).to_pylist():
         for late, chosen in ((True, days), (False, before)):
-            if row["decided_day"] in chosen and row["value"] is not None:
-                sums[row["arm"], late] += row["value"] / len(chosen)
-    champion = sums["champion", True] / sums["champion", False]
-    return champion / (sums["holdout", True] / sums["holdout", False]) - 1
+            if row["for_day"] in chosen:
+                earned[arm.get(row["entity_id"], ""), late] += row["value"] / len(chosen)
+    champion = earned["champion", True] / earned["champion", False]
+    return champion / (earned["holdout", True] / earned["holdout", False]) - 1
 
 
 def advertising(both: systems.Systems, lake: Lake, workflow: Workflow) -> list[list[str]]:
-    """Rows of the closing table for the advertising world: expected value by its own truth, and what the arms measured."""
+    """Rows of the closing table for the advertising world: expected value by its own truth.
+
+    All lines, and the champion arm's alone: the others are held out or explored, and no policy moves money between arms.
+    """
     world, days = both.ads.world, both.ads.days()
     lines = world.line_id.tolist()
     first, *live = sorted(days)
+    last = max(lake.read(workflow.table("decisions"), columns=["day"])["day"].to_pylist())
+    arm = {r["entity_id"]: r["arm"] for r in lake.read(workflow.table("decisions"), days=[last]).to_pylist()}
+    mine = np.array([arm.get(line) == "champion" for line in lines])
     alone = np.array([days[first][line] for line in lines], dtype=np.int64)
-    worth = {"as decided": 0.0, "left alone": 0.0, "the world's optimum": 0.0}
+    worth: dict[tuple[str, str], float] = defaultdict(float)
     for day in live:
         stood = np.array([days[day][line] for line in lines], dtype=np.int64)
-        best = world.optimum(day, int(stood.sum()), np.zeros_like(stood), np.full_like(stood, int(stood.sum())))
-        for name, budgets in (("as decided", stood), ("left alone", alone), ("the world's optimum", best)):
-            worth[name] += float(world.expected_value(budgets, day).sum())
-    lift = worth["the world's optimum"] - worth["left alone"]
-    return [
-        [
-            name,
-            f"{value:,.0f}",
-            f"{value / worth['left alone'] - 1:+.1%}",
-            f"{(value - worth['left alone']) / lift:.0%}",
-        ]
-        for name, value in worth.items()
-    ]
+        nothing, all_of_it = np.zeros_like(stood), int(stood.sum())
+        best = world.optimum(day, all_of_it, nothing, np.full_like(stood, all_of_it))
+        pool = int(stood[mine].sum())
+        best_mine = world.optimum(day, all_of_it, np.where(mine, 0, stood), np.where(mine, pool, stood))
+        for name, budgets, champion in (
+            ("as decided", stood, stood),
+            ("left alone", alone, np.where(mine, alone, stood)),
+            ("the world's optimum", best, best_mine),
+        ):
+            worth["all lines", name] += float(world.expected_value(budgets, day).sum())
+            worth["champion arm", name] += float(world.expected_value(champion, day)[mine].sum())
+    rows = []
+    for whose in ("all lines", "champion arm"):
+        least = worth[whose, "left alone"]
+        lift = worth[whose, "the world's optimum"] - least
+        for name in ("as decided", "left alone", "the world's optimum"):
+            value = worth[whose, name]
+            rows.append([whose, name, f"{value:,.0f}", f"{value / least - 1:+.1%}", f"{(value - least) / lift:.0%}"])
+    return rows
 
 
 def service(both: systems.Systems, until: date) -> list[list[str]]:
@@ -97,16 +109,16 @@ def show(console: Console, both: systems.Systems, lake: Lake, workflows: dict[st
     table = Table(
         title=f"ad_budget, {live[0]} to {live[-1]}: expected value by the world's own truth", title_justify="left"
     )
-    for column in ("budgets", "value", "against left alone", "of the lift there is"):
+    for column in ("lines", "budgets", "value", "against left alone", "of the lift there is"):
         table.add_column(column)
     for row in advertising(both, lake, workflows["ad_budget"]):
         table.add_row(*row)
     console.print(table)
-    if len(decided) > 1:
-        measured = against_holdout(lake, workflows["ad_budget"], decided[1:], decided[:1])
-        console.print(
-            f"As an analyst sees it: the champion arm earned {measured:+.1%} against the holdout, compared with the first day."
-        )
+    past = [first - timedelta(days=n) for n in range(2, 16)]
+    measured = against_holdout(lake, workflows["ad_budget"], decided, past, decided[-1])
+    console.print(
+        f"As an analyst sees it: since then the champion arm earned {measured:+.1%} against the holdout, compared with the 14 days before."
+    )
     until = date.fromisoformat(both.desk.state()["next_day"])
     table = Table(
         title=f"ticket_priority, due {first + timedelta(days=1)} to {until - timedelta(days=1)}: service levels missed",

@@ -94,9 +94,10 @@ def fields(where: str) -> list[list[str]]:
     rows = [["field", "takes", "default", "meaning"]]
     for key, field in model.model_fields.items():
         if key not in hidden:
-            section = field.annotation if isinstance(field.annotation, type) else None
+            parts = typing.get_args(field.annotation) or (field.annotation,)
+            section = next((p for p in parts if isinstance(p, type) and issubclass(p, BaseModel)), None)
             meaning = field.description or " ".join((getattr(section, "__doc__", "") or "").split("\n\n")[0].split())
-            meaning = meaning.replace("<", "&lt;") or "Names this kind"
+            meaning = meaning.replace("<", "&lt;") or ("Names this kind" if key == "kind" else "–")
             rows.append([f"`{key}`", _takes(field.annotation) + _bounds(field), _default(field), meaning])
     return rows
 
@@ -123,7 +124,10 @@ def jobs(_: str) -> list[list[str]]:
     from assets.workflow import FOLDER, load
     from orchestration import jobs as wiring
 
-    stages = {"daily": wiring.DAILY, "prepare": wiring.PREPARE, "decide": wiring.DECIDE, "retrain": wiring.RETRAIN}
+    stages = {
+        "daily": (*wiring.DAILY, *wiring.REVIEW), "prepare": wiring.PREPARE, "decide": wiring.DECIDE,
+        "retrain": wiring.RETRAIN, "deliver": wiring.DELIVER, "rollback": ("–",),
+    }  # fmt: skip
     rows = [["job", "assets, in order", "for"]]
     for job in wiring.jobs_of(load(FOLDER / "ad_budget")):
         name = job.name.removeprefix("ad_budget_")
@@ -178,18 +182,21 @@ def test_every_section_of_a_workflow_has_its_fields_in_the_docs() -> None:
     wanted = {
         "Workflow", "Source", "Features", "Outcomes", "Training", "DurationModel", "ResponseModel", "PriorityPolicy", "BudgetPolicy",
         "Arms", "Explore", "Guardrails", "DriftSpec", "EventsContract", "Column", "RowRule", "FeaturesContract", "ExpectationSpec",
+        "Delivery", "Approval", "PushSettings", "Guards", "GoogleAdsSettings", "HelpdeskSettings", "RestSettings",
+        "SqlTableSettings", "Version", "Closed", "FileDropSettings",
     }  # fmt: skip
     assert shown == wanted
 
 
 def schemas() -> dict[str, list[str]]:
-    from assets import deciding, landing
+    from assets import deciding, delivering, landing
 
     named = re.compile(r'(?:table\("|f"\{(?:workflow\.)?name\}/)([a-z_]+)"')
     written = {n for f in (ROOT / "assets").rglob("*.py") for n in named.findall(f.read_text())}
     return {
         "decisions": [*deciding.DECISIONS.names, "decision_id", "batch_id", "day", *deciding.RECORD.names],
         "batches": deciding._BATCHES.names,
+        "decision_outcomes": [*delivering._DECIDED.names, "known_at", "day"],
         "quarantine": landing.QUARANTINE.names,
         "files": landing.FILES.names,
         "tables": sorted(written),
@@ -262,8 +269,14 @@ def test_every_command_and_option_that_is_named_exists(page: Path) -> None:
     for name in names(page):
         if found := re.search(r"(?:^|[ /])signalbox ([a-z_]+)(.*)", name):
             assert found[1] in group.commands, f"{page.name}: signalbox {found[1]}"
-            options = {o for p in group.commands[found[1]].params for o in p.opts}
-            unknown = set(re.findall(r"(?<!\S)--[a-z-]+", found[2].split("#")[0])) - options
+            command, rest = group.commands[found[1]], found[2].split("#")[0]
+            if below := getattr(command, "commands", None):
+                for second in re.match(r"[\w| ]*", rest)[0].split()[:1]:  # type: ignore[index]
+                    for one in second.split("|"):
+                        assert one in below, f"{page.name}: signalbox {found[1]} {one}"
+                        command = below[one]
+            options = {o for p in command.params for o in p.opts}
+            unknown = set(re.findall(r"(?<!\S)--[a-z-]+", rest)) - options
             assert not unknown, f"{page.name}: signalbox {found[1]} has no {unknown}"
         for target in re.findall(r"^make ([a-z]+)", name):
             assert target in targets, f"{page.name}: make {target}"

@@ -144,7 +144,7 @@ class ResponseLearner:
         lift = _lift(multiplier, slope)
         believed, shares = _best_base(rows, overall, undrawn * lift, value)
 
-        level = (_ratios(rows, believed, overall) @ shares) * undrawn * lift
+        level = _weighted(_ratios(rows, believed, overall), shares) * undrawn * lift
         told = level > 0
         if not told.any():
             raise ValueError(
@@ -181,7 +181,7 @@ class ResponseLearner:
     def level(self, features: pa.Table, spend: Floats) -> Floats:
         """Expected value (n,) of each line at the `spend` (n,), currency, that comes about as spend usually does: no
         perturbation, no policy."""
-        base = _ratios(features, self.believed_days, self.overall_ratio) @ np.array(self.shares)
+        base = _weighted(_ratios(features, self.believed_days, self.overall_ratio), self.shares)
         moved = boosters.predict(
             self.booster, self.encoding.matrix(_with_shifts(features, spend)), threads=self.threads, raw=True
         )
@@ -320,7 +320,7 @@ class ResponseLearner:
         if of != "the line's own" and group[0] not in self.elasticities.groups:
             of = "that of all lines"
         parts = {
-            "trailing return": float((ratios @ np.array(self.shares))[0]),
+            "trailing return": float(_weighted(ratios, self.shares)[0]),
             **{f"return over {w} days": float(r) for w, r in zip(WINDOWS, ratios[0], strict=True)},
             "usual spend": float(spend[0]),
             "correction": float(np.clip(1 + correction.score, 1 / FARTHEST, FARTHEST)),
@@ -391,6 +391,14 @@ class ResponseRule:
             "No model scored this line: the rule took its return over 7 days times its budget, and the prior's slope."
         )
         return Because((), parts, ("ratio_7",), says)
+
+
+def _weighted(ratios: Floats, shares: Sequence[float] | Floats) -> Floats:
+    """ratios (n, k) times shares (k,), summed in order: a matrix product's last digit depends on the other rows."""
+    total = np.zeros(len(ratios))
+    for column, share in zip(ratios.T, shares, strict=True):
+        total += column * share
+    return total
 
 
 def _split(spec: Mapping[str, Any]) -> tuple[ResponseModel, Sequence[str], Sequence[str]]:

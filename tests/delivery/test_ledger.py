@@ -826,3 +826,14 @@ def test_the_exported_head_comes_back_and_anything_else_is_said(file_book: Ledge
 def test_names_of_tables_do_not_meet_those_of_mlflow_or_dagster(file_book: Ledger) -> None:
     there = set(inspect(file_book.engine).get_table_names())
     assert "alembic_version" not in there and tables.VERSION_TABLE in there
+
+
+def test_threads_of_one_process_open_new_ledgers_at_once(tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    def one(n: int) -> bool:
+        with Ledger.open(f"sqlite:///{tmp_path / f'{n}.db'}", key=KEY) as book:
+            return book.verify().ok
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(one, range(6)))

@@ -61,20 +61,20 @@ def test_waits_are_drawn_below_a_bound_that_doubles() -> None:
 def test_a_breaker_opens_after_failures_in_a_row_and_one_probe_decides() -> None:
     clock = Clock()
     breaker = Breaker(3, 10.0, monotonic=clock.monotonic)
-    for _ in range(2):
-        breaker.failed()
+    for who in ("a", "b"):
+        breaker.failed(who)
     breaker.succeeded()
-    for _ in range(2):
-        breaker.failed()
+    for who in ("a", "b", "b", "a", "b"):
+        breaker.failed(who)
     assert breaker.closed and breaker.wait() == 0
-    breaker.failed()
+    breaker.failed("c")
     assert not breaker.closed and breaker.wait() == 10.0 and not breaker.half_open
     clock.sleep(4)
-    breaker.failed()  # an answer to an earlier call, late
+    breaker.failed("d")  # an answer to an earlier call, late
     assert breaker.wait() == 6.0
     clock.sleep(6)
     assert breaker.half_open and breaker.wait() == 0
-    breaker.failed()
+    breaker.failed("d")
     assert breaker.wait() == 10.0 and not breaker.half_open
     clock.sleep(10)
     breaker.succeeded()

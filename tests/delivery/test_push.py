@@ -207,8 +207,9 @@ def test_a_write_without_an_answer_is_resolved_by_reading(room: Room, can: Capab
     assert report.repeats == (1 if can in (NEITHER, HISTORY) and fault == "unknown_lost" else 0)
 
 
-def test_what_never_gets_an_answer_is_left_open_and_goes_on_later(room: Room) -> None:
-    fake = room.system()
+@EVERY
+def test_what_never_gets_an_answer_is_left_open_and_goes_on_later(room: Room, can: Capabilities) -> None:
+    fake = room.system(can=can)
     fake.fault = always("unknown_lost", key=None)
     record(room.ledger, ROWS)
     report = room.push(fake)
@@ -813,6 +814,32 @@ def test_while_a_decrease_is_unknown_its_money_is_not_spent(room: Room) -> None:
     assert room.push(fake).counts == {"ACKED": 5} and fake.live("x") == 750
 
 
+def test_one_arm_that_waits_does_not_keep_another_from_its_share(room: Room) -> None:
+    fake = money(room)
+    fake.person("less", 29)
+    fake.person("less", 25)  # y keeps 5 fewer than planned: other gets 15 more than nothing, in part
+    fake.pools["y"] = 40
+    fake.fault = lambda op, key: "not_applied" if (op, key) == ("apply", "down") else ""  # type: ignore[assignment]
+    record(room.ledger, MONEY, "b2", pools={"x": 750, "y": 42}, day=DAY + timedelta(days=1))
+    report = room.push(fake, "b2")
+    assert not report.complete and room.states("b2")["other"] == "ACKED" and fake.value("other") == 17
+    assert room.states("b2")["best"] == "PENDING" and "arm x wait" in report.why
+
+
+def test_a_stopped_workflow_can_still_find_out_what_arrived(room: Room) -> None:
+    fake = room.system()
+    fake.fault = once("crash_after")
+    record(room.ledger, ROWS)
+    with pytest.raises(Crash):
+        room.push(fake, settings=PushSettings(concurrency=1))
+    room.ledger.switch("ad_budget", True, "zoe", "prices are wrong")
+    fake.process = Process()
+    report = resolve(
+        room.ledger, fake, "b1", by="rolled back", clock=room.clock, sleep=room.clock.sleep, monotonic=room.clock.monotonic
+    )  # fmt: skip
+    assert report.complete and room.states()["a"] == "ACKED"
+
+
 def test_a_late_increase_counts_until_it_is_ruled_out(room: Room) -> None:
     fake = money(room)
     fake.fault = once("late", key="best")
@@ -820,6 +847,23 @@ def test_a_late_increase_counts_until_it_is_ruled_out(room: Room) -> None:
     report = room.push(fake)
     fake.settle()
     assert report.counts == {"ACKED": 5} and max(over for _, over in fake.overs) <= 0
+
+
+def test_an_increase_that_stays_unknown_keeps_its_money(room: Room) -> None:
+    rows = [
+        {"entity": "down", "before": 500, "after": 300, "arm": "x"},
+        {"entity": "best", "before": 100, "after": 220, "arm": "x", "gain": 120.0},
+        {"entity": "good", "before": 100, "after": 190, "arm": "x", "gain": 40.0},
+    ]  # fmt: skip
+    fake = room.system(
+        {"down": 500, "best": 100, "good": 100}, arms=dict.fromkeys(("down", "best", "good"), "x"), pools={"x": 700},
+        can=Capabilities(bulk_read=10),
+    )  # fmt: skip
+    record(room.ledger, rows, pools={"x": 700})
+    fake.fault = always("unknown_lost", key="best")
+    report = room.push(fake)
+    assert not report.complete and room.states() == {"down": "ACKED", "best": "UNKNOWN", "good": "PENDING"}
+    assert fake.value("good") == 100, "best may still arrive"
 
 
 def test_no_increase_is_sent_while_a_holding_cannot_be_read(room: Room) -> None:

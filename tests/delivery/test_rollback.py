@@ -182,6 +182,16 @@ def test_what_was_in_flight_when_a_push_died_is_found_by_reading(desk: Desk, at_
     assert desk.values() == desk.start
 
 
+def test_what_left_late_in_its_wave_is_not_taken_for_never_sent(tmp_path: Path) -> None:
+    """The ledger knows when a wave began; its last write left later, and a stale reading does not show it yet."""
+    desk = Desk(tmp_path, {"a": 100, "b": 200}, Capabilities(stale_reads_s=2.0))
+    name = desk.batch("b1", {"a": 150, "b": 250})
+    desk.world.before_write = lambda key: desk.clock.sleep(3)
+    desk.push_dies(name, 1)
+    report = desk.back(Batch(name))
+    assert report.complete and desk.values() == desk.start
+
+
 def test_an_entity_that_cannot_be_read_does_not_keep_the_others_from_coming_back(desk: Desk) -> None:
     desk.world.can = Capabilities(conditional_write=True)
     name = desk.batch("b1", {"a": 150, "b": 250, "c": 350})

@@ -22,7 +22,7 @@ from delivery.rollback import Batch, Since
 from tests.support.desks import Desk, opened
 from tests.support.fakes import DAY, Clock, Fault
 
-EXAMPLES = 1_000 if os.environ.get("SIGNALBOX_SOAK") else 25
+EXAMPLES = 1_000 if os.environ.get("SIGNALBOX_SOAK") else 8
 START = {"a": 100, "b": 200, "c": 300, "d": 400, "e": 500}
 ARMS = {"a": "champion", "b": "champion", "c": "champion", "d": "explore", "e": "explore"}
 SYSTEMS = [

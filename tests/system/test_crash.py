@@ -1,0 +1,155 @@
+"""The process that pushes is killed at any instant, over and over: nothing is lost, nothing is over the pool, all is known."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.crashing import SETTINGS, Ads, Crashes, Desk, Prepared, Tables, Tally
+from tests.support.postgres import Server
+
+pytestmark = pytest.mark.system
+
+SEED = 20261121
+LEAST = 40
+"""Kills in all; ``python -m tests.support.crashing --kills 300`` is the soak."""
+
+
+@pytest.fixture(scope="module")
+def prepared(postgres: Server) -> Iterator[Prepared]:
+    """After ``postgres``, whose password the children need."""
+    with Prepared() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def url(postgres: Server, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], str]:
+    """An empty database of a kind."""
+
+    def make(kind: str, name: str) -> str:
+        if kind == "postgres":
+            return postgres.database(name)
+        return f"sqlite:///{tmp_path_factory.mktemp(name) / 'database.db'}"
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def ads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ads]:
+    with closing(Ads(tmp_path_factory.mktemp("crash-ads"))) as system:
+        yield system
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+    templates = tmp_path_factory.getbasetemp() / "helpdesk-templates"
+    with closing(Desk(tmp_path_factory.mktemp("crash-desk"), templates)) as system:
+        yield system
+
+
+@pytest.fixture(scope="module")
+def tallies(request: pytest.FixtureRequest) -> Iterator[list[tuple[str, Tally]]]:
+    """What each test counted, printed at the end with the sum."""
+    found: list[tuple[str, Tally]] = []
+    yield found
+    plugins = request.config.pluginmanager
+    reporter = plugins.getplugin("terminalreporter")
+    with plugins.getplugin("capturemanager").global_and_fixture_disabled():
+        reporter.ensure_newline()
+        for name, tally in [*found, ("in all", sum((t for _, t in found), Tally()))]:
+            reporter.write_line(f"crash test, {name}: {tally}")
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgres"])
+@pytest.mark.parametrize("system", ["ads", "desk"])
+def test_a_killed_push_and_a_killed_rollback_end_as_intended(
+    request: pytest.FixtureRequest,
+    prepared: Prepared,
+    url: Callable[[str, str], str],
+    tallies: list[tuple[str, Tally]],
+    system: str,
+    database: str,
+) -> None:
+    downstream: Any = request.getfixturevalue(system)
+    crashes = Crashes(prepared, downstream, url(database, f"crash_{system}"), SEED)
+    while (left := LEAST // 4 - len(crashes.tally.kills)) > 0:
+        crashes.round(max(1, left - 5), 3)
+        crashes.abandoned(1)
+    tallies.append((f"{downstream.name} over {database}", crashes.tally))
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgres"])
+def test_where_writes_have_a_condition_each_is_applied_exactly_once(
+    prepared: Prepared, url: Callable[[str, str], str], tallies: list[tuple[str, Tally]], database: str
+) -> None:
+    with closing(Tables(url(database, "crash_table"))) as table:
+        crashes = Crashes(prepared, table, url(database, "crash_table_ledger"), SEED)
+        crashes.round(4, 2)
+        crashes.abandoned(1)
+    assert crashes.tally.repeated == 0
+    tallies.append((f"{table.name} over {database}", crashes.tally))
+
+
+def late_write(ads: Ads, prepared: Prepared, job: dict[str, Any], hold_s: float, skip: int = 0) -> None:
+    """Kill a push while one of its writes, the first after ``skip``, is held on its way for ``hold_s``."""
+    ads.sandbox.late = [hold_s] + [1e-9] * skip
+    life = prepared.start(job)
+    for _ in range(skip + 1):
+        assert ads.sandbox.arrived.acquire(timeout=60), life.result
+    life.kill()
+    assert life.wait(60) and life.signal
+
+
+def test_a_write_that_lands_after_its_sender_died_is_repeated_equal_and_every_repeat_is_counted(
+    prepared: Prepared, ads: Ads, url: Callable[[str, str], str]
+) -> None:
+    crashes = Crashes(prepared, ads, url("sqlite", "late"), SEED)
+    batch_id, rows = crashes.record()
+    base = len(ads.applied())
+    job = crashes.job("push", batch_id)
+    late_write(ads, prepared, job, 4.0)
+    # The next one waits for late_s, takes the write for lost and sends it again; it dies before it can say so.
+    ads.sandbox.held = [30.0]
+    again = prepared.start(job)
+    wanted = len(ads.applied()) + 1
+    until = time.monotonic() + 60
+    while len(ads.applied()) < wanted and time.monotonic() < until:
+        time.sleep(0.005)
+    again.kill()
+    assert again.wait(60) and again.signal
+    ads.sandbox.held = []
+    ended = prepared.run(job)
+    assert ended.result["report"]["complete"]
+    time.sleep(4.5)
+    applied = ads.applied()[base:]
+    assert len(applied) > len(set(applied)), "the late write never came"
+    crashes.check(batch_id, rows, base, [], after=True)
+
+
+def test_a_write_on_its_way_when_its_sender_died_is_waited_for_however_long_ago_it_was_written_down(
+    prepared: Prepared, ads: Ads, url: Callable[[str, str], str]
+) -> None:
+    crashes = Crashes(prepared, ads, url("sqlite", "on_its_way"), SEED)
+    batch_id, rows = crashes.record()
+    settings = {**SETTINGS, "concurrency": 1, "wave": 100, "rate_per_s": 4.0, "late_s": 2.0}
+    job = crashes.job("push", batch_id) | {"settings": settings}
+    # The whole wave is written down at once; its third write leaves seconds later, and arrives within late_s.
+    late_write(ads, prepared, job, 1.7, skip=2)
+    ended = prepared.run(crashes.job("rollback", batch_id) | {"settings": settings | {"rate_per_s": None}})
+    assert ended.result["report"]["complete"], ended.result
+    time.sleep(2.0)
+    assert {r.entity: ads.values()[r.entity] for r in rows} == {r.entity: r.before for r in rows}
+
+
+def test_the_kills_were_enough_and_fell_everywhere(tallies: list[tuple[str, Tally]]) -> None:
+    if len(tallies) < 6:
+        pytest.skip("only with the whole file")
+    kills = [kill for name, tally in tallies for kill in tally.kills if "sql_table" not in name]
+    assert len(kills) >= LEAST
+    assert {kill.what for kill in kills if kill.phase == "in the middle"} == {"push", "rollback"}
+    assert sum(kill.unacknowledged > 0 for kill in kills) >= 5, "between a write and its acknowledgement"

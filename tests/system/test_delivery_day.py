@@ -1,0 +1,380 @@
+"""A day's batch through Dagster to the two real downstream systems: sent, held, broken off, taken back, and what it did."""
+
+from __future__ import annotations
+
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from assets import delivering
+from assets.lake import Lake
+from assets.workflow import FOLDER, load
+from delivery import approvals
+from models.registry import Registry
+from orchestration import assembly, automation, runner
+from tests.conftest import Bench
+from tests.support.offices import Account, Morning, Queue, checks, environment, metadata
+
+pytestmark = pytest.mark.system
+SECRET = "nobody else's secret"
+TOKEN = "marked-token-0123456789"
+
+
+@pytest.fixture(scope="module")
+def desk(queue: Bench, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Queue]:
+    """One help desk for the module: each test finds its priorities as they were."""
+    templates = tmp_path_factory.getbasetemp() / "helpdesk-templates"
+    running = Queue(tmp_path_factory.mktemp("desk"), queue, TOKEN, templates)
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def mornings(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Callable[[str], Morning]]:
+    """The morning of a workflow, by the name of its bench."""
+    (tmp_path / "home").mkdir()
+    with dg.DagsterInstance.ephemeral() as instance:
+        accounts = []
+
+        def make(name: str) -> Morning:
+            shared: Bench = request.getfixturevalue(name)
+            bench, system = shared.copy(tmp_path / "bench"), None
+            if name == "ads":
+                system = Account(tmp_path / "account", bench, TOKEN)
+                accounts.append(system)
+            else:
+                system = request.getfixturevalue("desk")
+                system.as_it_was()
+            for variable, value in environment(bench, registry, tmp_path / "home", system).items():
+                monkeypatch.setenv(variable, value)
+            return Morning(bench, registry, system, instance)
+
+        yield make
+        for account in accounts:
+            account.close()
+
+
+@pytest.fixture(params=["ads", "queue"])
+def morning(request: pytest.FixtureRequest, mornings: Callable[[str], Morning]) -> Morning:
+    """Each shipped workflow in turn."""
+    return mornings(request.param)
+
+
+@pytest.fixture
+def ads_morning(mornings: Callable[[str], Morning]) -> Morning:
+    return mornings("ads")
+
+
+def decided(morning: Morning, **guardrails: Any) -> dg.ExecuteInProcessResult:
+    result = morning.run("decide", morning.saying(guardrails=guardrails), hour=4)
+    assert result.success, runner.failed_steps(result)
+    return result
+
+
+def step_error(result: dg.ExecuteInProcessResult) -> str:
+    assert not result.success
+    return " ".join(runner.failed_steps(result))
+
+
+def test_a_ready_batch_is_delivered_and_its_asset_says_so(morning: Morning) -> None:
+    decided(morning)
+    before, intended, standing = morning.decided("before"), morning.decided("after"), morning.system.values()
+    changed = {entity for entity in intended if intended[entity] != before[entity]}
+    assert changed and morning.stands() == before, "the system is not where the export left it"
+
+    result = morning.run("deliver")
+
+    assert result.success and checks(result)["reconciled"] == (
+        "passed", f"{morning.day}: {{'ACKED': {len(changed)}}}",
+    )  # fmt: skip
+    assert checks(result)["guards"][0] == "passed"
+    shown, row = metadata(result, "delivery"), morning.batch()
+    assert (shown["batch"], shown["status"], shown["changed"]) == (row.batch_id, "READY", len(changed))
+    assert shown["states"] == row.counts == {"ACKED": len(changed)} and "guarantee" in shown
+    assert shown["report"]["complete"] and shown["report"]["sends"] == len(changed)
+    assert not {"waits", "not sent", "not as intended"} & shown.keys()
+    assert row.delivery == "COMPLETE" and morning.stands() == intended
+    untouched = standing.keys() - changed
+    assert {e: v for e, v in morning.system.values().items() if e in untouched} == {e: standing[e] for e in untouched}
+    with morning.ledger() as book:
+        (begun,) = book.events("push begun", row.workflow)
+        assert begun.body["run_id"] == result.run_id and book.verify().ok
+    if isinstance(morning.system, Account):
+        calls = [change for change in morning.system.sandbox.changes() if change["client"] == "GOOGLE_ADS_API"]
+        assert {(c["batch"], c["run"]) for c in calls} == {(row.batch_id, result.run_id)}
+        ids = morning.decided("decision_id")
+        assert all(ids[c["line"]] in c["decisions"] for c in calls)
+
+    applied = morning.system.applied()
+    again = morning.run("deliver")
+
+    assert again.success and checks(again)["reconciled"][0] == "passed" and morning.system.applied() == applied
+
+
+def test_a_held_batch_waits_for_an_approval_and_then_the_same_job_sends_it(morning: Morning) -> None:
+    said = checks(decided(morning, max_changed=1))
+    assert said["guardrails"][0] == "ERROR" and morning.batch().status == "HELD"
+    before, batch = morning.decided("before"), morning.batch()
+
+    waiting = morning.run("deliver")
+
+    result, says = checks(waiting)["reconciled"]
+    assert waiting.success and result == "WARN" and f"signalbox approve {batch.batch_id}" in says
+    assert "waits for 1 more person" in metadata(waiting, "delivery")["waits"]
+    assert checks(waiting)["guards"] == ("passed", f"{morning.day}: nothing was sent")
+    assert morning.stands() == before and morning.system.applied() == 0
+    with morning.ledger(6) as book:
+        assert automation.delivery_requests(morning.workflow, book, morning.bench.morning(morning.day, 6)) == []
+        approvals.enrol(book, "robin", SECRET)
+        approvals.approve(book, batch.batch_id, "robin", SECRET, "as planned")
+        (request,) = automation.delivery_requests(morning.workflow, book, morning.bench.morning(morning.day, 6))
+    assert request.partition_key == morning.day.isoformat()
+
+    approved = morning.run("deliver", hour=6)
+
+    assert approved.success and checks(approved)["reconciled"][0] == "passed"
+    assert "waits" not in metadata(approved, "delivery") and morning.stands() == morning.decided("after")
+
+
+def test_a_system_that_is_down_fails_the_day_in_words_and_the_next_run_completes_it(morning: Morning) -> None:
+    decided(morning)
+    impatient = morning.saying(push={"patience_s": 0.5, "backoff_s": (0.05, 0.1)})
+    before = morning.decided("before")
+    address = next(v for k, v in morning.system.environment.items() if not k.endswith("_TOKEN"))
+    morning.system.down()
+
+    result = morning.run("deliver", impatient)
+
+    if result.success:
+        verdict, says = checks(result)["reconciled"]
+        assert verdict == "ERROR" and "run it again" in says
+    else:
+        says = step_error(result)
+    assert re.search(r"refused|does not answer|cannot be read", says), says
+    assert TOKEN not in says and (address.split("/")[2] in says or "google_ads:1000000001" in says)
+    assert morning.batch().delivery != "COMPLETE"
+    morning.system.up()
+    assert morning.stands() == before
+
+    again = morning.run("deliver", impatient)
+
+    assert again.success and checks(again)["reconciled"][0] == "passed", checks(again)
+    assert morning.stands() == morning.decided("after") and morning.batch().delivery == "COMPLETE"
+
+
+def test_a_system_that_goes_down_in_the_middle_is_taken_up_where_it_was(ads_morning: Morning) -> None:
+    morning, sandbox = ads_morning, ads_morning.system.sandbox
+    decided(morning)
+    one_by_one = morning.saying(push={"patience_s": 0.5, "backoff_s": (0.05, 0.1), "concurrency": 1, "wave": 1})
+    cut = threading.Thread(target=_close_after, args=(morning.system, 3))
+    cut.start()
+
+    result = morning.run("deliver", one_by_one)
+
+    cut.join(30)
+    counts = morning.batch().counts
+    assert 0 < sandbox.state()["applications"] and morning.batch().delivery == "OPEN", counts
+    assert not result.success or checks(result)["reconciled"][0] == "ERROR"
+    morning.system.up()
+    assert checks(morning.run("deliver", one_by_one))["reconciled"][0] == "passed"
+    assert morning.stands() == morning.decided("after")
+    changed = {e for e, after in morning.decided("after").items() if after != morning.decided("before")[e]}
+    lines = [c["line"] for c in sandbox.changes() if c["field"] == "amount"]
+    assert sorted(lines) == sorted(changed), "a value was set twice, or never"
+
+
+def _close_after(account: Account, writes: int) -> None:
+    until = time.monotonic() + 20
+    while account.sandbox.calls["mutate"] < writes and time.monotonic() < until:
+        time.sleep(0.001)
+    account.down()
+
+
+def test_rejections_over_the_limit_ask_for_a_rollback_which_restores_what_stood(ads_morning: Morning) -> None:
+    morning = ads_morning
+    guarded = morning.saying(guards={"min_deliveries": 5})
+    decided(morning)
+    before, after = morning.decided("before"), morning.decided("after")
+    changed = sorted(e for e in after if after[e] != before[e])
+    morning.system.refuse(random.Random(3).sample(changed, len(changed) // 2))
+
+    result = morning.run("deliver", guarded)
+
+    shown = metadata(result, "delivery")
+    verdict, says = checks(result)["guards"]
+    assert verdict == "ERROR" and "were rejected by the downstream system (limit 20.00%)" in says
+    assert shown["states"]["REJECTED"] == len(changed) // 2 and "MONEY_AMOUNT" in shown["not as intended"].upper()
+    assert checks(result)["reconciled"][0] == "passed", "a rejected change has come to its end"
+    assert morning.stands() != before, "nothing to take back"
+    _take_back(morning)
+    assert morning.stands() == before
+
+
+def test_overrides_over_the_limit_ask_for_a_rollback_which_leaves_peoples_values(
+    mornings: Callable[[str], Morning],
+) -> None:
+    morning = mornings("queue")
+    guarded = morning.saying(guards={"min_deliveries": 5})
+    decided(morning)
+    before, after = morning.decided("before"), morning.decided("after")
+    changed = sorted(e for e in after if after[e] != before[e])
+    theirs = {e: next(v for v in (5, 4, 3, 2, 1) if v not in (before[e], after[e])) for e in changed[::2]}
+    for entity, value in theirs.items():
+        morning.system.person(entity, value)
+
+    result = morning.run("deliver", guarded)
+
+    verdict, says = checks(result)["guards"]
+    assert verdict == "ERROR" and "had been changed by people (limit 30.00%)" in says
+    assert metadata(result, "delivery")["states"]["CONFLICT"] == len(theirs)
+    assert {e: morning.stands()[e] for e in theirs} == theirs
+    _take_back(morning)
+    assert morning.stands() == before | theirs
+
+
+def _take_back(morning: Morning) -> None:
+    """Execute what the guard's sensor would ask for; it asks once and no more when it is done."""
+    batch, now = morning.batch(), morning.bench.morning(morning.day, 6)
+    with morning.ledger(6) as book:
+        (request,) = automation.guard_requests(morning.workflow, book)
+    result = runner.run_rollback(morning.workflow, request, now=now.isoformat(), instance=morning.instance)
+    assert result.success, runner.failed_steps(result)
+    with morning.ledger(6) as book:
+        assert automation.guard_requests(morning.workflow, book) == []
+        (asked, complete) = book.rollbacks(batch.batch_id)
+        assert (asked.action, complete.action) == ("asked", "complete") and asked.trigger == "guard"
+        (reverse,) = book.batches(morning.workflow.name, kind="rollback")
+        assert reverse.reverses == batch.batch_id and reverse.delivery == "COMPLETE" and book.verify().ok
+        again = automation.delivery_requests(morning.workflow, book, now)
+    assert again == [], "what was taken back would be sent again"
+
+
+def test_of_several_days_in_one_run_only_the_newest_is_sent(morning: Morning) -> None:
+    older = morning.day - timedelta(days=1)
+    both = morning.run("decide", first=older)
+    assert both.success, runner.failed_steps(both)
+
+    result = morning.run("deliver", first=older)
+
+    assert result.success and checks(result)["reconciled"][0] == "passed", checks(result)
+    with morning.ledger() as book:
+        sent, left = morning.batch(), morning.batch(older)
+        shown = [
+            {name: value.value for name, value in e.materialization.metadata.items()}
+            for e in result.get_asset_materialization_events()
+        ]
+        assert all(s["batch"] == sent.batch_id and s["not sent"].startswith("1 earlier days") for s in shown) and shown
+        assert sent.delivery == "COMPLETE" and not any(d.attempts for d in book.deliveries(left.batch_id))
+    stands = morning.system.values()
+    assert {e: stands[e] for e in morning.decided("after")} == morning.decided("after")
+    late = step_error(morning.run("deliver", day=older))
+    assert "TooLate" in late and "--late" in late, late
+    assert {e: v for e, v in morning.system.values().items()} == stands
+
+
+def test_what_the_next_day_brings_stands_beside_the_decisions_that_it_answers(morning: Morning) -> None:
+    decided(morning)
+    assert morning.run("deliver").success
+    after, ids, batch = morning.decided("after"), morning.decided("decision_id"), morning.batch()
+    following = morning.day + timedelta(days=1)
+    if isinstance(morning.system, Account):
+        with morning.ledger() as book:
+            drawn = delivering.randomised(book, morning.workflow.name, morning.day)
+        morning.system.sandbox.advance(
+            morning.bench.root / "landing" / morning.workflow.name, multipliers=drawn
+        )
+    else:
+        morning.bench.write(following, morning.bench.folder())
+
+    result = morning.run("daily", day=following, hour=4)
+
+    assert result.success, runner.failed_steps(result)
+    assert checks(result)["spend"][0] == "passed"
+    lake = Lake(str(morning.bench.root / "lake"))
+    rows = lake.read(morning.workflow.table("decision_outcomes"), days=[following]).to_pylist()
+    own = [row for row in rows if row["batch_id"] == batch.batch_id]
+    assert own and len(rows) == metadata(result, "decision_outcomes")["decisions with an outcome"]
+    assert {(r["entity_id"], r["decision_id"], r["after"], r["standing"]) for r in own} == {
+        (r["entity_id"], ids[r["entity_id"]], after[r["entity_id"]], after[r["entity_id"]]) for r in own
+    }
+    assert {r["state"] for r in own} <= {"ACKED", None} and "ACKED" in {r["state"] for r in own}
+    assert {r["decided_day"] for r in own} == {morning.day}
+    if isinstance(morning.system, Account):
+        assert {r["entity_id"] for r in own} == after.keys(), "every line has spent something by the next day"
+        spent = sum(r["cost"] for r in own)
+        assert 0 < spent <= sum(after.values()) / 1e6 * 1.01, "more was spent than the budgets that stood"
+    nothing = morning.run("daily", day=following, hour=4)
+    assert nothing.success
+    assert lake.read(morning.workflow.table("decision_outcomes"), days=[following]).num_rows == len(rows)
+
+
+def test_of_two_runs_at_once_one_sends(morning: Morning) -> None:
+    decided(morning)
+    changed = [d for d in morning.bench.decided(morning.day) if d["changed"]]
+    morning.system.slow(4.0)  # the first write waits, with the lease in the first run's hands
+    results: dict[str, dg.ExecuteInProcessResult] = {}
+
+    def first() -> None:
+        with dg.DagsterInstance.ephemeral() as own:
+            results["first"] = Morning(morning.bench, morning.registry, morning.system, own).run("deliver")
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    _until(lambda: morning.batch().delivery == "OPEN")
+    second = morning.run("deliver")
+    thread.join(60)
+
+    assert "is being written to by process" in step_error(second)
+    assert results["first"].success and checks(results["first"])["reconciled"][0] == "passed"
+    assert morning.stands() == morning.decided("after") and morning.system.applied() == len(changed)
+    assert checks(morning.run("deliver"))["reconciled"][0] == "passed" and morning.system.applied() == len(changed)
+
+
+def _until(true: Callable[[], bool], seconds: float = 30) -> None:
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until, "it did not come"
+        time.sleep(0.01)
+
+
+def test_a_stopped_workflow_fails_the_run_in_words_and_goes_on_when_it_may(ads_morning: Morning) -> None:
+    morning = ads_morning
+    decided(morning)
+    with morning.ledger() as book:
+        book.switch(morning.workflow.name, True, "kim", "odd figures")
+    said = step_error(morning.run("deliver"))
+    assert "stopped by kim (odd figures)" in said and "signalbox resume ad_budget" in said
+    assert morning.stands() == morning.decided("before")
+    with morning.ledger() as book:
+        book.switch(morning.workflow.name, False, "kim", "explained")
+    assert checks(morning.run("deliver"))["reconciled"][0] == "passed"
+
+
+def test_a_day_without_a_batch_fails_the_run_in_words(ads_morning: Morning) -> None:
+    said = step_error(ads_morning.run("deliver"))
+    assert "no batch of" in said and "materialise [ad_budget, decisions]" in said
+
+
+def test_no_job_takes_a_secret_in_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dagster stores what a run was configured with and shows it to everybody."""
+    monkeypatch.setenv("SIGNALBOX_HOME", str(tmp_path))
+    definitions = assembly.build([load(FOLDER / name) for name in ("ad_budget", "ticket_priority")])
+    repository = definitions.get_repository_def()
+    fields: set[str] = set()
+    for job in repository.get_all_jobs():
+        schema = job.run_config_schema
+        for kind in schema.config_type.type_iterator():
+            fields |= set(getattr(kind, "fields", {}) or {})
+    assert {"batch", "since", "model", "actor", "reason", "trigger"} <= fields, "the rollback's were not looked at"
+    secretive = re.compile(r"secret|token|passw|credential|approv|(^|_)(key|pin|auth)(_|$)", re.IGNORECASE)
+    assert sorted(name for name in fields if secretive.search(name)) == []
