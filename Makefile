@@ -7,13 +7,14 @@ export SIGNALBOX_HOME ?= $(CURDIR)/.signalbox
 export DAGSTER_HOME := $(SIGNALBOX_HOME)/dagster
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: demo serve test lint bench lock install real clean
+.PHONY: demo serve test lint bench soak lock install real clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   two workflows with days of history, on generated data"
 	@echo "make serve  the pages: Dagster, MLflow, Evidently, reports"
 	@echo "make test   lint, types and tests        make bench  the measurements of docs/benchmarks.md"
+	@echo "make soak   hundreds of kills in the middle of pushes and rollbacks, and what stood afterwards"
 	@echo "make real   both workflows on the real data sets below DATA=../shared/data"
 
 install: $(VENV)/.installed
@@ -45,6 +46,9 @@ test: lint
 
 bench: install
 	$(BIN)/python -m benchmarks
+
+soak: install
+	$(BIN)/python -m tests.support.crashing --kills $(or $(KILLS),300)
 
 lock: install
 	$(BIN)/uv pip compile pyproject.toml --extra sandbox --group dev --universal --python-version 3.11 --generate-hashes --no-strip-extras --no-header --upgrade -q -o requirements.lock

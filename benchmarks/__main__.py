@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ORDER = ("daily_run", "budget_policy", "advertising_world", "priority_policy")
+ORDER = ("daily_run", "budget_policy", "advertising_world", "priority_policy", "ledger", "push")
 
 
 def main() -> int:

@@ -67,11 +67,12 @@ def workflow_named(name: str) -> Any:
 
 
 @app.command()
-def init() -> None:
+def init(as_json: Json = False) -> None:
     """Make the state folder and Dagster's instance configuration in it (what stands there is left alone)."""
     from orchestration import runner
 
-    console.print(f"State lies in {runner.prepare_home()}")
+    at = runner.prepare_home()
+    operations.told({"state": str(at)}, as_json, [f"State lies in {at}"])
 
 
 @app.command()
@@ -94,10 +95,11 @@ def validate(as_json: Json = False) -> None:
 @app.command()
 def run(
     workflow: str,
-    job: Annotated[str, typer.Argument(help="daily, prepare, retrain or decide")] = "daily",
+    job: Annotated[str, typer.Argument(help="daily, prepare, retrain, decide or deliver")] = "daily",
     day: Day = None,
     since: Annotated[date | None, typer.Option(parser=_day, metavar="YYYY-MM-DD", help="First day of a range")] = None,
     now: Annotated[str | None, typer.Option(help="Fixes the clock (ISO 8601, UTC)")] = None,
+    as_json: Json = False,
 ) -> None:
     """Run a job of a workflow in this process, for a day or a range of days in one run."""
     from orchestration import runner
@@ -109,7 +111,7 @@ def run(
     _shown(
         runner.check_rows(result),
         f"{workflow} {job} {since or last} – {last}: {'done' if result.success else 'FAILED'}",
-        False,
+        as_json,
     )
     if not result.success:
         raise typer.Exit(1)
@@ -117,13 +119,18 @@ def run(
 
 @app.command()
 def batches(workflow: str, as_json: Json = False) -> None:
-    """The batches of a workflow: step, status, and how many decisions changed something."""
-    from assets.resources import resources
-
-    found = workflow_named(workflow)
-    columns = ["day", "step", "status", "rows", "changed", "review", "batch_id", "reasons"]
-    table = resources()["lake"].lake.read(found.table("batches")).select(columns)
-    _shown(table.sort_by("day").to_pylist(), f"Batches of {workflow}", as_json)
+    """The batches of a workflow: step, status, how many decisions changed something, and what came of sending them."""
+    with operations.ledger() as book:
+        found = book.batches(workflow_named(workflow).name)
+    rows = [
+        {
+            "day": b.day, "kind": b.kind, "step": b.step, "status": b.status, "rows": b.rows, "changed": b.changed,
+            "delivery": b.delivery, "states": ", ".join(f"{n} {state}" for state, n in sorted(b.counts.items())),
+            "batch_id": b.batch_id, "reasons": list(b.record.get("step_reasons", ())),
+        }
+        for b in sorted(found, key=lambda b: (b.day, b.sequence))
+    ]  # fmt: skip
+    _shown(rows, f"Batches of {workflow}", as_json)
 
 
 @app.command()

@@ -314,6 +314,18 @@ def test_a_newer_batch_that_was_pushed_between_two_runs_of_a_rollback_is_left(de
     assert entities([*one.left, *one.conflicts]) == ["a"]
 
 
+@pytest.mark.parametrize("landed", [True, False])
+def test_a_newer_batchs_write_of_which_nothing_is_known_is_never_written_over(desk: Desk, landed: bool) -> None:
+    desk.sent("b1", {"a": 150, "b": 250})
+    desk.batch("b2", {"a": 500})
+    desk.push_dies("b2", 1, landed=landed)
+    one = only(desk.back(Batch("b1")))
+    assert one.complete and entities(one.conflicts) == (["a"] if landed else [])
+    assert desk.values() == desk.start | ({"a": 500} if landed else {})
+    assert desk.back(Batch("b2")).complete
+    assert desk.values() == desk.start, "nor does what was rolled back come up again from below"
+
+
 def test_an_older_batch_waits_until_the_newer_one_is_back(desk: Desk) -> None:
     desk.sent("b1", {"a": 150})
     desk.sent("b2", {"b": 250})

@@ -421,16 +421,18 @@ class Ads:
         stands = self.values()
         out = []
         for arm in sorted(set(self.arms.values())):
-            lines = [line for line in stands if self.arms[line] == arm]
+            lines = sorted(line for line in stands if self.arms[line] == arm)
+            if len(lines) % 2:  # the same one is left out each time
+                alone = lines.pop()
+                out.append(Row(alone, stands[alone], stands[alone], arm))
             rng.shuffle(lines)
-            for one, other in zip(lines[::2], lines[1::2], strict=False):
+            for one, other in zip(lines[::2], lines[1::2], strict=True):
                 # What one gives, another gets: the pool is as full after it as before
                 step = 0 if arm == "holdout" else max(1, stands[one] // 10_000 * rng.randint(5, 30) // 100) * 10_000
                 out += [
                     Row(one, stands[one], stands[one] - step, arm),
                     Row(other, stands[other], stands[other] + step, arm),
                 ]
-            out += [Row(lines[-1], stands[lines[-1]], stands[lines[-1]], arm)] if len(lines) % 2 else []
         return out, dict(self.pools)
 
     def values(self) -> dict[str, int]:

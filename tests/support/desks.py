@@ -151,10 +151,11 @@ class Desk:
         finally:
             self.world.fault, self.world.process = well, Process()
 
-    def push_dies(self, name: str, after_write: int) -> None:
-        """A push whose process dies right after its n-th write arrived, before anybody notes it."""
+    def push_dies(self, name: str, after_write: int, *, landed: bool = True) -> None:
+        """A push whose process dies right after its n-th write arrived (or just before), before anybody notes it."""
         count = iter(range(1, 1_000))
-        self.world.fault = lambda op, key: "crash_after" if op == "apply" and next(count) == after_write else ""
+        end: Fault = "crash_after" if landed else "crash_before"
+        self.world.fault = lambda op, key: end if op == "apply" and next(count) == after_write else ""
         try:
             push(Mortal(self.ledger, self.world.process), self.world, name, **self.how())  # type: ignore[arg-type]
         except Crash:

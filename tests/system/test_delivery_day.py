@@ -18,6 +18,7 @@ from assets import delivering
 from assets.lake import Lake
 from assets.workflow import FOLDER, load
 from delivery import approvals
+from delivery.sandbox import advertising_api
 from models.registry import Registry
 from orchestration import assembly, automation, runner
 from tests.conftest import Bench
@@ -26,6 +27,7 @@ from tests.support.offices import Account, Morning, Queue, checks, environment, 
 pytestmark = pytest.mark.system
 SECRET = "nobody else's secret"
 TOKEN = "marked-token-0123456789"
+IMPATIENT = {"patience_s": 0.5, "backoff_s": (0.05, 0.1), "late_s": 0.2}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,8 @@ def ads_morning(mornings: Callable[[str], Morning]) -> Morning:
 
 def decided(morning: Morning, **guardrails: Any) -> dg.ExecuteInProcessResult:
     result = morning.run("decide", morning.saying(guardrails=guardrails), hour=4)
-    assert result.success, runner.failed_steps(result)
+    # a batch over its limits fails its blocking check, and with it the run
+    assert result.success == (morning.batch().status == "READY"), runner.failed_steps(result)
     return result
 
 
@@ -107,8 +110,7 @@ def test_a_ready_batch_is_delivered_and_its_asset_says_so(morning: Morning) -> N
     untouched = standing.keys() - changed
     assert {e: v for e, v in morning.system.values().items() if e in untouched} == {e: standing[e] for e in untouched}
     with morning.ledger() as book:
-        (begun,) = book.events("push begun", row.workflow)
-        assert begun.body["run_id"] == result.run_id and book.verify().ok
+        assert book.verify().ok
     if isinstance(morning.system, Account):
         calls = [change for change in morning.system.sandbox.changes() if change["client"] == "GOOGLE_ADS_API"]
         assert {(c["batch"], c["run"]) for c in calls} == {(row.batch_id, result.run_id)}
@@ -148,21 +150,17 @@ def test_a_held_batch_waits_for_an_approval_and_then_the_same_job_sends_it(morni
 
 def test_a_system_that_is_down_fails_the_day_in_words_and_the_next_run_completes_it(morning: Morning) -> None:
     decided(morning)
-    impatient = morning.saying(push={"patience_s": 0.5, "backoff_s": (0.05, 0.1)})
+    impatient = morning.saying(push=IMPATIENT)
     before = morning.decided("before")
-    address = next(v for k, v in morning.system.environment.items() if not k.endswith("_TOKEN"))
     morning.system.down()
 
     result = morning.run("deliver", impatient)
 
-    if result.success:
-        verdict, says = checks(result)["reconciled"]
-        assert verdict == "ERROR" and "run it again" in says
-    else:
-        says = step_error(result)
-    assert re.search(r"refused|does not answer|cannot be read", says), says
-    assert TOKEN not in says and (address.split("/")[2] in says or "google_ads:1000000001" in says)
-    assert morning.batch().delivery != "COMPLETE"
+    verdict, says = checks(result)["reconciled"]
+    assert not result.success and verdict == "ERROR"
+    assert "run it again" in says and "cannot be read" in says and "127.0.0.1" in says and TOKEN not in says, says
+    assert checks(result)["guards"][0] == "passed", "no data is no verdict"
+    assert metadata(result, "delivery")["states"] == {"PENDING": morning.batch().changed}
     morning.system.up()
     assert morning.stands() == before
 
@@ -172,32 +170,32 @@ def test_a_system_that_is_down_fails_the_day_in_words_and_the_next_run_completes
     assert morning.stands() == morning.decided("after") and morning.batch().delivery == "COMPLETE"
 
 
-def test_a_system_that_goes_down_in_the_middle_is_taken_up_where_it_was(ads_morning: Morning) -> None:
+def test_a_system_that_goes_down_between_a_write_and_its_answer_is_taken_up_where_it_was(
+    ads_morning: Morning, monkeypatch: pytest.MonkeyPatch
+) -> None:
     morning, sandbox = ads_morning, ads_morning.system.sandbox
     decided(morning)
-    one_by_one = morning.saying(push={"patience_s": 0.5, "backoff_s": (0.05, 0.1), "concurrency": 1, "wave": 1})
-    cut = threading.Thread(target=_close_after, args=(morning.system, 3))
-    cut.start()
+    impatient, carried_out = morning.saying(push=IMPATIENT), sandbox.mutate
 
-    result = morning.run("deliver", one_by_one)
+    def last_act(body: Any, marks: Any) -> Any:
+        carried_out(body, marks)
+        sandbox.trouble(advertising_api.Trouble(times=1_000_000, close=True))
+        raise ConnectionAbortedError
 
-    cut.join(30)
-    counts = morning.batch().counts
-    assert 0 < sandbox.state()["applications"] and morning.batch().delivery == "OPEN", counts
-    assert not result.success or checks(result)["reconciled"][0] == "ERROR"
-    morning.system.up()
-    assert checks(morning.run("deliver", one_by_one))["reconciled"][0] == "passed"
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox, "mutate", last_act)
+        result = morning.run("deliver", impatient)
+
+    states = metadata(result, "delivery")["states"]
+    assert not result.success and checks(result)["reconciled"][0] == "ERROR"
+    assert states.keys() & {"UNKNOWN", "IN_FLIGHT"} and "ACKED" not in states, "claims what nobody has read back"
+    assert sandbox.state()["applications"] and morning.batch().delivery == "OPEN"
+    sandbox.troubles.clear()
+    assert checks(morning.run("deliver", impatient))["reconciled"][0] == "passed"
     assert morning.stands() == morning.decided("after")
     changed = {e for e, after in morning.decided("after").items() if after != morning.decided("before")[e]}
-    lines = [c["line"] for c in sandbox.changes() if c["field"] == "amount"]
-    assert sorted(lines) == sorted(changed), "a value was set twice, or never"
-
-
-def _close_after(account: Account, writes: int) -> None:
-    until = time.monotonic() + 20
-    while account.sandbox.calls["mutate"] < writes and time.monotonic() < until:
-        time.sleep(0.001)
-    account.down()
+    assert sorted(c["line"] for c in sandbox.changes()) == sorted(changed), "a value was changed twice, or never"
+    assert morning.system.applied() == len(changed), "a value that stood was sent again"
 
 
 def test_rejections_over_the_limit_ask_for_a_rollback_which_restores_what_stood(ads_morning: Morning) -> None:
@@ -206,14 +204,19 @@ def test_rejections_over_the_limit_ask_for_a_rollback_which_restores_what_stood(
     decided(morning)
     before, after = morning.decided("before"), morning.decided("after")
     changed = sorted(e for e in after if after[e] != before[e])
-    morning.system.refuse(random.Random(3).sample(changed, len(changed) // 2))
+    refused = random.Random(3).sample(changed, len(changed) // 2)
+    morning.system.refuse(refused)
 
     result = morning.run("deliver", guarded)
 
     shown = metadata(result, "delivery")
     verdict, says = checks(result)["guards"]
     assert verdict == "ERROR" and "were rejected by the downstream system (limit 20.00%)" in says
-    assert shown["states"]["REJECTED"] == len(changed) // 2 and "MONEY_AMOUNT" in shown["not as intended"].upper()
+    with morning.ledger() as book:
+        rejected = {d.entity for d in book.deliveries(morning.batch().batch_id, ["REJECTED"])}
+    # a refused decrease frees no money: some increases are left out, and never meet the refusal
+    assert rejected <= set(refused) and shown["states"]["REJECTED"] == len(rejected) > 0.2 * len(changed)
+    assert all(line in shown["not as intended"] for line in list(rejected)[:1]), shown["not as intended"]
     assert checks(result)["reconciled"][0] == "passed", "a rejected change has come to its end"
     assert morning.stands() != before, "nothing to take back"
     _take_back(morning)
@@ -275,11 +278,20 @@ def test_of_several_days_in_one_run_only_the_newest_is_sent(morning: Morning) ->
         ]
         assert all(s["batch"] == sent.batch_id and s["not sent"].startswith("1 earlier days") for s in shown) and shown
         assert sent.delivery == "COMPLETE" and not any(d.attempts for d in book.deliveries(left.batch_id))
+        assert set(left.counts) == {"SKIPPED"}, "an older batch waits for nothing any more"
     stands = morning.system.values()
     assert {e: stands[e] for e in morning.decided("after")} == morning.decided("after")
-    late = step_error(morning.run("deliver", day=older))
-    assert "TooLate" in late and "--late" in late, late
-    assert {e: v for e, v in morning.system.values().items()} == stands
+    applied = morning.system.applied()
+    again = morning.run("deliver", day=older)
+    assert again.success and morning.system.applied() == applied and morning.system.values() == stands
+
+
+def test_a_day_that_is_over_is_not_sent_and_the_run_says_how_it_could_be(ads_morning: Morning) -> None:
+    older = ads_morning.day - timedelta(days=1)
+    assert ads_morning.run("decide", day=older).success
+    said = step_error(ads_morning.run("deliver", day=older))
+    assert f"decided for {ads_morning.day}, which is over" in said and "--late" in said
+    assert ads_morning.system.applied() == 0
 
 
 def test_what_the_next_day_brings_stands_beside_the_decisions_that_it_answers(morning: Morning) -> None:
@@ -313,9 +325,23 @@ def test_what_the_next_day_brings_stands_beside_the_decisions_that_it_answers(mo
         assert {r["entity_id"] for r in own} == after.keys(), "every line has spent something by the next day"
         spent = sum(r["cost"] for r in own)
         assert 0 < spent <= sum(after.values()) / 1e6 * 1.01, "more was spent than the budgets that stood"
-    nothing = morning.run("daily", day=following, hour=4)
-    assert nothing.success
-    assert lake.read(morning.workflow.table("decision_outcomes"), days=[following]).num_rows == len(rows)
+
+
+def test_outcomes_answer_the_decision_that_stood_also_when_their_day_is_run_again(morning: Morning) -> None:
+    """By then that day has a batch of its own, made after its outcomes were known."""
+    decided(morning)
+    assert morning.run("deliver").success
+    following = morning.day + timedelta(days=1)
+    morning.bench.land([following])
+    morning.bench.build([following])
+    found = []
+    with morning.ledger() as book:
+        found.append(delivering.outcomes_of_decisions(morning.workflow, morning.bench.lake, book, following))
+        assert found[0].num_rows
+        assert morning.run("decide", day=following).success
+        found.append(delivering.outcomes_of_decisions(morning.workflow, morning.bench.lake, book, following))
+    answered = [dict(zip(t["entity_id"].to_pylist(), t["batch_id"].to_pylist(), strict=True)) for t in found]
+    assert answered[0] == answered[1]
 
 
 def test_of_two_runs_at_once_one_sends(morning: Morning) -> None:
@@ -376,5 +402,6 @@ def test_no_job_takes_a_secret_in_its_configuration(tmp_path: Path, monkeypatch:
         for kind in schema.config_type.type_iterator():
             fields |= set(getattr(kind, "fields", {}) or {})
     assert {"batch", "since", "model", "actor", "reason", "trigger"} <= fields, "the rollback's were not looked at"
-    secretive = re.compile(r"secret|token|passw|credential|approv|(^|_)(key|pin|auth)(_|$)", re.IGNORECASE)
+    # `key`: of the resource that Dagster itself lends to every job, the place of its files
+    secretive = re.compile(r"secret|token|passw|credential|approv|_key|key_|(^|_)(pin|auth)(_|$)", re.IGNORECASE)
     assert sorted(name for name in fields if secretive.search(name)) == []

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import pytest
 from sqlalchemy import event
 
-from delivery.ledger import Ledger, LedgerUnavailable, Unknown
+from delivery.ledger import Holder, Ledger, LedgerUnavailable, Unknown
 from delivery.push import PushSettings, push
 from tests.support import fakes
 from tests.support.crashing import Ads, connect, utc_now
@@ -97,12 +97,13 @@ def ads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ads]:
 
 
 def pushed(
-    disk: Disk, ads: Ads, progress: Callable[[Any], None] | None = None, settings: dict[str, Any] | None = None
+    disk: Disk, ads: Ads, progress: Callable[[Any], None] | None = None, holder: Holder | None = None
 ) -> Any:
+    """By a process that ends with it, unless ``holder`` says otherwise."""
     with closing(connect(ads.job["connector"], {})) as connector:
         return push(
             disk.ledger, connector, "batch-1", rng=random.Random(1), progress=progress,
-            settings=PushSettings(concurrency=2, wave=6, late_s=0.2, **(settings or {})),
+            settings=PushSettings(concurrency=2, wave=6, late_s=0.2), holder=holder or fakes.dead_holder(),
         )  # fmt: skip
 
 
@@ -138,6 +139,16 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_push_stops_it_and_it_goes_on_af
     assert report.complete and report.counts == {"ACKED": len(changed)}
     assert Counter(ads.applied()) == changed
     assert ads.over() == {} and disk.ledger.verify().ok
+
+
+def test_after_there_is_room_again_the_same_process_may_go_on(disk: Disk, ads: Ads) -> None:
+    """A service that tries again does so in the process whose lease the full disk kept it from giving back."""
+    rows, pools = ads.rows(random.Random(3))
+    record(disk, [vars(r) for r in rows], pools)
+    with pytest.raises(LedgerUnavailable):
+        pushed(disk, ads, lambda progress: disk.fill() if progress.done >= 12 else None, Holder.here())
+    disk.free()
+    assert pushed(disk, ads, holder=Holder.here()).complete
 
 
 def test_a_batch_that_no_longer_fits_is_not_half_recorded(disk: Disk) -> None:

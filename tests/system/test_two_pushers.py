@@ -96,21 +96,21 @@ def test_two_at_once_on_two_batches_the_newer_stands_and_nothing_is_sent_twice(
         lives[other] = prepared.run(jobs[other])
         assert lives[first].wait(PATIENCE_S)
     busy = [name for name, life in lives.items() if life.result.get("error") == "Busy"]
-    assert len(busy) == 1 and busy != [first], {name: life.result for name, life in lives.items()}
+    if "report" in lives["older"].result and lives["older"].result["report"]["sends"] == 0:
+        older_was_sent = False  # the newer one had ended it before the older one's process asked for the lease
+    else:
+        assert len(busy) == 1 and busy != [first], {name: life.result for name, life in lives.items()}
+        older_was_sent = busy == ["newer"]
     for name in busy:
         assert prepared.run(jobs[name]).result["report"]["complete"]
 
     goal = {r.entity: r.after for r in new_rows}
     assert {e: v for e, v in ads.values().items() if e in goal} == goal
-    applied = Counter(ads.applied())
-    allowed = {**dict.fromkeys(changed(new_rows).items(), 1)}
-    if busy == ["newer"]:  # the older one was sent whole, before
-        allowed |= dict.fromkeys(changed(old_rows).items(), 1)
-    # where the newer one decided on no change, what the older one had set is left: it takes nothing back by itself
-    assert applied == Counter(allowed), applied - Counter(allowed)
+    sent = [*changed(new_rows).items(), *(changed(old_rows).items() if older_was_sent else [])]
+    assert Counter(ads.applied()) == Counter(sent)
     with Ledger.open(crashes.url, key=KEY) as ledger:
         states = Counter(d.state for d in ledger.deliveries(older))
-        assert states == {"ACKED" if busy == ["newer"] else "SKIPPED": len(changed(old_rows))}
+        assert states == {"ACKED" if older_was_sent else "SKIPPED": len(changed(old_rows))}
         assert {d.state for d in ledger.deliveries(newer)} == {"ACKED"}
         assert ledger.verify().ok
     assert ads.over() == {}
