@@ -6,7 +6,7 @@ calls, waiting, the ledger (``delivery.push``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -57,6 +57,8 @@ class Item:
     token_before: str | None = None
     """The version that the last write was based on, and the one that its answer named."""
     token_after: str | None = None
+    beside: Mapping[str, str] = field(default_factory=dict)
+    """The watched fields as they were when the last write was sent."""
     due: float = 0.0
     since: float | None = None
     """Monotonic: when this push first tried it."""
@@ -221,6 +223,21 @@ def with_lost(item: Item, final: Final, changes: Sequence[Change]) -> Final:
     if before is None or before.ours or before.value == item.expected:
         return final
     return _lost(final, before)
+
+
+BESIDE = "beside the value there changed"
+"""Begins what is said of a value that stands as intended while other watched fields do not."""
+
+
+def with_beside(item: Item, final: Final, reading: Reading) -> Final:
+    """A proven write, with the watched fields that are not what they were before it: the value is right, the entity may not be."""
+    if final.state != "ACKED" or not item.sent or not item.beside:
+        return final
+    changed = sorted(name for name, was in item.beside.items() if reading.watched.get(name, was) != was)
+    if not changed:
+        return final
+    words = f"{BESIDE}: {', '.join(changed)}"
+    return replace(final, says=f"{final.says}; {words}" if final.says else words)
 
 
 def _ours(item: Item, changes: Sequence[Change]) -> int | None:

@@ -555,9 +555,9 @@ class _Push:
                 item.maybe = True
                 item.value = last.value if last.value is not None else d.after
                 item.expected = last.expected
-                passed = max(0.0, (now - last.started_at).total_seconds())
-                # A batch that is ended has no second try: its late write must not come as a surprise to the next one.
-                item.clear_at = at + max(0.0, (self.late_s if ending else self.window_s) - passed)
+                # The whole window from now on: what was begun with a wave may have left long after that. And a batch that is
+                # ended has no second try: its late write must not come as a surprise to the next one.
+                item.clear_at = at + (self.late_s if ending else self.window_s)
             items.append(item)
         return items, gone
 
@@ -842,7 +842,7 @@ class _Push:
                 if isinstance(judgement, Send):
                     judgement = self._spent(item, reading)
                 if isinstance(judgement, Final):
-                    done.final, done.verified_at = judgement, verified_at
+                    done.final, done.verified_at = judging.with_beside(item, judgement, reading), verified_at
                 elif isinstance(judgement, Wait):
                     done.until, done.window = min(judgement.until, at + max(SHORTEST_POLL_S, self.window_s / 10)), True
                     done.says = "waits for a reading that is new enough"
@@ -926,6 +926,7 @@ class _Push:
                 window_s = self.can.stale_reads_s if item.accepted else self.window_s
                 item.clear_at = now + (max(window_s, self.backoff.wait(item.tries)) if window_s > 0 else 0.0)
                 item.token_before, item.token_after = reading.token, answer.token
+                item.beside = reading.watched
                 if item.accepted:
                     item.since = now
                 sent.add(id(item))
@@ -1237,10 +1238,15 @@ def _by_batch(items: Iterable[Item]) -> list[tuple[str, list[Item]]]:
 def _report(ledger: Ledger, connector: Connector, batch: BatchRow, why: str) -> Report:
     """What the ledger says of a batch."""
     rest: dict[str, list[tuple[str, str]]] = {"REJECTED": [], "CONFLICT": [], "OVERWRITTEN": []}
-    for d in ledger.deliveries(batch.batch_id, tuple(rest)):
-        rest[d.state].append((d.entity or "(erased)", d.says or ""))
+    beside = []
+    for d in ledger.deliveries(batch.batch_id, (*rest, "ACKED")):
+        told = (d.entity or "(erased)", d.says or "")
+        if d.state != "ACKED":
+            rest[d.state].append(told)
+        elif judging.BESIDE in told[1]:
+            beside.append(told)
     return Report(
         batch.batch_id, connector.system, batch.delivery == "COMPLETE", dict(batch.counts),
         connector.capabilities.guarantee, why, dead_letters=tuple(rest["REJECTED"]), conflicts=tuple(rest["CONFLICT"]),
-        overwritten=tuple(rest["OVERWRITTEN"]),
+        overwritten=tuple(rest["OVERWRITTEN"]), beside=tuple(beside),
     )  # fmt: skip

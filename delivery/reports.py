@@ -88,7 +88,8 @@ class Report:
     ``why``: why it is not, or why nothing was sent. ``window_*_ms``: from before the reading that a write was based on until
     its answer, in milliseconds; within it a change by somebody else can be overwritten where the system has no conditional
     write. ``repeats``: writes repeated although the first may have been applied, where the system knows neither keys nor
-    conditions. ``replanned``: entities that got less than decided. ``dead_letters``, ``conflicts``, ``overwritten``: entity
+    conditions. ``replanned``: entities that got less than decided. ``dead_letters``, ``conflicts``, ``overwritten``, ``beside`` (the value
+    stands, other watched fields changed with it): entity
     and words; they and ``counts`` are of the whole batch, the rest is of this run. ``sends``: writes handed to the system.
     ``reads``: entities read.
     """
@@ -108,6 +109,7 @@ class Report:
     dead_letters: tuple[tuple[str, str], ...] = ()
     conflicts: tuple[tuple[str, str], ...] = ()
     overwritten: tuple[tuple[str, str], ...] = ()
+    beside: tuple[tuple[str, str], ...] = ()
     seconds: float = 0.0
     ledger_seconds: float = 0.0
 

@@ -6,8 +6,8 @@ Values are whole numbers in the unit of the decision (micros of money, priority 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal, Protocol
 
@@ -82,6 +82,8 @@ class Reading:
     """Version for a conditional write; opaque."""
     state: EntityState = "open"
     says: str = ""
+    watched: Mapping[str, str] = field(default_factory=dict)
+    """Other fields that a write must leave alone, by name, as text: a system may clear one while it takes the value."""
 
 
 @dataclass(frozen=True)

@@ -263,6 +263,7 @@ class RestConnector:
             token=token,
             state=state,
             says=self._http.clean(says),
+            watched={place: repr(at(item, place)) for place in spec.watch},
         )
 
     # ------------------------------------------------------------------ write

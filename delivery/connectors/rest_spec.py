@@ -242,6 +242,10 @@ class Read(Strict):
     )
     value: Pointer = Field(description="Where the value stands in an item")
     token: Token | None = Field(default=None, description="The version for a conditional write")
+    watch: tuple[Pointer, ...] = Field(
+        default=(),
+        description="Places of an item that a write must leave alone; what changes there with it is reported",
+    )
     closed: tuple[Test, ...] = Field(
         default=(), description="Any of these holding means: it cannot be changed any more"
     )

@@ -116,8 +116,8 @@ LIES: Mapping[str, Expected] = {
     "stores_nothing": Expected("empties the field", "REJECTED", None, stores(lambda v: None), words="empty"),
     "stores_text": Expected("stores the number as text: the same number", "ACKED", "120", stores(str), writes=1),
     "clears_other": Expected(
-        "the value is right; that another field is gone nobody asked (no `watch` in the connector yet)",
-        "ACKED", AFTER, stores(lambda v: v, None), writes=1,
+        "the value is right, and that another field is gone is said",
+        "ACKED", AFTER, stores(lambda v: v, None), words="beside the value there changed: /other", writes=1,
     ),
     # -- odd but right
     "answers_204": Expected("stored, answered without a body", "ACKED", AFTER, applies_then(Reply(204)), writes=1),

@@ -359,6 +359,8 @@ class SlowAds(AdvertisingSandbox):
         self.log: list[tuple[str, int]] = []
         self.late: list[float] = []
         self.held: list[float] = []
+        self.late_lines: set[str] = set()
+        """Lines whose write was held before it was carried out."""
         self.under_way = 0
         self.arrived = threading.Semaphore(0)
         """Counts the writes that were held before they were carried out."""
@@ -374,6 +376,8 @@ class SlowAds(AdvertisingSandbox):
             held = self.held.pop() if writes and self.held else 0.0
         try:
             if late:
+                asked = [one["update"]["resourceName"] for one in json.loads(content)["operations"]]
+                self.late_lines = {self.budgets[int(name.rsplit("/", 1)[1])].line for name in asked}
                 self.arrived.release()
             time.sleep(self.way_s + late)
             answered = super().answer(method, target, headers, content)
@@ -428,7 +432,7 @@ class Ads:
             rng.shuffle(lines)
             for one, other in zip(lines[::2], lines[1::2], strict=True):
                 # What one gives, another gets: the pool is as full after it as before
-                step = 0 if arm == "holdout" else max(1, stands[one] // 10_000 * rng.randint(5, 30) // 100) * 10_000
+                step = 0 if arm == "holdout" else max(1, stands[one] // 10_000 * rng.randint(500, 3_000) // 10_000) * 10_000
                 out += [
                     Row(one, stands[one], stands[one] - step, arm),
                     Row(other, stands[other], stands[other] + step, arm),

@@ -410,6 +410,7 @@ read:
   {reads}
   key: id
   value: value
+  watch: [other]
   {token if tag else ""}
 values: {{kind: integer}}
 write:{many if bulk else one}

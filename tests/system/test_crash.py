@@ -112,20 +112,20 @@ def test_a_write_that_lands_after_its_sender_died_is_repeated_equal_and_every_re
     batch_id, rows = crashes.record()
     base = len(ads.applied())
     job = crashes.job("push", batch_id)
-    late_write(ads, prepared, job, 4.0)
+    began = time.monotonic()
+    late_write(ads, prepared, job, 6.0)
     # The next one waits for late_s, takes the write for lost and sends it again; it dies before it can say so.
-    ads.sandbox.held = [30.0]
+    ads.sandbox.held = [0.3] * 20
     again = prepared.start(job)
-    wanted = len(ads.applied()) + 1
-    until = time.monotonic() + 60
-    while len(ads.applied()) < wanted and time.monotonic() < until:
-        time.sleep(0.005)
+    while not ads.sandbox.late_lines & {line for line, _ in ads.applied()[base:]}:
+        assert time.monotonic() < began + 6, "it was not sent again in time"
+        time.sleep(0.002)
     again.kill()
     assert again.wait(60) and again.signal
     ads.sandbox.held = []
     ended = prepared.run(job)
     assert ended.result["report"]["complete"]
-    time.sleep(4.5)
+    ads.settled()
     applied = ads.applied()[base:]
     assert len(applied) > len(set(applied)), "the late write never came"
     crashes.check(batch_id, rows, base, [], after=True)
