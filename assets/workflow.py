@@ -24,7 +24,7 @@ from data_checks.drift import DriftSpec
 from data_checks.guardrails import Guardrails
 from delivery.connectors.catalog import ConnectorSettings
 from delivery.guards import Guards
-from delivery.push import PushSettings
+from delivery.reports import PushSettings
 from models.arms import Arms
 from models.budget import BudgetPolicy
 from models.learners.duration import DurationModel

@@ -166,31 +166,41 @@ def replay(workflow: str, decision_id: str, as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
+def _teller(as_json: bool) -> Console:
+    """Where a command that tells as it goes prints: beside the document, if one is asked for."""
+    return Console(stderr=True) if as_json else console
+
+
 @app.command()
-def demo() -> None:
-    """Two workflows with days of history, on generated data: the whole story, with a closing summary."""
+def demo(as_json: Json = False) -> None:
+    """Two workflows over six weeks, on generated data: the whole story, with a closing summary."""
     from orchestration import demo as story
 
-    story.tell(console)
+    told = story.tell(_teller(as_json))
+    if as_json:
+        print(json.dumps(told, default=str))
 
 
 @app.command()
 def real(
     data: Annotated[Path, typer.Option(help="Folder with uci498/ and online_advertising/")] = Path("../shared/data"),
     workflow: Annotated[str | None, typer.Option(help="Only this one")] = None,
+    as_json: Json = False,
 ) -> None:
     """Both workflows on the real data sets that docs/real_data.md describes, in a state folder of their own."""
     from orchestration import real_data
 
-    real_data.run(console, data, only=workflow)
+    found = real_data.run(_teller(as_json), data, only=workflow)
+    if as_json:
+        print(json.dumps({name: one.as_dict() for name, one in found.items()}, default=str))
 
 
 @app.command()
-def serve() -> None:
+def serve(as_json: Json = False) -> None:
     """Open Dagster, the MLflow server, the Evidently UI and the reports on the state folder, on 127.0.0.1 only."""
     from orchestration import servers
 
-    servers.serve(console)
+    servers.serve(_teller(as_json), ready=(lambda up: print(json.dumps(up), flush=True)) if as_json else None)
 
 
 operations.register(app)

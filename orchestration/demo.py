@@ -280,7 +280,7 @@ class Company:
         )
 
 
-def tell(console: Console) -> None:
+def tell(console: Console) -> dict[str, Any]:
     """Generate, ingest, train, live ten days with decisions that act, and sum up. A state folder that holds days is refused."""
     began = time.monotonic()
     state = runner.prepare_home()
@@ -330,8 +330,9 @@ def tell(console: Console) -> None:
                 with console.status(f"{day} {name}"):
                     said = company.morning(workflow, day, number)
                 console.print(f"{day}  {name:<16} {said:<60} {time.monotonic() - started:4.1f} s", highlight=False)
-        _summary(company)
+        told = _summary(company)
     console.print(f"Told in {time.monotonic() - began:.0f} s. Now: [bold]make serve[/bold]")
+    return told
 
 
 @contextmanager
@@ -370,7 +371,7 @@ def _must(result: dg.ExecuteInProcessResult, what: str) -> None:
         raise SystemExit(f"{what} failed: {'; '.join(runner.failed_steps(result))}")
 
 
-def _summary(company: Company) -> None:
+def _summary(company: Company) -> dict[str, Any]:
     console, lake = company.console, company.lake
     table = Table(title="What happened", title_justify="left")
     for column in ("day", "workflow", "event"):
@@ -398,9 +399,11 @@ def _summary(company: Company) -> None:
             )
         verdict = book.verify()
         head = verdict.head
-    earned.show(console, company.both, lake, company.workflows)
+    worth = earned.show(console, company.both, lake, company.workflows)
     console.print(
         f"\nThe ledger {'verifies' if verdict.ok else 'DOES NOT VERIFY'}: {verdict.events} events, {verdict.batches} batches, head {head.hash[:16]}…"
     )
     if not verdict.ok:
         raise SystemExit("\n".join(verdict.problems[:20]))
+    events = [{"day": day, "workflow": name, "event": what} for day, name, what in company.story.events]
+    return {"events": events, "earned": worth, "ledger": {"events": verdict.events, "head": head.hash}}

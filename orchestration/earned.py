@@ -101,8 +101,8 @@ def _shortest_that_can_be_saved(world: tickets.World, which: Any, now: int) -> A
     return np.where(now + left > due, 1e9 + left, left)
 
 
-def show(console: Console, both: systems.Systems, lake: Lake, workflows: dict[str, Workflow]) -> None:
-    """Print the closing tables."""
+def show(console: Console, both: systems.Systems, lake: Lake, workflows: dict[str, Workflow]) -> dict[str, Any]:
+    """Print the closing tables; returns them."""
     first = both.setup.opened
     live = sorted(d for d in both.ads.days() if d > first)
     decided = sorted(set(lake.read(workflows["ad_budget"].table("decision_outcomes"))["decided_day"].to_pylist()))
@@ -111,7 +111,8 @@ def show(console: Console, both: systems.Systems, lake: Lake, workflows: dict[st
     )
     for column in ("lines", "budgets", "value", "against left alone", "of the lift there is"):
         table.add_column(column)
-    for row in advertising(both, lake, workflows["ad_budget"]):
+    budgets = advertising(both, lake, workflows["ad_budget"])
+    for row in budgets:
         table.add_row(*row)
     console.print(table)
     past = [first - timedelta(days=n) for n in range(2, 16)]
@@ -126,6 +127,8 @@ def show(console: Console, both: systems.Systems, lake: Lake, workflows: dict[st
     )
     for column in ("priorities", "missed", "share"):
         table.add_column(column)
-    for row in service(both, until):
+    queue = service(both, until)
+    for row in queue:
         table.add_row(*row)
     console.print(table)
+    return {"ad_budget": budgets, "against the holdout": measured, "ticket_priority": queue}

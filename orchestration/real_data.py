@@ -18,7 +18,7 @@ import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,9 @@ from models.learners.response import ResponseRule
 from models.registry import Registry
 from orchestration import runner
 
-_OWN = ("LAKE", "LANDING", "MLFLOW_URI", "MLFLOW_ARTIFACTS", "REPORTS", "EVIDENTLY_WORKSPACE", "DAGSTER_CONFIG")
+_OWN = (
+    "LAKE", "LANDING", "MLFLOW_URI", "MLFLOW_ARTIFACTS", "LEDGER_URL", "REPORTS", "EVIDENTLY_WORKSPACE", "DAGSTER_CONFIG",
+)  # fmt: skip
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -101,6 +103,14 @@ class Measured:
     def lost(self) -> int:
         """Rows of the file that are neither events nor in quarantine."""
         return self.in_file - self.accepted - sum(self.quarantined.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        batches = [
+            {"step": step, "status": status, "objections": objections, "batches": n}
+            for (step, status, objections), n in self.batches.items()
+        ]
+        return asdict(self) | {"batches": batches, "lost": self.lost}
 
 
 def run(console: Console, data: Path, only: str | None = None) -> dict[str, Measured]:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import threading
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -19,7 +20,6 @@ from rich.console import Console
 
 from assets.resources import home
 
-console = Console()
 _RUNNING = "running.json"
 
 
@@ -48,30 +48,35 @@ def up(
     seed: Annotated[int, typer.Option(help="Of the worlds, when the sandbox is set up")] = 7,
     days: Annotated[int, typer.Option(help="Days of history before it opens, when it is set up")] = 35,
     ports: Annotated[tuple[int, int], typer.Option(help="Of the advertising API and the help desk")] = (8101, 8102),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document on standard output, once both answer")
+    ] = False,
 ) -> None:
     """Start both systems and wait; Ctrl-C ends them. A state folder that has one goes on where it was."""
     from assets.workflow import FOLDER, load
     from delivery.sandbox import systems
-    from orchestration import runner
+    from orchestration import operations, runner
 
     state = runner.prepare_home()
     setup, queue = systems.Setup.read(folder()), None
     if setup is None:
         start = min(load(FOLDER / name).start for name in ("ad_budget", "ticket_priority"))
         setup = systems.Setup(seed, start, days)
-        with console.status(f"Generating {days} days of both worlds"):
+        with Console(stderr=True).status(f"Generating {days} days of both worlds"):
             queue = systems.history(setup, state / "landing")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with systems.Systems(folder(), setup, ports=ports, tickets_world=queue) as both:
         running = {k: v for k, v in both.environment.items() if not k.endswith("_TOKEN")}
         (folder() / _RUNNING).write_text(json.dumps(running))
-        console.print(
-            f"Advertising API  {running['SIGNALBOX_ADS_ENDPOINT']}  next day {both.ads.next_day}", highlight=False
-        )
-        console.print(
-            f"Help desk        {both.desk.url}/helpdesk/  next day {both.desk.state()['next_day']}", highlight=False
-        )
-        console.print("Their tokens lie in the state folder; every `signalbox` command finds them. Ctrl-C ends both.")
+        pages = f"{both.desk.url}/helpdesk/"
+        next_days = str(both.ads.next_day), both.desk.state()["next_day"]
+        lines = [
+            f"Advertising API  {running['SIGNALBOX_ADS_ENDPOINT']}  next day {next_days[0]}",
+            f"Help desk        {pages}  next day {next_days[1]}",
+            "Their tokens lie in the state folder; every `signalbox` command finds them. Ctrl-C ends both.",
+        ]
+        operations.told(running | {"pages": pages, "next_day": next_days[0]}, as_json, lines)
+        sys.stdout.flush()
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
         (folder() / _RUNNING).unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -60,8 +61,11 @@ def _answers(address: str) -> bool:
         return probe.connect_ex((parts.hostname or HOST, parts.port or 80)) == 0
 
 
-def serve(console: Console) -> None:
-    """Start every server and wait; Ctrl-C, or one of them ending, ends all. Logs lie in ``<home>/logs``."""
+def serve(console: Console, ready: Callable[[dict[str, str]], None] | None = None) -> None:
+    """Start every server and wait; Ctrl-C, or one of them ending, ends all. Logs lie in ``<home>/logs``.
+
+    ``ready``: told the addresses once all answer.
+    """
     at = runner.prepare_home()
     logs = at / "logs"
     logs.mkdir(exist_ok=True)
@@ -96,6 +100,8 @@ def serve(console: Console) -> None:
             console.print(f"[red]Not up: {', '.join(waiting)}; see {logs}[/red]")
         else:
             console.print(f"State: {at}. Ctrl-C ends all.")
+            if ready is not None:
+                ready({name: address for name, (address, _) in commands.items() if address})
         while all(p.poll() is None for p in started.values()):
             time.sleep(0.5)
         ended = [name for name, p in started.items() if p.poll() is not None]

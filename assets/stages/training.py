@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from assets import code, deciding, point_in_time
 from assets.lake import content_digest
-from assets.resources import LakeResource, RegistryResource, preview
+from assets.resources import ClockResource, LakeResource, LedgerResource, RegistryResource, preview
 from assets.stages.common import days, stage
 from assets.workflow import Workflow
 from models import catalog, fitting, gate
@@ -92,7 +92,11 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
         pool=GPU_POOL,
     )
     def model(
-        context: dg.AssetExecutionContext, lake: LakeResource, registry: RegistryResource
+        context: dg.AssetExecutionContext,
+        lake: LakeResource,
+        registry: RegistryResource,
+        ledger: LedgerResource,
+        clock: ClockResource,
     ) -> dg.MaterializeResult:
         from models.booster import resolve_device
 
@@ -167,6 +171,11 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
             seed=deciding.SEED,
         )
         promoted = made.passed and registry.registry.promote(made)
+        if promoted:
+            # MLflow's aliases have no history: the ledger is the truth about what was live when
+            with ledger.open(clock.now) as book:
+                evidence = {"verdict": list(fitted.verdict.reasons), "digest": made.digest, "run": context.run_id}
+                book.promotion(workflow.name, made.number, "promoted", f"run {context.run_id}", evidence)
         return dg.MaterializeResult(
             metadata={
                 "version": made.number,

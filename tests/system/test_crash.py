@@ -138,8 +138,8 @@ def test_a_write_on_its_way_when_its_sender_died_is_waited_for_however_long_ago_
     batch_id, rows = crashes.record()
     settings = {**SETTINGS, "concurrency": 1, "wave": 100, "rate_per_s": 4.0, "late_s": 2.0}
     job = crashes.job("push", batch_id) | {"settings": settings}
-    # The whole wave is written down at once; its third write leaves seconds later, and arrives within late_s.
-    late_write(ads, prepared, job, 1.7, skip=2)
+    # The whole wave is written down at once; its fifth write leaves seconds later, and arrives within late_s.
+    late_write(ads, prepared, job, 1.7, skip=4)
     ended = prepared.run(crashes.job("rollback", batch_id) | {"settings": settings | {"rate_per_s": None}})
     assert ended.result["report"]["complete"], ended.result
     time.sleep(2.0)
