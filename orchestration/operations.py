@@ -87,6 +87,7 @@ def register(app: typer.Typer) -> None:
     app.command()(explain)
     app.command()(verify)
     app.command()(forget)
+    app.command()(retain)
     app.command()(lift)
     people = typer.Typer(no_args_is_help=True, help="Who may approve a held batch")
     people.command("add")(add_approver)
@@ -438,3 +439,14 @@ def forget(name: str, as_json: Json = False) -> None:
     with ledger() as book:
         book.forget(name)
     told({"forgotten": True}, as_json, ["The name is gone; the chain verifies as before."])
+
+
+def retain(
+    days: Annotated[int, typer.Option(help="Rows of finished batches older than this many days are removed")],
+    as_json: Json = False,
+) -> None:
+    """Apply a retention policy to the ledger: nothing is ever removed otherwise. Roots and events stay; the chain verifies."""
+    with ledger() as book:
+        gone = book.retention(days)
+    said = f"{len(gone)} batches older than {days} days: their rows are removed, their roots and events stay."
+    told({"keep_days": days, "batches": gone}, as_json, [said])

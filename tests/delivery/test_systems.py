@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -254,9 +254,9 @@ def test_the_command_runs_both_a_day_passes_in_both_and_a_signal_ends_both(up: U
     told = json.loads(result.stdout)
     assert told["day"] == opened.isoformat() == told["tickets"]["day"] == told["advertising"]["day"]
     assert landed(landing) == exports(start, 3)
-    came = datetime.combine(opened + DAY, datetime.min.time()).replace(hour=1, minute=30)
+    came = datetime.combine(opened + DAY, datetime.min.time(), UTC).replace(hour=1, minute=30)
     for name in exports(opened, 1):
-        assert datetime.utcfromtimestamp((landing / name).stat().st_mtime) == came, "when it would have come"
+        assert datetime.fromtimestamp((landing / name).stat().st_mtime, UTC) == came, "when it would have come"
 
     (desk,) = up.children()
     up.process.send_signal(signal.SIGTERM)
@@ -287,7 +287,15 @@ def test_the_command_runs_both_a_day_passes_in_both_and_a_signal_ends_both(up: U
     finally:
         again.process.kill()
         again.process.wait()
-    left_over = CliRunner().invoke(cli.app, ["sandbox", "advance"])
-    assert left_over.exit_code != 0 and "signalbox sandbox up" in left_over.output + str(left_over.exception), (
-        "killed, it left its addresses behind; the next command shall say what is wrong"
-    )
+
+
+def test_addresses_that_a_killed_sandbox_left_behind_are_said_to_be_dead(home: Path) -> None:
+    SETUP.write(home / "sandbox")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    for name, said in (("tokens", {n: "t" * 16 for n in NAMES[:2]}), ("running", dict.fromkeys(NAMES[2:], address))):
+        (home / "sandbox" / f"{name}.json").write_text(json.dumps(said))
+    sandbox.environment()
+    result = CliRunner().invoke(cli.app, ["sandbox", "advance"])
+    assert result.exit_code != 0 and "signalbox sandbox up" in result.output + str(result.exception)

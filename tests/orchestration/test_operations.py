@@ -213,6 +213,15 @@ def test_a_forgotten_name_is_gone_and_the_chain_stands(office: Office) -> None:
     assert office.json("verify")["ok"]
 
 
+def test_rows_are_removed_by_a_stated_policy_only_and_the_chain_stands(office: Office) -> None:
+    row = office.decide()
+    assert office.json("retain", "--days", "1")["batches"] == [], "it was never delivered: it is not finished"
+    office.json("deliver", row.batch_id, "--late")
+    assert office("retain", "--days", "0").exit_code != 0
+    assert office.json("retain", "--days", "1")["batches"] == [row.batch_id]
+    assert office.json("verify")["ok"]
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -341,7 +341,7 @@ class Downstream(Protocol):
         ...
 
     def settled(self) -> None:
-        """Wait until nothing is under way in it."""
+        """Wait until nothing is under way in it, and forget what was to be held back."""
         ...
 
     def over(self) -> dict[str, int]:
@@ -432,7 +432,11 @@ class Ads:
             rng.shuffle(lines)
             for one, other in zip(lines[::2], lines[1::2], strict=True):
                 # What one gives, another gets: the pool is as full after it as before
-                step = 0 if arm == "holdout" else max(1, stands[one] // 10_000 * rng.randint(500, 3_000) // 10_000) * 10_000
+                step = (
+                    0
+                    if arm == "holdout"
+                    else max(1, stands[one] // 10_000 * rng.randint(500, 3_000) // 10_000) * 10_000
+                )
                 out += [
                     Row(one, stands[one], stands[one] - step, arm),
                     Row(other, stands[other], stands[other] + step, arm),
@@ -450,6 +454,7 @@ class Ads:
         self.sandbox.late = [late_s] if late_s else []
 
     def settled(self) -> None:
+        self.sandbox.held, self.sandbox.late = [], []
         until = time.monotonic() + 20
         while self.sandbox.under_way and time.monotonic() < until:
             time.sleep(0.02)
@@ -475,7 +480,8 @@ class Desk:
         ).start()
         open_ = [name for name, ticket in self.sandbox.tickets().items() if ticket["status"] in (1, 2)]
         self.tickets = open_[-tickets:]
-        self._busy_until = 0.0
+        self._late_s = 0.0
+        self._log: list[tuple[str, int]] = []
 
     @property
     def job(self) -> dict[str, Any]:
@@ -491,20 +497,22 @@ class Desk:
         return {t: found[t]["priority"] for t in self.tickets}
 
     def applied(self) -> list[tuple[str, int]]:
-        return [(a["ticket"], a["value"]) for a in self.sandbox.applications()]
+        return self._log + [(a["ticket"], a["value"]) for a in self.sandbox.applications()]
 
     def hold(self, rng: random.Random, *, answer: bool, late_s: float) -> None:
         if answer:
             self.sandbox.fault("delay_after", method="PATCH", times=4, seconds=0.15)
         if late_s:
             self.sandbox.fault("delay_before", method="PATCH", times=1, seconds=late_s)
-        self._busy_until = time.monotonic() + max(late_s, 0.15)
+        self._late_s = max(self._late_s, late_s)
 
     def settled(self) -> None:
-        time.sleep(0.3)
+        time.sleep(0.2 + self._late_s)
         before = len(self.applied())
-        while time.sleep(0.3) or before != (before := len(self.applied())):
+        while time.sleep(0.2) or before != (before := len(self.applied())):
             pass
+        self._log, self._late_s = self.applied(), 0.0
+        self.sandbox.reset()
 
     def over(self) -> dict[str, int]:
         return {}
@@ -554,7 +562,9 @@ class Tables:
 
     def applied(self) -> list[tuple[str, int]]:
         with self.engine.connect() as connection:
-            return [(line, value) for line, value in connection.exec_driver_sql("SELECT line, amount FROM log ORDER BY n")]
+            return [
+                (line, value) for line, value in connection.exec_driver_sql("SELECT line, amount FROM log ORDER BY n")
+            ]
 
     def hold(self, rng: random.Random, *, answer: bool, late_s: float) -> None:
         """Nothing to hold: the child's own way to it takes its time."""
@@ -724,7 +734,7 @@ class Crashes:
         # Now and then a write arrives later than anybody believes: it comes twice, and must have been counted.
         is_late = late and not self.downstream.once and self.rng.random() < 0.15
         self.downstream.hold(
-            self.rng, answer=kind == "applied" and not is_late, late_s=SETTINGS["late_s"] * 2.5 if is_late else 0.0
+            self.rng, answer=kind == "applied" and not is_late, late_s=SETTINGS["late_s"] * 5 if is_late else 0.0
         )
         return kind, drawn
 
@@ -749,7 +759,9 @@ class Crashes:
                 what, *plan, after_s, at, len(applied), phase,
                 frozenset(entity for entity, value in applied if value == goal.get(entity)),
             )  # fmt: skip
-        self._must("error" not in life.result, f"{what} of {batch_id}: {life.result.get('says')}\n{life.result.get('trace')}")
+        self._must(
+            "error" not in life.result, f"{what} of {batch_id}: {life.result.get('says')}\n{life.result.get('trace')}"
+        )
         self._must("report" in life.result, f"{what} of {batch_id} ended without a word")
         self._complete = bool(life.result["report"]["complete"])
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import dagster as dg
 from assets import delivering
 from assets.resources import resources
 from assets.workflow import Workflow
-from delivery.ledger import BatchRow, Ledger
+from delivery.ledger import BatchRow, Ledger, utc_now
 from delivery.sandbox import advertising_api
 from delivery.sandbox.helpdesk import HelpdeskSandbox
 from delivery.sandbox.worlds import advertising, tickets
@@ -32,11 +32,12 @@ class Account:
     def __init__(self, folder: Path, bench: Bench, token: str) -> None:
         start, days = bench.workflow.start, len(bench.days)
         world = advertising.World(7, "easy", 24, origin=start)
-        self.now = bench.morning(bench.last, 5)
+        self.now: datetime | None = bench.morning(bench.last, 5)
+        """What its change history takes for now; None: the wall clock."""
         self.sandbox = advertising_api.AdvertisingSandbox(
             folder, world, next_day=bench.last + timedelta(days=1), token=token,
             budgets=advertising_api.budgets_of(advertising.history(world, start, days)), customer_id="1000000001",
-            user_email="signalbox@example.org", clock=lambda: self.now,
+            user_email="signalbox@example.org", clock=lambda: self.now or utc_now(),
         )  # fmt: skip
         self._port = 0
         self.up()

@@ -96,9 +96,7 @@ def ads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ads]:
         yield system
 
 
-def pushed(
-    disk: Disk, ads: Ads, progress: Callable[[Any], None] | None = None, holder: Holder | None = None
-) -> Any:
+def pushed(disk: Disk, ads: Ads, progress: Callable[[Any], None] | None = None, holder: Holder | None = None) -> Any:
     """By a process that ends with it, unless ``holder`` says otherwise."""
     with closing(connect(ads.job["connector"], {})) as connector:
         return push(
@@ -155,7 +153,9 @@ def test_a_batch_that_no_longer_fits_is_not_half_recorded(disk: Disk) -> None:
     rows = [{"entity": f"line-{n}", "before": 100, "after": 200} for n in range(3_000)]
     record(disk, rows[:5], None, "before")
     disk.fill()
-    with pytest.raises(LedgerUnavailable, match=r"the ledger's disk is full: nothing was half written; free some space"):
+    with pytest.raises(
+        LedgerUnavailable, match=r"the ledger's disk is full: nothing was half written; free some space"
+    ):
         record(disk, rows, None)
     disk.free()
     with pytest.raises(Unknown):

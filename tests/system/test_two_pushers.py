@@ -33,9 +33,7 @@ def ads(tmp_path: Path) -> Iterator[Ads]:
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
-def crashes(
-    request: pytest.FixtureRequest, prepared: Prepared, ads: Ads, postgres: Server, tmp_path: Path
-) -> Crashes:
+def crashes(request: pytest.FixtureRequest, prepared: Prepared, ads: Ads, postgres: Server, tmp_path: Path) -> Crashes:
     name = f"pushers_{abs(hash(request.node.name)) % 10**9}"
     url = postgres.database(name) if request.param == "postgres" else f"sqlite:///{tmp_path / 'ledger.db'}"
     return Crashes(prepared, ads, url, SEED)
