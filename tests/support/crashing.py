@@ -36,7 +36,7 @@ import sqlalchemy as sa
 
 from delivery.connectors import google_ads, helpdesk, sql_table
 from delivery.connectors.base import Capabilities, Change, Connector, Reading, Write, Written
-from delivery.ledger import FINAL, BatchRow, Ledger
+from delivery.ledger import FINAL, Ledger
 from delivery.push import PushSettings, push
 from delivery.rollback import Batch, roll_back, rollback_id
 from delivery.sandbox.advertising_api import AdvertisingSandbox, serve
@@ -508,9 +508,9 @@ class Desk:
 
     def settled(self) -> None:
         time.sleep(0.2 + self._late_s)
-        before = len(self.applied())
-        while time.sleep(0.2) or before != (before := len(self.applied())):
-            pass
+        seen = -1
+        while seen != (seen := len(self.applied())):
+            time.sleep(0.2)
         self._log, self._late_s = self.applied(), 0.0
         self.sandbox.reset()
 

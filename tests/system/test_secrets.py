@@ -306,8 +306,9 @@ def firm(
     own = shutil.copytree(FOLDER, tmp_path / "workflows")
     for name in ("ad_budget", "ticket_priority"):
         text = (own / name / "workflow.yaml").read_text().replace("  push: {unit: 10000}\n", "")
+        text = text.replace("stale_reads_s: 0.5", "stale_reads_s: 0.05")
         unit = ", unit: 10000" if name == "ad_budget" else ""
-        push = f"  push: {{patience_s: 0.3, backoff_s: [0.02, 0.05], late_s: 0.1, attempts: 2{unit}}}\n"
+        push = f"  push: {{patience_s: 0.5, backoff_s: [0.02, 0.05], late_s: 0.1, attempts: 2{unit}}}\n"
         (own / name / "workflow.yaml").write_text(text.replace("  guards:\n", push + "  guards:\n", 1))
     for module in (workflows, delivering):
         monkeypatch.setattr(module, "FOLDER", own)
