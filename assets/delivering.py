@@ -63,7 +63,12 @@ def record(
         as_of=workflow.cutoff_of(day),
         decided_at=decided_at,
         run_id=run_id,
-        record={**batch.record, "step_reasons": list(batch.reasons), "late": batch.late, "certificates": batch.certificates},
+        record={
+            **batch.record,
+            "step_reasons": list(batch.reasons),
+            "late": batch.late,
+            "certificates": batch.certificates,
+        },
         findings=[dict(f) for f in batch.findings],
         pools=pools(workflow, batch.decisions),
         reverses=None,
@@ -132,6 +137,8 @@ class Delivered:
     batch: BatchRow
     report: pushing.Report | None
     said: str
+    findings: tuple[Finding, ...] = ()
+    """What the guards found over it; recorded in the ledger."""
 
 
 def deliver(
@@ -166,7 +173,9 @@ def deliver(
         )  # fmt: skip
     except pushing.NotApproved as error:
         return Delivered(batch, None, str(error))
-    return Delivered(ledger.batch(batch.batch_id), report, "")
+    findings = guards.judge(report.counts, workflow.delivery.guards)
+    note_findings(ledger, batch, findings)
+    return Delivered(ledger.batch(batch.batch_id), report, "", tuple(findings))
 
 
 def pushes(ledger: Ledger, batch: BatchRow) -> int:
@@ -203,15 +212,17 @@ def condemned(ledger: Ledger, workflow: Workflow) -> list[tuple[str, str]]:
 def selection(
     ledger: Ledger, *, batch: str | None, workflow: str | None, since: date | None, model: int | None
 ) -> rollback.Selection:
-    """What a rollback was asked for. Raises ValueError unless it is exactly one of batch, since and model."""
+    """What a rollback was asked for. Raises RollbackError unless it is exactly one of batch, since and model."""
     given = [name for name, value in (("a batch", batch), ("since", since), ("model", model)) if value is not None]
     if len(given) != 1:
-        raise ValueError(f"name one of a batch, since or model to take back; given: {', '.join(given) or 'none'}")
+        raise rollback.RollbackError(
+            f"name one of a batch, since or model to take back; given: {', '.join(given) or 'none'}"
+        )
     if batch is not None:
         ledger.batch(batch)  # an unknown one is refused here, by name
         return rollback.Batch(batch)
     if workflow is None:
-        raise ValueError("name the workflow, too, whose batches are to be taken back")
+        raise rollback.RollbackError("name the workflow, too, whose batches are to be taken back")
     if model is not None:
         return rollback.Model(workflow, model)
     assert since is not None, "one of the three was given"

@@ -770,7 +770,7 @@ def _would_change_lines(
             far = f"{one['size']:.2g} standard deviations" if what == "feature" else f"{one['size']:.2%} of it"
             yield (
                 f"  {what} {one['name']}: {one['now']!r} → {one['value']!r} ({far}): {becomes(one['becomes'])}; "
-                f"at {one['unchanged_at']!r} it is still the same"
+                f"at {_figure(one['unchanged_at'])} it is still the same"
             )
         if tried and not turns:
             within = " within what was seen" if what == "feature" else ""
@@ -779,7 +779,9 @@ def _would_change_lines(
         yield f"  arm {arm} (with its whole unit): {becomes(after)}"
     for one in said["guardrails"]:
         waits = "the batch waits for a person" if one["holds"] else "it does not hold the batch"
-        from_ = f"; a limit from {one['least_that_passes']!r} on lets it pass" if "least_that_passes" in one else ""
+        from_ = (
+            f"; a limit from {_figure(one['least_that_passes'])} on lets it pass" if "least_that_passes" in one else ""
+        )
         yield f"  {one['name']}: limit {_figure(one['limit'])}, observed {_figure(one['observed'])}: {waits}{from_}"
     if decision["money"]:
         yield f"  (a budget counts as changed from {what_if.MATERIAL:.0%} of what stood before on)"

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from assets.lake import Lake
 from assets.workflow import utc
-from delivery.ledger import Ledger
+from delivery.ledger import Ledger, LedgerError
 from models.registry import Registry
 
 
@@ -55,9 +55,12 @@ def ledger_key() -> bytes:
     """
     given = os.environ.get("SIGNALBOX_LEDGER_KEY")
     if given:
+        if len(given.encode()) < 16:
+            raise LedgerError("SIGNALBOX_LEDGER_KEY is too short: 16 random bytes at least; leave it out for a key file")
         return given.encode()
     path = home() / "ledger.key"
     if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_name(f"ledger.key.{os.getpid()}")
         handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(handle, "wb") as file:

@@ -139,7 +139,7 @@ def revoke(ledger: Ledger, name: str) -> None:
     """End an approver's right; approvals that stand from before no longer count. ApprovalError: not an approver."""
     name = known_as(name)
     if _approver(ledger, name) is None:
-        raise ApprovalError(f"{name} is not an approver; signalbox approvers lists them")
+        raise ApprovalError(f"{name} is not an approver; `signalbox approvers list` names them")
     ledger.revoke_approver(name)
 
 
@@ -210,7 +210,7 @@ def authenticate(ledger: Ledger, name: str, secret: str) -> None:
     if not right:
         # raised outside the except block: the exception from argon2 has nothing to add
         raise NotAuthenticated(
-            f"{name} is not an approver, or the secret is wrong (signalbox approvers lists the names)"
+            f"{name} is not an approver, or the secret is wrong (`signalbox approvers list` names them)"
         )
     ledger.note(RIGHT, _who(ledger, name))
 

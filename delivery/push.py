@@ -197,7 +197,7 @@ def _may_begin(ledger: Ledger, batch: BatchRow, settings: PushSettings, now: dat
 
         stands = standing(ledger, batch, now, settings.four_eyes)
         if not stands.ok:
-            raise NotApproved(f"batch {batch.batch_id} is held: {stands.text}")
+            raise NotApproved(stands.text)
     if not _allowed_while_stopped(batch, by_person) and (switch := ledger.stopped(batch.workflow)) is not None:
         raise Stopped(_stopped(switch.workflow, switch.actor, switch.reason))
 
@@ -386,6 +386,7 @@ class _Push:
 
     def look(self) -> tuple[list[DiffRow], list[str]]:
         """The rows of a dry run, and what would keep the push from beginning."""
+        self.obeys_switch = False  # it only reads
         notes: list[str] = []
         others = [one for one in self.ledger.batches(self.batch.workflow) if one.system in (None, self.system)]
         if self.batch.kind == "decision":

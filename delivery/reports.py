@@ -37,38 +37,38 @@ class PushSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    concurrency: int = Field(default=8, ge=1, le=64, description="calls at the same time")
+    concurrency: int = Field(default=8, ge=1, le=64, description="Calls at the same time")
     rate_per_s: float | None = Field(
-        default=None, gt=0, description="most calls a second, reads and writes together; none: no limit"
+        default=None, gt=0, description="Most calls a second, reads and writes together; none: no limit"
     )
-    wave: int = Field(default=200, ge=1, description="deliveries between two commits of the ledger")
-    attempts: int = Field(default=5, ge=1, description="writes of one value, before it is given up as rejected")
+    wave: int = Field(default=200, ge=1, description="Deliveries between two commits of the ledger")
+    attempts: int = Field(default=5, ge=1, description="Writes of one value, before it is given up as rejected")
     patience_s: float = Field(
-        default=120.0, ge=0, description="seconds for which a system that does not answer is asked again"
+        default=120.0, ge=0, description="Seconds for which a system that does not answer is asked again"
     )
     backoff_s: tuple[float, float] = Field(
-        default=(0.2, 20.0), description="first and longest bound of the random wait between tries"
+        default=(0.2, 20.0), description="First and longest bound of the random wait between tries"
     )
     breaker_failures: int = Field(
-        default=10, ge=1, description="entities that failed in a row, after which the system is left alone"
+        default=10, ge=1, description="Entities that failed in a row, after which the system is left alone"
     )
     breaker_cooldown_s: float = Field(
-        default=15.0, gt=0, description="seconds for which it is left alone before one call probes it"
+        default=15.0, gt=0, description="Seconds for which it is left alone before one call probes it"
     )
     lease_s: float = Field(
-        default=60.0, gt=0, description="seconds after which another machine may take over from a silent pusher"
+        default=60.0, gt=0, description="Seconds after which another machine may take over from a silent pusher"
     )
     late_s: float = Field(
         default=2.0, ge=0,
-        description="seconds for which an unanswered write may still be applied; only waited where the system has no "
+        description="Seconds for which an unanswered write may still be applied; only waited where the system has no "
         "conditional write, and before an unknown one is taken for lost",
     )  # fmt: skip
     unit: int = Field(
         default=1,
         ge=1,
-        description="what a value that had to be replanned is rounded down to (10000: cents, in micros)",
+        description="What a value that had to be replanned is rounded down to (10000: cents, in micros)",
     )
-    four_eyes: bool = Field(default=False, description="a held batch wants two different approvers")
+    four_eyes: bool = Field(default=False, description="A held batch wants two different approvers")
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,9 @@ class Report:
     ``why``: why it is not, or why nothing was sent. ``window_*_ms``: from before the reading that a write was based on until
     its answer, in milliseconds; within it a change by somebody else can be overwritten where the system has no conditional
     write. ``repeats``: writes repeated although the first may have been applied, where the system knows neither keys nor
-    conditions. ``replanned``: entities that got less than decided. ``dead_letters``, ``conflicts``, ``overwritten``, ``beside`` (the value
-    stands, other watched fields changed with it): entity
-    and words; they and ``counts`` are of the whole batch, the rest is of this run. ``sends``: writes handed to the system.
-    ``reads``: entities read.
+    conditions. ``replanned``: entities that got less than decided. ``dead_letters``, ``conflicts``, ``overwritten``,
+    ``beside`` (the value stands, other watched fields changed with it): entity and words; they and ``counts`` are of the
+    whole batch, the rest is of this run. ``sends``: writes handed to the system. ``reads``: entities read.
     """
 
     batch_id: str

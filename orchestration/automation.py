@@ -23,6 +23,8 @@ from delivery.ledger import Ledger
 
 SETTLE = timedelta(seconds=60)
 """A file that changed less than this ago may still be being written."""
+RETRY_MINUTES = 10
+"""How often a push or a guard's rollback that did not come to its end is started again."""
 
 
 @dataclass(frozen=True)
@@ -149,11 +151,10 @@ def delivery_requests(workflow: Workflow, book: Ledger, now: datetime) -> list[d
     """Pushes of batches that may go now and are not at their end; a held one once its approvals stand."""
     requests = []
     for batch in delivering.open_batches(book, workflow, now):
-        # a push that did not come to its end is tried again by a later tick: the attempt stands in the key
         attempt = delivering.pushes(book, batch)
         requests.append(
             dg.RunRequest(
-                run_key=f"{batch.batch_id}:push:{attempt}",
+                run_key=f"{batch.batch_id}:push:{attempt}:{_slot(now)}",
                 partition_key=batch.day.isoformat(),
                 tags={"signalbox/cause": f"batch {batch.batch_id} is {batch.status}, push {attempt + 1}"},
             )
@@ -161,12 +162,17 @@ def delivery_requests(workflow: Workflow, book: Ledger, now: datetime) -> list[d
     return requests
 
 
-def guard_requests(workflow: Workflow, book: Ledger) -> list[dg.RunRequest]:
+def _slot(now: datetime) -> str:
+    """Stands in the key of what is tried again until it is done: a run key is remembered for ever, whatever became of the run."""
+    return f"{now:%Y-%m-%dT%H}:{now.minute // RETRY_MINUTES * RETRY_MINUTES:02d}"
+
+
+def guard_requests(workflow: Workflow, book: Ledger, now: datetime) -> list[dg.RunRequest]:
     """Rollbacks of batches over which a deterministic guard has spoken, unless they are taken back already."""
     op = f"{workflow.name}_take_back"
     return [
         dg.RunRequest(
-            run_key=f"{batch_id}:guard",
+            run_key=f"{batch_id}:guard:{_slot(now)}",
             run_config={
                 "ops": {op: {"config": {"batch": batch_id, "reason": reason, "actor": "guard", "trigger": "guard"}}}
             },
@@ -208,7 +214,9 @@ def _guard_sensor(workflow: Workflow) -> dg.SensorDefinition:
     def spoken(context: dg.SensorEvaluationContext, ledger: LedgerResource, clock: ClockResource) -> Any:
         book = ledger.open(clock.now)
         try:
-            requests = guard_requests(workflow, book)
+            if book.stopped(workflow.name):
+                return dg.SkipReason(f"{workflow.name} is stopped; a person may roll back: signalbox rollback")
+            requests = guard_requests(workflow, book, clock.now())
         finally:
             book.close()
         return requests or dg.SkipReason("no guard has spoken")

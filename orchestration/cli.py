@@ -24,14 +24,9 @@ console = Console()
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output")]
 
 
-def _day(text: str) -> date:
-    try:
-        return date.fromisoformat(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a day such as 2026-03-31") from None
-
-
-Day = Annotated[date | None, typer.Option(parser=_day, metavar="YYYY-MM-DD", help="The day (UTC); default: the newest")]
+Day = Annotated[
+    date | None, typer.Option(parser=operations.a_day, metavar="YYYY-MM-DD", help="The day (UTC); default: the newest")
+]
 
 
 def _shown(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
@@ -97,7 +92,9 @@ def run(
     workflow: str,
     job: Annotated[str, typer.Argument(help="daily, prepare, retrain, decide or deliver")] = "daily",
     day: Day = None,
-    since: Annotated[date | None, typer.Option(parser=_day, metavar="YYYY-MM-DD", help="First day of a range")] = None,
+    since: Annotated[
+        date | None, typer.Option(parser=operations.a_day, metavar="YYYY-MM-DD", help="First day of a range")
+    ] = None,
     now: Annotated[str | None, typer.Option(help="Fixes the clock (ISO 8601, UTC)")] = None,
     as_json: Json = False,
 ) -> None:
@@ -114,6 +111,8 @@ def run(
         as_json,
     )
     if not result.success:
+        for failed in runner.failed_steps(result):
+            Console(stderr=True).print(failed, style="red", highlight=False, markup=False)
         raise typer.Exit(1)
 
 
@@ -230,7 +229,7 @@ def main() -> None:
         ModelBlocked, NothingToDeliver, TooLate, ApprovalError, Misconfigured, Unavailable, LedgerError, PushError,
         RollbackError,
     ) as error:  # fmt: skip
-        Console(stderr=True).print(f"[red]{error}[/red]", highlight=False)
+        Console(stderr=True).print(str(error), style="red", highlight=False, markup=False)
         _leave(1)
     except SystemExit as done:
         if isinstance(done.code, str):

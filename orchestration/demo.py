@@ -202,7 +202,7 @@ class Company:
             problems = list(runner.failed_steps(result)) or _failed_checks(result)
             self.story.tell(day, workflow.name, f"delivery is not complete: {'; '.join(problems)[:200]}")
         with self.ledger(at(day, "08:00")) as book:
-            for request in automation.guard_requests(workflow, book):
+            for request in automation.guard_requests(workflow, book, datetime.fromisoformat(at(day, "08:00"))):
                 runner.run_rollback(workflow, request, now=at(day, "08:00"), instance=self.instance)
                 self.story.tell(
                     day, workflow.name, f"guard: {request.tags['signalbox/cause'][:110]} → batch rolled back"

@@ -31,6 +31,14 @@ As = Annotated[str | None, typer.Option("--as", help="Your name as it shall stan
 Reason = Annotated[str, typer.Option("--reason", help="Why, in a sentence; it stands in the ledger")]
 
 
+def a_day(text: str) -> date:
+    """A day as typed; anything else ends the command with a sentence."""
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a day such as 2026-03-31") from None
+
+
 def now() -> datetime:
     """Now, naive UTC."""
     return datetime.now(UTC).replace(tzinfo=None)
@@ -92,6 +100,7 @@ def register(app: typer.Typer) -> None:
     people = typer.Typer(no_args_is_help=True, help="Who may approve a held batch")
     people.command("add")(add_approver)
     people.command("list")(list_approvers)
+    people.command("rotate")(rotate_approver)
     people.command("revoke")(revoke_approver)
     app.add_typer(people, name="approvers")
     from orchestration import sandbox
@@ -175,7 +184,7 @@ def _batch(book: Ledger, named: str, day: date | None) -> Any:
 def deliver(
     batch: Annotated[str, typer.Argument(help="A batch, or a workflow for its newest one")],
     day: Annotated[
-        str | None, typer.Option(metavar="YYYY-MM-DD", help="With a workflow: the batch of this day")
+        date | None, typer.Option(parser=a_day, metavar="YYYY-MM-DD", help="With a workflow: the batch of this day")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be sent, exactly, and send nothing")
@@ -188,13 +197,20 @@ def deliver(
     from delivery import push as pushing
 
     with ledger() as book:
-        found = _batch(book, batch, date.fromisoformat(day) if day else None)
+        found = _batch(book, batch, day)
         workflow = workflow_of(found)
         connector = delivering.connect(workflow, now)
         try:
             if dry_run:
                 diff = pushing.dry_run(book, connector, found.batch_id, settings=workflow.delivery.push, clock=now)
-                told(diff.as_dict(), as_json, _diff_lines(workflow, diff))
+                late_note = (
+                    [] if now() < delivering.over(found.day) else ["its day is over: it is sent with --late only"]
+                )
+                told(
+                    diff.as_dict() | {"notes": [*diff.notes, *late_note]},
+                    as_json,
+                    [*_diff_lines(workflow, diff), *late_note],
+                )
                 return
             with _bar(as_json) as progress:
                 done = delivering.deliver(
@@ -302,6 +318,18 @@ def list_approvers(as_json: Json = False) -> None:
     told({"approvers": rows}, as_json, lines or ["Nobody yet: signalbox approvers add NAME"])
 
 
+def rotate_approver(name: str, as_json: Json = False) -> None:
+    """Replace an approver's secret; asks for the old one and the new one. Approvals that stand go on counting."""
+    from delivery import approvals
+
+    old, fresh = _secret(f"Secret of {name}: "), _secret("A new one: ")
+    if sys.stdin.isatty() and _secret("Again: ") != fresh:
+        raise typer.BadParameter("the two secrets differ; nothing was changed")
+    with ledger() as book:
+        approvals.rotate(book, name, old, fresh)
+    told({"rotated": name}, as_json, [f"{name} has a new secret."])
+
+
 def revoke_approver(name: str, as_json: Json = False) -> None:
     """Take the right to approve away; approvals of theirs that stand no longer count."""
     from delivery import approvals
@@ -335,7 +363,8 @@ def rollback(
     reason: Reason,
     batch: Annotated[str | None, typer.Argument(help="The batch to take back")] = None,
     since: Annotated[
-        str | None, typer.Option(metavar="YYYY-MM-DD", help="With --workflow: all batches of this day and after")
+        date | None,
+        typer.Option(parser=a_day, metavar="YYYY-MM-DD", help="With --workflow: all batches of this day and after"),
     ] = None,
     model: Annotated[int | None, typer.Option(help="With --workflow: all batches that this version decided")] = None,
     workflow: Annotated[str | None, typer.Option(help="Whose batches")] = None,
@@ -347,9 +376,7 @@ def rollback(
     from orchestration import runner
 
     with ledger() as book:
-        which = delivering.selection(
-            book, batch=batch, workflow=workflow, since=date.fromisoformat(since) if since else None, model=model
-        )
+        which = delivering.selection(book, batch=batch, workflow=workflow, since=since, model=model)
         with _bar(as_json) as progress:
             report = delivering.roll_back(
                 book, runner.registry(), which, actor=who(name), reason=reason, trigger="person",
@@ -437,8 +464,10 @@ def verify(
 def forget(name: str, as_json: Json = False) -> None:
     """Erase a person's or an entity's name from the ledger; its records stay, and nobody can tell whose they were."""
     with ledger() as book:
-        book.forget(name)
-    told({"forgotten": True}, as_json, ["The name is gone; the chain verifies as before."])
+        found = book.forget(name)
+    if not found:
+        raise typer.BadParameter(f"the ledger knows no {name!r}; names are written exactly as they came")
+    told({"forgotten": found}, as_json, ["The name is gone; the chain verifies as before."])
 
 
 def retain(

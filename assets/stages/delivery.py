@@ -15,7 +15,6 @@ from assets import delivering
 from assets.resources import ClockResource, LakeResource, LedgerResource, preview
 from assets.stages.common import days, folded, stage
 from assets.workflow import Workflow
-from delivery import guards
 from delivery.push import Progress
 
 
@@ -61,19 +60,16 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
                 sleep=time.sleep,
                 progress=tell,
             )
-            findings = guards.judge(done.report.counts, spec.guards) if done.report else []
-            if done.report:
-                delivering.note_findings(book, batch, findings)
             metadata = _shown(book, done, earlier)
         finally:
             connector.close()
             book.close()
-        return dg.MaterializeResult(metadata=metadata, check_results=_checks(day, done, findings))
+        return dg.MaterializeResult(metadata=metadata, check_results=_checks(day, done))
 
     return delivery
 
 
-def _checks(day: Any, done: delivering.Delivered, findings: Any) -> list[dg.AssetCheckResult]:
+def _checks(day: Any, done: delivering.Delivered) -> list[dg.AssetCheckResult]:
     report = done.report
     if report is None:
         waits = done.batch.status == "HELD"
@@ -82,10 +78,10 @@ def _checks(day: Any, done: delivering.Delivered, findings: Any) -> list[dg.Asse
             folded("guards", {day: (True, "nothing was sent")}),
         ]
     text = f"{report.counts}" if report.complete else f"not at its end, run it again: {report.counts}; {report.why}"
-    over = "; ".join(f.text for f in findings)
+    over = "; ".join(f.text for f in done.findings)
     return [
         folded("reconciled", {day: (report.complete, text)}),
-        folded("guards", {day: (not findings, over or "within the limits")}),
+        folded("guards", {day: (not done.findings, over or "within the limits")}),
     ]
 
 

@@ -56,8 +56,10 @@ class FileDropSettings(Cells):
     path: str = Field(
         description="The folder that files are dropped in (batches), or the one file (state); below the workflow's folder, or absolute"
     )
-    shape: Literal["batches", "state"]
-    format: Literal["csv", "parquet"]
+    shape: Literal["batches", "state"] = Field(
+        description="batches: one more file a call, never changed afterwards; state: one file with every entity"
+    )
+    format: Literal["csv", "parquet"] = Field(description="What the files hold")
     key: str = Field(description="Column that names the entity")
     value: str = Field(description="Column that holds the value")
     carry: tuple[Carried, ...] = Field(

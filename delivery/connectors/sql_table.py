@@ -59,8 +59,8 @@ class Closed(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    column: str
-    values: tuple[str | int | bool, ...] = Field(min_length=1)
+    column: str = Field(description="The column that tells")
+    values: tuple[str | int | bool, ...] = Field(min_length=1, description="A row with one of these is closed")
 
 
 class Version(BaseModel):
@@ -68,8 +68,10 @@ class Version(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    column: str
-    kind: Literal["integer", "timestamp"]
+    column: str = Field(description="The column that holds it")
+    kind: Literal["integer", "timestamp"] = Field(
+        description="integer: grows by one; timestamp: the time of the change"
+    )
     changed_by: Literal["us", "database"] = Field(
         default="us", description="database: a trigger changes it with each update, and we must not"
     )
@@ -80,7 +82,7 @@ class SqlTableSettings(Cells):
 
     kind: Literal["sql_table"]
     url_env: str = Field(description="Name of the environment variable that holds the database's URL with its password")
-    table: str
+    table: str = Field(description="The table or updatable view that holds the values")
     schema_name: str | None = Field(default=None, description="The table's schema, where it is not the default one")
     key: str = Field(description="Column that holds the entity; text, integer or uuid, unique")
     value: str = Field(description="Column that holds the value")

@@ -16,6 +16,7 @@ from assets.workflow import Workflow
 from delivery import push as pushing
 from delivery.guards import Finding
 from delivery.ledger import BatchRow, Ledger
+from delivery.rollback import RollbackError
 from models.registry import Registry
 from tests.conftest import Bench
 from tests.support.fakes import Clock, FakeSystem
@@ -223,7 +224,7 @@ def test_an_address_from_the_environment_replaces_the_workflows(ads: Bench, monk
 )
 def test_a_rollback_is_asked_for_one_thing(bench: Bench, book: Ledger, asked: dict[str, Any], says: str) -> None:
     wanted: dict[str, Any] = {"batch": None, "workflow": None, "since": None, "model": None} | asked
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(RollbackError, match=says):
         delivering.selection(book, **wanted)
 
 

@@ -234,3 +234,43 @@ def test_rows_are_removed_by_a_stated_policy_only_and_the_chain_stands(office: O
 def test_what_does_not_exist_is_named(office: Office, words: tuple[str, ...], says: str) -> None:
     result = office(*words)
     assert result.exit_code != 0 and says in result.output + str(result.exception)
+
+
+def test_a_secret_is_rotated_by_who_knows_it(office: Office) -> None:
+    row = office.decide(max_changed=1)
+    office("approvers", "add", "robin", typed=f"{SECRET}\n")
+    assert office("approvers", "rotate", "robin", typed=f"wrong\n{SECRET} 2\n").exit_code != 0
+    assert office("approvers", "rotate", "robin", typed=f"{SECRET}\n{SECRET} 2\n").exit_code == 0
+    words = ("approve", row.batch_id, "--as", "robin", "--reason", "as planned")
+    assert isinstance(office(*words, typed=f"{SECRET}\n").exception, NotAuthenticated)
+    assert office.json(*words, typed=f"{SECRET} 2\n")["may_go"]
+
+
+def test_a_dry_run_of_a_stopped_workflow_still_shows_what_would_be_sent(office: Office) -> None:
+    row = office.decide()
+    office("stop", "ad_budget", "--reason", "odd figures")
+    dry = office.json("deliver", row.batch_id, "--dry-run")
+    assert sum(r["action"] == "SEND" for r in dry["rows"]) == row.changed
+    assert any("odd figures" in note for note in dry["notes"]) and any("day is over" in note for note in dry["notes"])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("rollback", "--reason", "r"), "name one of"),
+        (("rollback", "--since", "heute", "--workflow", "ad_budget", "--reason", "r"), "'heute' is not a day"),
+        (("deliver", "ad_budget", "--day", "heute"), "'heute' is not a day"),
+        (("deliver", "ad_budget", "--day", "2026-03-03"), "materialise [ad_budget, decisions]"),
+        (("forget", "nobody"), "knows no 'nobody'"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_sentence(office: Office, words: tuple[str, ...], says: str) -> None:
+    import subprocess
+    import sys
+
+    office.decide()
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestration.cli", *words], capture_output=True, text=True, check=False
+    )
+    said = " ".join((done.stdout + done.stderr).replace("│", " ").split())
+    assert done.returncode != 0 and says in said and "Traceback" not in said, said

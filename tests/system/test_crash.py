@@ -75,7 +75,7 @@ def test_a_killed_push_and_a_killed_rollback_end_as_intended(
     database: str,
 ) -> None:
     downstream: Any = request.getfixturevalue(system)
-    crashes = Crashes(prepared, downstream, url(database, f"crash_{system}"), SEED)
+    crashes = Crashes(prepared, downstream, url(database, f"crash_{system}"), SEED + len(tallies))
     while (left := LEAST // 4 - len(crashes.tally.kills)) > 0:
         crashes.round(max(1, left - 5), 3)
         crashes.abandoned(1)
@@ -87,7 +87,7 @@ def test_where_writes_have_a_condition_each_is_applied_exactly_once(
     prepared: Prepared, url: Callable[[str, str], str], tallies: list[tuple[str, Tally]], database: str
 ) -> None:
     with closing(Tables(url(database, "crash_table"))) as table:
-        crashes = Crashes(prepared, table, url(database, "crash_table_ledger"), SEED)
+        crashes = Crashes(prepared, table, url(database, "crash_table_ledger"), SEED + len(tallies))
         crashes.round(4, 2)
         crashes.abandoned(1)
     assert crashes.tally.repeated == 0

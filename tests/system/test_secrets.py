@@ -39,7 +39,7 @@ from assets.resources import resources
 from assets.workflow import FOLDER, load
 from orchestration import cli, runner
 from tests.conftest import Bench
-from tests.support.offices import Account, Morning, Queue, checks, environment
+from tests.support.offices import Account, Morning, Queue, checks
 from tests.support.postgres import Server
 
 pytestmark = pytest.mark.system
@@ -48,8 +48,8 @@ MARKS = {
     "wrong ads token": "mk2ads+bad/4Rt6yU8iOp==",
     "help desk token": "mk3desk-5hT8vB2nM4qW",
     "wrong help desk token": "mk4desk-9jK1lZ7xC3eD",
-    "approver's secret": "mk5 robin's own: Grüße & 42%",
-    "secret typed by mistake": "mk6 robin's other one = 77",
+    "approver's secret": "mk5 only mine: Grüße & 42%",
+    "secret typed by mistake": "mk6 another one of mine = 77",
     "ledger key": "mk7key-c0ffee-2b7e1516-28aed2a6",
     "ledger password": "mk8pg:p@ss/w?rd#1",
     "MLflow password": "mk9ml:p@ss/w?rd#2",
@@ -456,4 +456,4 @@ def test_a_full_run_leaves_no_secret_anywhere(
     found += marks_in("what was printed", (out + err).encode())
     found += marks_in("what was printed, raised or logged", firm.said.getvalue().encode())
     assert len(runs) > 15 and "127.0.0.1" in firm.said.getvalue(), "nothing was looked at"
-    assert sorted(set(found)) == []
+    assert not found, "\n".join(sorted(set(found)))

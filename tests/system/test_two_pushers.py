@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
@@ -34,14 +35,14 @@ def ads(tmp_path: Path) -> Iterator[Ads]:
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def crashes(request: pytest.FixtureRequest, prepared: Prepared, ads: Ads, postgres: Server, tmp_path: Path) -> Crashes:
-    name = f"pushers_{abs(hash(request.node.name)) % 10**9}"
+    name = f"pushers_{zlib.crc32(request.node.name.encode())}"
     url = postgres.database(name) if request.param == "postgres" else f"sqlite:///{tmp_path / 'ledger.db'}"
     return Crashes(prepared, ads, url, SEED)
 
 
 def at_once(prepared: Prepared, jobs: list[dict[str, Any]]) -> list[Life]:
     """Both begin at one instant of the machine's clock, with everything open."""
-    at = time.monotonic() + 1.5
+    at = time.monotonic() + 1.0
     lives = [prepared.start(job | {"at": at}) for job in jobs]
     assert all(life.wait(PATIENCE_S) for life in lives)
     return lives
@@ -61,21 +62,24 @@ def wait_for(holds: Any) -> None:
 def test_two_at_once_on_one_batch_one_wins_and_nothing_is_sent_twice(
     prepared: Prepared, crashes: Crashes, ads: Ads
 ) -> None:
-    for _ in range(2):
+    for _ in range(5):
         batch_id, rows = crashes.record()
         base = len(ads.applied())
         lives = at_once(prepared, [crashes.job("push", batch_id) for _ in range(2)])
-        won = [life for life in lives if "report" in life.result]
-        lost = [life for life in lives if "error" in life.result]
-        assert len(won) == len(lost) == 1, [life.result for life in lives]
-        assert won[0].result["report"]["complete"]
-        assert lost[0].result["error"] == "Busy"
-        assert f"is being written to by process {won[0].pid} on" in lost[0].result["says"]
-        assert "wait for it, or end that process" in lost[0].result["says"]
+        reports = [life.result["report"] for life in lives if "report" in life.result]
+        assert reports and all(report["complete"] for report in reports), [life.result for life in lives]
         assert Counter(ads.applied()[base:]) == Counter(changed(rows).items())
         crashes.check(batch_id, rows, base, [], after=True)
         again = prepared.run(crashes.job("push", batch_id)).result["report"]
         assert again["complete"] and again["sends"] == 0 and "complete already" in again["why"]
+        if len(reports) == 1:
+            (won,) = (life for life in lives if "report" in life.result)
+            (lost,) = (life for life in lives if life is not won)
+            assert lost.result["error"] == "Busy"
+            assert f"is being written to by process {won.pid} on" in lost.result["says"]
+            assert "wait for it, or end that process" in lost.result["says"]
+            return
+    pytest.fail("they never met")  # once is nothing: on a busy machine the other one may come too late
 
 
 @pytest.mark.parametrize("first", ["both", "older", "newer"])
@@ -84,6 +88,7 @@ def test_two_at_once_on_two_batches_the_newer_stands_and_nothing_is_sent_twice(
 ) -> None:
     older, old_rows = crashes.record()
     newer, new_rows = crashes.record()
+    ads.sandbox.way_s = 0.03
     jobs = {"older": crashes.job("push", older), "newer": crashes.job("push", newer)}
     if first == "both":
         lives = dict(zip(jobs, at_once(prepared, list(jobs.values())), strict=True))
@@ -94,11 +99,11 @@ def test_two_at_once_on_two_batches_the_newer_stands_and_nothing_is_sent_twice(
         lives[other] = prepared.run(jobs[other])
         assert lives[first].wait(PATIENCE_S)
     busy = [name for name, life in lives.items() if life.result.get("error") == "Busy"]
-    if "report" in lives["older"].result and lives["older"].result["report"]["sends"] == 0:
-        older_was_sent = False  # the newer one had ended it before the older one's process asked for the lease
-    else:
-        assert len(busy) == 1 and busy != [first], {name: life.result for name, life in lives.items()}
-        older_was_sent = busy == ["newer"]
+    older_was_sent = lives["older"].result.get("report", {}).get("sends", 0) > 0
+    said = {name: life.result for name, life in lives.items()}
+    if first == "older":
+        assert busy == ["newer"], said
+    assert first not in busy and not (busy == ["older"] and older_was_sent), said
     for name in busy:
         assert prepared.run(jobs[name]).result["report"]["complete"]
 
@@ -142,6 +147,7 @@ def test_a_clock_that_jumps_by_a_day_sends_nothing_twice_and_robs_nobody(
 ) -> None:
     batch_id, rows = crashes.record()
     job = crashes.job("push", batch_id) | {"clock": {"days": [0, 1, -1], "every": 3}}
+    ads.sandbox.way_s = 0.1
     life = prepared.start(job)
     wait_for(lambda: len(ads.applied()) >= 3)
     for days in (2, -2):  # to this one the lease has run out long ago, or is not from yet
@@ -150,6 +156,7 @@ def test_a_clock_that_jumps_by_a_day_sends_nothing_twice_and_robs_nobody(
     assert not life.ended
     life.kill()
     assert life.wait(PATIENCE_S) and life.signal
+    ads.sandbox.way_s = 0.01
     for days in ([1, 0], [-1, 1], [0, -1]):
         ended = prepared.run(job | {"clock": {"days": days, "every": 5}})
         assert "error" not in ended.result, ended.result
