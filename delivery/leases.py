@@ -47,6 +47,10 @@ class Lease:
     expires_at: datetime
 
 
+ABANDONED: set[tuple[str, str, int]] = set()
+"""Leases (ledger, system, fence) of this process that it no longer uses and could not give back, say on a full disk."""
+
+
 class Busy(LedgerError):
     """Somebody else holds the lease of the system."""
 

@@ -35,7 +35,7 @@ from delivery.database import (
     select_bulk,
     writing,
 )  # fmt: skip
-from delivery.leases import Busy, Holder, Lease
+from delivery.leases import ABANDONED, Busy, Holder, Lease
 from delivery.people import PEOPLE, People
 from delivery.records import (
     FINAL,
@@ -855,7 +855,8 @@ class Ledger:
             if row.held:
                 other = Holder(row.host, row.pid, row.started)
                 here = other.host == Holder.here().host
-                if not (other.is_dead() if here else row.expires_at <= now):
+                left = (str(self.engine.url), system, row.fence) in ABANDONED
+                if not (left or (other.is_dead() if here else row.expires_at <= now)):
                     raise Busy(system, other, row.expires_at)
             fence = row.fence + 1
             connection.execute(
@@ -882,6 +883,10 @@ class Ledger:
         mine = and_(table.c.system == lease.system, table.c.fence == lease.fence)
         with writing(self.engine) as connection, connection.begin():
             connection.execute(update(table).where(mine).values(held=False))
+
+    def abandon(self, lease: Lease) -> None:
+        """Say that this process no longer uses a lease that it could not release; the next one asked for is granted."""
+        ABANDONED.add((str(self.engine.url), lease.system, lease.fence))
 
     # --- people: approvals, switches, promotions, rollbacks
 

@@ -219,9 +219,11 @@ def _leased(
     try:
         yield held
     except Exception:
-        # What went wrong is already on its way up; a ledger that is down must not hide it. The lease runs out by itself.
-        with contextlib.suppress(Exception):
+        # What went wrong is already on its way up; a ledger that is down must not hide it.
+        try:
             held.give_back()
+        except Exception:
+            ledger.abandon(held.lease)
         raise
     except BaseException:
         held.give_back()
@@ -554,6 +556,10 @@ class _Push:
                 # It may have been sent by a process that died before it could say so.
                 last = tried[d.n][-1]
                 item.maybe = True
+                if not self.once:
+                    # Each of them may have arrived; those of processes that died before they could say so were not counted.
+                    gone_out = [a for a in tried[d.n] if a.outcome in (None, "unknown", "accepted")]
+                    item.repeats = max(0, len(gone_out) - 1 - d.repeats)
                 item.value = last.value if last.value is not None else d.after
                 item.expected = last.expected
                 # The whole window from now on: what was begun with a wave may have left long after that. And a batch that is
@@ -782,12 +788,16 @@ class _Push:
                         observed=None if final is None else final.found if theirs else final.observed,
                         verified_at=done.verified_at if final is not None else None,
                         says=(final.says if final else done.says) or None, window_ms=done.window_ms, outcome=done.outcome,
-                        ended_at=now, repeat=done.repeats,
+                        ended_at=now, repeat=done.repeats + item.repeats,
                     )
                     for d in item.deliveries
                 ]  # fmt: skip
             if results:
                 self._timed(self.ledger.settle, self.held.lease, batch_id, results)
+                for item in items:
+                    if of[id(item)].final is not None or id(item) in begun:
+                        self.repeats += item.repeats
+                        item.repeats = 0
         for done in dones:
             self.repeats += done.repeats
             if done.window_ms is not None:

@@ -53,7 +53,11 @@ def open_tickets(world: tickets.World) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "setup",
-    [SETUP, Setup(7, START, 35), replace(SETUP, load=0.75, advertising_drift=START + 9 * DAY, tickets_drift=START + DAY)],
+    [
+        SETUP,
+        Setup(7, START, 35),
+        replace(SETUP, load=0.75, advertising_drift=START + 9 * DAY, tickets_drift=START + DAY),
+    ],
 )
 def test_a_setup_is_read_as_it_was_written(tmp_path: Path, setup: Setup) -> None:
     assert Setup.read(tmp_path) is None
@@ -69,7 +73,9 @@ def test_the_same_setup_makes_the_same_worlds_and_another_seed_others() -> None:
         for n in range(3):
             queue.advance(START + n * DAY)
         rows = advertising.history(setup.advertising(), START, 3)
-        return rows.drop_columns(["exported_at"]).to_pydict() if "exported_at" in rows.schema.names else rows.to_pydict(), open_tickets(queue)
+        return rows.drop_columns(
+            ["exported_at"]
+        ).to_pydict() if "exported_at" in rows.schema.names else rows.to_pydict(), open_tickets(queue)
 
     assert str(seen(SETUP)) == str(seen(SETUP))
     assert str(seen(SETUP)) != str(seen(replace(SETUP, seed=4)))
@@ -129,8 +135,7 @@ def test_both_run_on_free_ports_and_a_restart_goes_on_where_they_were(tmp_path: 
 
 
 def test_a_folder_keeps_its_worlds(tmp_path: Path) -> None:
-    with Systems(tmp_path, replace(SETUP, history_days=1), ports=(0, 0)):
-        pass
+    Systems(tmp_path, replace(SETUP, history_days=1), ports=(0, 0)).ads.close()
     with pytest.raises(ValueError, match="another world"):
         Systems(tmp_path, replace(SETUP, seed=4, history_days=1), ports=(0, 0))
     assert Setup.read(tmp_path) == replace(SETUP, history_days=1), "the folder now says another world than it holds"

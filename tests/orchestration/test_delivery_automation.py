@@ -16,7 +16,7 @@ from assets.workflow import FOLDER, Workflow, load
 from delivery import approvals
 from delivery.guards import Finding
 from orchestration import assembly
-from orchestration.automation import delivery_requests, guard_requests, unattended
+from orchestration.automation import RETRY_MINUTES, delivery_requests, guard_requests, unattended
 from tests.support.desks import KEY, Desk
 from tests.support.fakes import DAY, START
 
@@ -165,6 +165,13 @@ def test_an_unfinished_push_is_asked_for_again_under_another_key_and_a_tick_in_b
     assert desk.push("b1").complete and asked(workflow, desk) == {}
 
 
+def test_a_run_that_failed_before_its_push_began_is_asked_for_again_later(workflow: Workflow, desk: Desk) -> None:
+    """A token that is missing, say: nothing stands in the ledger, and Dagster remembers the key."""
+    desk.batch("b1", HIGHER, day=0)
+    keys = [asked(workflow, desk, START + timedelta(minutes=n)).keys() for n in (1, 1.5, RETRY_MINUTES + 1)]
+    assert keys[0] == keys[1] != keys[2]
+
+
 def test_a_push_that_died_is_asked_for_again_under_another_key(workflow: Workflow, desk: Desk) -> None:
     desk.batch("b1", HIGHER, day=0)
     (first,) = asked(workflow, desk)
@@ -193,20 +200,20 @@ def test_a_guard_that_spoke_asks_for_the_rollback_of_its_batch_until_that_is_com
 ) -> None:
     from delivery.rollback import Batch
 
-    assert guard_requests(workflow, desk.ledger) == []
+    assert guard_requests(workflow, desk.ledger, desk.clock()) == []
     desk.sent("b1", HIGHER, day=0)
     row = desk.ledger.batch("b1")
     delivering.note_findings(desk.ledger, row, [LOOK])
-    assert guard_requests(workflow, desk.ledger) == [], "a guard that asks for a look takes nothing back"
+    assert guard_requests(workflow, desk.ledger, desk.clock()) == [], "a guard that asks for a look takes nothing back"
     delivering.note_findings(desk.ledger, row, [REJECTED, LOOK])
-    (request,) = guard_requests(workflow, desk.ledger)
+    (request,) = guard_requests(workflow, desk.ledger, desk.clock())
     config = request.run_config["ops"][f"{NAME}_take_back"]["config"]
     assert (config["batch"], config["actor"], config["trigger"]) == ("b1", "guard", "guard")
     assert REJECTED.text in config["reason"] and REJECTED.text in request.tags["signalbox/cause"]
-    assert [r.run_key for r in guard_requests(workflow, desk.ledger)] == [request.run_key]
-    assert guard_requests(load(FOLDER / "ticket_priority"), desk.ledger) == []
+    assert [r.run_key for r in guard_requests(workflow, desk.ledger, desk.clock())] == [request.run_key]
+    assert guard_requests(load(FOLDER / "ticket_priority"), desk.ledger, desk.clock()) == []
     assert desk.back(Batch("b1"), actor="guard", trigger="guard").complete
-    assert guard_requests(workflow, desk.ledger) == [] and desk.values() == ENTITIES
+    assert guard_requests(workflow, desk.ledger, desk.clock()) == [] and desk.values() == ENTITIES
 
 
 def test_a_rollback_of_a_guard_that_broke_off_is_asked_for_again_under_another_key(
@@ -217,17 +224,18 @@ def test_a_rollback_of_a_guard_that_broke_off_is_asked_for_again_under_another_k
 
     desk.sent("b1", HIGHER, day=0)
     delivering.note_findings(desk.ledger, desk.ledger.batch("b1"), [REJECTED])
-    (first,) = guard_requests(workflow, desk.ledger)
+    (first,) = guard_requests(workflow, desk.ledger, desk.clock())
     desk.fault("read", "line-3", "unavailable")
     assert not desk.back(Batch("b1"), actor="guard", trigger="guard").complete
-    (second,) = guard_requests(workflow, desk.ledger)
-    assert second.run_key != first.run_key
+    (soon,) = guard_requests(workflow, desk.ledger, desk.clock())
+    (later,) = guard_requests(workflow, desk.ledger, desk.clock() + timedelta(minutes=RETRY_MINUTES))
+    assert first.run_key == soon.run_key != later.run_key, "a tick every 30 seconds is not a run every 30 seconds"
 
 
 def test_the_request_fits_the_job_that_it_starts(workflow: Workflow, desk: Desk) -> None:
     desk.sent("b1", HIGHER, day=0)
     delivering.note_findings(desk.ledger, desk.ledger.batch("b1"), [REJECTED])
-    (request,) = guard_requests(workflow, desk.ledger)
+    (request,) = guard_requests(workflow, desk.ledger, desk.clock())
     job = assembly.build([workflow]).get_repository_def().get_job(f"{NAME}_rollback")
     assert dg.validate_run_config(job, request.run_config)
 
@@ -272,10 +280,10 @@ def test_the_sensors_tick_on_what_stands_in_the_ledger(
         desk.ledger.switch(NAME, True, "kim", "odd figures")
         assert f"signalbox resume {NAME}" in said(tick(push))
         delivering.note_findings(desk.ledger, desk.ledger.batch("b1"), [REJECTED])
-        (back,) = tick(guard)
-        assert back.run_config["ops"][f"{NAME}_take_back"]["config"]["batch"] == "b1", "stopped or not"
+        assert "signalbox rollback" in said(tick(guard)), "while it is stopped only a person takes anything back"
         desk.ledger.switch(NAME, False, "kim", "explained")
-        assert [r.run_key for r in tick(push)] == [request.run_key]
+        (back,) = tick(guard)
+        assert back.run_config["ops"][f"{NAME}_take_back"]["config"]["batch"] == "b1"
         assert desk.push("b1").complete and "no batch may go" in said(tick(push))
 
 
@@ -286,4 +294,4 @@ def test_the_push_sensor_asks_for_nothing_that_a_guard_wants_back(workflow: Work
     desk.fault("read", "line-3", "unavailable")
     assert not desk.push("b1").complete
     delivering.note_findings(desk.ledger, desk.ledger.batch("b1"), [REJECTED])
-    assert guard_requests(workflow, desk.ledger) and asked(workflow, desk) == {}
+    assert guard_requests(workflow, desk.ledger, desk.clock()) and asked(workflow, desk) == {}

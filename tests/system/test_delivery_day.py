@@ -251,11 +251,11 @@ def _take_back(morning: Morning) -> None:
     """Execute what the guard's sensor would ask for; it asks once and no more when it is done."""
     batch, now = morning.batch(), morning.bench.morning(morning.day, 6)
     with morning.ledger(6) as book:
-        (request,) = automation.guard_requests(morning.workflow, book)
+        (request,) = automation.guard_requests(morning.workflow, book, now)
     result = runner.run_rollback(morning.workflow, request, now=now.isoformat(), instance=morning.instance)
     assert result.success, runner.failed_steps(result)
     with morning.ledger(6) as book:
-        assert automation.guard_requests(morning.workflow, book) == []
+        assert automation.guard_requests(morning.workflow, book, now) == []
         (asked, complete) = book.rollbacks(batch.batch_id)
         assert (asked.action, complete.action) == ("asked", "complete") and asked.trigger == "guard"
         (reverse,) = book.batches(morning.workflow.name, kind="rollback")
@@ -304,9 +304,7 @@ def test_what_the_next_day_brings_stands_beside_the_decisions_that_it_answers(mo
     if isinstance(morning.system, Account):
         with morning.ledger() as book:
             drawn = delivering.randomised(book, morning.workflow.name, morning.day)
-        morning.system.sandbox.advance(
-            morning.bench.root / "landing" / morning.workflow.name, multipliers=drawn
-        )
+        morning.system.sandbox.advance(morning.bench.root / "landing" / morning.workflow.name, multipliers=drawn)
     else:
         morning.bench.write(following, morning.bench.folder())
 
@@ -349,7 +347,7 @@ def test_outcomes_answer_the_decision_that_stood_also_when_their_day_is_run_agai
 def test_of_two_runs_at_once_one_sends(morning: Morning) -> None:
     decided(morning)
     changed = [d for d in morning.bench.decided(morning.day) if d["changed"]]
-    morning.system.slow(4.0)  # the first write waits, with the lease in the first run's hands
+    morning.system.slow(3.0)  # the first write waits, with the lease in the first run's hands
     results: dict[str, dg.ExecuteInProcessResult] = {}
 
     def first() -> None:
@@ -403,7 +401,7 @@ def test_no_job_takes_a_secret_in_its_configuration(tmp_path: Path, monkeypatch:
         schema = job.run_config_schema
         for kind in schema.config_type.type_iterator():
             found = set(getattr(kind, "fields", {}) or {})
-            fields |= found - {"key"} if found == {"key", "value", "limit"} else found  # of an executor: tags and limits
+            fields |= found - ({"key"} if found == {"key", "value", "limit"} else set())  # an executor's tags
     assert {"batch", "since", "model", "actor", "reason", "trigger"} <= fields, "the rollback's were not looked at"
     secretive = re.compile(r"secret|token|passw|credential|approv|(^|_)(key|pin|auth)(_|$)", re.IGNORECASE)
     assert sorted(name for name in fields if secretive.search(name)) == []
