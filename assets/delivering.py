@@ -306,7 +306,7 @@ def outcomes_of_decisions(workflow: Workflow, lake: Lake, ledger: Ledger, day: d
     """The outcomes that became known for the cut-off of ``day``, each beside the decision that it answers.
 
     An outcome of the join ``entity_day`` answers the decision of its ``for_day``; one of ``entity`` answers the entity's
-    newest decision that had taken effect when it became known. Columns: decision_id, batch_id, decided_day, entity_id,
+    newest decision that had been made when it became known. Columns: decision_id, batch_id, decided_day, entity_id,
     unit, arm, arm_probability, perturbation, before, after, state (of the delivery; null: nothing was to be sent),
     standing (the value that stood downstream after it), then known_at and the outcome's own columns.
     """
@@ -319,18 +319,19 @@ def outcomes_of_decisions(workflow: Workflow, lake: Lake, ledger: Ledger, day: d
     answered = set(pc.unique(outcomes["for_day"]).to_pylist()) if by_day else None
     first = min(answered) if answered else day - timedelta(days=workflow.outcomes.lookback_days)
     decided = _decided(workflow, ledger, first, day, answered)
-    join = "o.for_day = d.decided_day" if by_day else "d.decided_day < CAST(o.known_at AS DATE)"
+    join = "o.for_day = d.decided_day" if by_day else "d.decided_at < o.known_at"
     newest = "" if by_day else "QUALIFY row_number() OVER (PARTITION BY d.entity_id ORDER BY d.decided_day DESC) = 1"
     with duckdb.connect() as con:
         con.execute("SET TimeZone = 'UTC'")
         con.register("d", decided)
         con.register("o", outcomes)
         return con.sql(
-            f"SELECT d.*, o.* EXCLUDE (entity_id, for_day, day) FROM o JOIN d ON d.entity_id = o.entity_id AND {join} "
+            f"SELECT d.* EXCLUDE (decided_at), o.* EXCLUDE (entity_id, for_day, day) FROM o JOIN d ON d.entity_id = o.entity_id AND {join} "
             f"{newest} ORDER BY d.entity_id, d.decided_day"
         ).to_arrow_table()
 
 
+_NAIVE = pa.timestamp("us")
 _DECIDED = pa.schema(
     {
         "decision_id": pa.string(),
@@ -370,8 +371,9 @@ def _decided(workflow: Workflow, ledger: Ledger, first: date, last: date, only: 
             ],
         }
         columns = [pa.array(added[f.name], f.type) if f.name in added else decided[f.name] for f in _DECIDED]
-        tables.append(pa.table(columns, schema=_DECIDED))
-    return pa.concat_tables(tables) if tables else _DECIDED.empty_table()
+        made = pa.array([batch.decided_at] * len(found), _NAIVE)
+        tables.append(pa.table(columns, schema=_DECIDED).append_column("decided_at", made))
+    return pa.concat_tables(tables) if tables else _DECIDED.append(pa.field("decided_at", _NAIVE)).empty_table()
 
 
 def randomised(ledger: Ledger, workflow: str, day: date) -> dict[str, tuple[float, float]]:

@@ -741,8 +741,8 @@ class Ledger:
         return found
 
     @plainly
-    def open_push(self, lease: Lease, batch_id: str) -> None:
-        """Note that a push begins, or goes on; raises Fenced, and LedgerError where the batch is refused or complete."""
+    def open_push(self, lease: Lease, batch_id: str, run_id: str = "") -> None:
+        """Note that a push begins, or goes on, and by which run; raises Fenced, and LedgerError where the batch is refused or complete."""
         with writing(self.engine) as connection, connection.begin():
             self._held(connection, lease)
             self._lock(connection)
@@ -755,7 +755,7 @@ class Ledger:
                     f"batch {batch_id} is delivered to {row.system}, and the lease is one of {lease.system}"
                 )
             body = {"batch_id": batch_id, "workflow": row.workflow, "system": lease.system, "fence": lease.fence}
-            self._append(connection, "push begun", body)
+            self._append(connection, "push begun", body | ({"run_id": run_id} if run_id else {}))
             b = tables.batches
             connection.execute(
                 update(b).where(b.c.sequence == row.sequence).values(delivery="OPEN", system=lease.system, counts=None)

@@ -363,7 +363,7 @@ class _Push:
                     f"the rollback {', '.join(unfinished)} of {batch.workflow} is not complete: run it again first, "
                     f"then push {batch.batch_id}"
                 )
-        self._timed(self.ledger.open_push, lease, batch.batch_id)
+        self._timed(self.ledger.open_push, lease, batch.batch_id, self.run_id)
         older_may_hold: dict[str, int] = {}
         if batch.kind == "decision":
             older_may_hold = self._supersede([
@@ -382,7 +382,7 @@ class _Push:
 
     def resolve(self, by: str) -> Report:
         self.obeys_switch = False  # it only reads
-        self._timed(self.ledger.open_push, self.held.lease, self.batch.batch_id)
+        self._timed(self.ledger.open_push, self.held.lease, self.batch.batch_id, self.run_id)
         self._resolve(self.batch, by)
         return self._close()
 

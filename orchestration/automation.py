@@ -150,7 +150,10 @@ def deadline_request(workflow: Workflow, lake: Lake, now: datetime) -> dg.RunReq
 def delivery_requests(workflow: Workflow, book: Ledger, now: datetime) -> list[dg.RunRequest]:
     """Pushes of batches that may go now and are not at their end; a held one once its approvals stand."""
     requests = []
+    condemned = {batch_id for batch_id, _ in delivering.condemned(book, workflow)}
     for batch in delivering.open_batches(book, workflow, now):
+        if batch.batch_id in condemned:
+            continue  # a guard wants it back
         attempt = delivering.pushes(book, batch)
         requests.append(
             dg.RunRequest(

@@ -23,6 +23,10 @@ from orchestration.assembly import build
 _CONFIGURATIONS = Path(__file__).parent / "instance"
 
 
+_QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+"""The events are in the UI."""
+
+
 def prepare_home() -> Path:
     """Make the state folder with Dagster's instance configuration; returns it.
 
@@ -86,7 +90,7 @@ def run(
         return wanted.execute_in_process(
             instance=at,
             resources=given or resources(now),
-            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},  # the events are in the UI
+            run_config=_QUIET,
             tags=marks,
             raise_on_error=False,
             **selection,
@@ -102,7 +106,7 @@ def run_rollback(
         return wanted.execute_in_process(
             instance=at,
             resources=resources(now),
-            run_config=request.run_config,
+            run_config={**request.run_config, **_QUIET},
             tags=dict(request.tags),
             raise_on_error=False,
         )

@@ -97,18 +97,25 @@ def advance(
         raise SystemExit("No sandbox is running on this state folder; start one with: signalbox sandbox up")
     at = runner.prepare_home() / "landing"
     ads, desk = os.environ["SIGNALBOX_ADS_ENDPOINT"], os.environ["SIGNALBOX_HELPDESK_URL"].removesuffix("/helpdesk/api")
-    with operations.ledger() as book:
-        day = date.fromisoformat(
-            httpx.get(f"{ads}/sandbox/state", headers=_bearer()).raise_for_status().json()["next_day"]
-        )
-        drawn = delivering.randomised(book, "ad_budget", day - timedelta(days=1))
-    said = {"landing": str(at / "ad_budget"), "multipliers": drawn}
-    answer = httpx.post(f"{ads}/sandbox/advance", json=said, headers=_bearer(), timeout=60).raise_for_status().json()
-    controls = Controls(desk, os.environ["SIGNALBOX_HELPDESK_TOKEN"])
     try:
-        served = controls.advance(at / "ticket_priority")
-    finally:
-        controls.close()
+        with operations.ledger() as book:
+            day = date.fromisoformat(
+                httpx.get(f"{ads}/sandbox/state", headers=_bearer()).raise_for_status().json()["next_day"]
+            )
+            drawn = delivering.randomised(book, "ad_budget", day - timedelta(days=1))
+        said = {"landing": str(at / "ad_budget"), "multipliers": drawn}
+        answer = (
+            httpx.post(f"{ads}/sandbox/advance", json=said, headers=_bearer(), timeout=60).raise_for_status().json()
+        )
+        controls = Controls(desk, os.environ["SIGNALBOX_HELPDESK_TOKEN"])
+        try:
+            served = controls.advance(at / "ticket_priority")
+        finally:
+            controls.close()
+    except httpx.ConnectError:
+        raise SystemExit(
+            f"Nothing answers at {ads}: the sandbox was ended. Start it with: signalbox sandbox up"
+        ) from None
     came = datetime.combine(day + timedelta(days=1), datetime.min.time(), UTC).timestamp() + 5400
     for path in (at / "ad_budget" / "export" / f"advertising_{day}.csv.gz", Path(served["export"])):
         os.utime(path, (came, came))

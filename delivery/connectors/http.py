@@ -7,6 +7,7 @@ Does not: any one system's paths, retries, or what an answer's body means.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import ssl
@@ -27,6 +28,9 @@ from urllib.parse import quote, quote_plus, unquote, urlencode, urlsplit
 import httpcore
 
 from delivery.connectors.base import Misconfigured, Outcome
+
+# At DEBUG it writes the headers of answers as they came, and a server may echo a token in one.
+logging.getLogger("httpcore").setLevel(logging.INFO)
 
 LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
 LONGEST_RETRY_AFTER_S = 3600.0

@@ -36,8 +36,8 @@ class Setup:
     history_days: int
     """Days that ran under the people in charge before the systems opened."""
     lines: int = 120
-    teams: int = 6
-    load: float = 0.9
+    teams: int = 5
+    load: float = 0.85
     advertising_drift: date | None = None
     tickets_drift: date | None = None
 
@@ -88,8 +88,8 @@ class Systems:
         tickets_world: tickets.World | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC).replace(tzinfo=None),
     ) -> None:
-        setup.write(folder)
         self.setup = setup
+        folder.mkdir(parents=True, exist_ok=True)
         tokens = _tokens(folder)
         self.ads = advertising_api.AdvertisingSandbox(
             folder / "advertising", setup.advertising(), next_day=setup.opened, token=tokens["SIGNALBOX_ADS_TOKEN"],
@@ -103,12 +103,17 @@ class Systems:
         self.desk = HelpdeskSandbox(
             folder / "helpdesk", world, next_day=setup.opened, token=tokens["SIGNALBOX_HELPDESK_TOKEN"], port=ports[1]
         )
+        setup.write(folder)  # last: what does not fit the folder has been refused by now
         self._port, self._tokens = ports[0], tokens
         self._server: advertising_api.Server | None = None
 
     def __enter__(self) -> Systems:
         self.desk.start()
-        self._server = advertising_api.serve(self.ads, self._port)
+        try:
+            self._server = advertising_api.serve(self.ads, self._port)
+        except OSError:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(

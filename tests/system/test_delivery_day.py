@@ -347,7 +347,7 @@ def test_outcomes_answer_the_decision_that_stood_also_when_their_day_is_run_agai
 def test_of_two_runs_at_once_one_sends(morning: Morning) -> None:
     decided(morning)
     changed = [d for d in morning.bench.decided(morning.day) if d["changed"]]
-    morning.system.slow(3.0)  # the first write waits, with the lease in the first run's hands
+    morning.system.slow(2.0)  # the first write waits, with the lease in the first run's hands
     results: dict[str, dg.ExecuteInProcessResult] = {}
 
     def first() -> None:
