@@ -36,8 +36,8 @@ class Setup:
     history_days: int
     """Days that ran under the people in charge before the systems opened."""
     lines: int = 120
-    teams: int = 5
-    load: float = 0.85
+    teams: int = 6
+    load: float = 0.8
     advertising_drift: date | None = None
     tickets_drift: date | None = None
 
