@@ -593,31 +593,50 @@ def replay(name: str, lake: Lake, registry: Registry, decision_id: str) -> Repla
     return replay_row(found.to_pylist()[0], lake, registry)
 
 
-def replay_row(row: Mapping[str, Any], lake: Lake, registry: Registry) -> Replayed:
-    """As ``replay``, from the row itself."""
+@dataclass(frozen=True)
+class MadeFrom:
+    """Everything that one recorded decision was made from, found again at the versions that it names."""
+
+    workflow: Workflow
+    day: date
+    step: str
+    features: pa.Table
+    """The whole day's, in the order of their keys."""
+    scores: pa.Table
+    drawn: pa.Table
+    learner: Any
+    """What scored: a learner, the rule, or None for the step ``no_change``."""
+
+
+def made_from(row: Mapping[str, Any], lake: Lake, registry: Registry) -> MadeFrom:
+    """Find it, from a decision's row with its batch's record; raises ReplayImpossible naming what is gone."""
     name, day = row["workflow"], row["day"]
     workflow = spec_of(name, lake, row["spec_digest"])
     with _kept(f"{name}/features version {row['features_version']}"):
-        features = _features(workflow, lake, day, row["features_version"])
+        features = point_in_time.ordered(_features(workflow, lake, day, row["features_version"]))
     with _kept(f"{name}/arms version {row['arms_version']}"):
         keep = lake.read(f"{name}/arms", version=row["arms_version"])
-    units = pc.unique(of_policy(workflow, features)["unit"]).sort().to_pylist()
-    drawn = draw_arms(workflow, day, units, keep)
-    if row["step"] == "no_change":
-        scores = pa.table({})
-    elif row["step"] == "rule":
+    drawn = draw_arms(workflow, day, pc.unique(of_policy(workflow, features)["unit"]).sort().to_pylist(), keep)
+    learner: Any = None
+    if row["step"] == "rule":
         with _kept(f"{name}/outcomes version {row['outcomes_version']}"):
-            rule = fit_rule(workflow, lake, day, row["features_version"], row["outcomes_version"])
-        scores = rule.score(point_in_time.ordered(features))
-    else:
+            learner = fit_rule(workflow, lake, day, row["features_version"], row["outcomes_version"])
+    elif row["step"] != "no_change":
         with _kept(f"model {name!r} version {row['model_version']}"):
             version = registry.by_number(name, row["model_version"])
         if version.digest != row["model_digest"]:
             raise ReplayImpossible(
                 f"model {name!r} version {version.number} is not the one that decided (digest differs)"
             )
-        scores = read_model(workflow, registry, version).score(point_in_time.ordered(features))
-    again, _ = decide(workflow, day, features, scores, drawn, row["step"])
+        learner = read_model(workflow, registry, version)
+    scores = learner.score(features) if learner is not None else pa.table({})
+    return MadeFrom(workflow, day, row["step"], features, scores, drawn, learner)
+
+
+def replay_row(row: Mapping[str, Any], lake: Lake, registry: Registry) -> Replayed:
+    """As ``replay``, from the row itself."""
+    found = made_from(row, lake, registry)
+    again, _ = decide(found.workflow, found.day, found.features, found.scores, found.drawn, found.step)
     mine = again.filter(pc.equal(again["entity_id"], row["entity_id"])).to_pylist()
     recorded = {c: row[c] for c in DECISIONS.names}
     return Replayed(row["decision_id"], recorded, mine[0] if mine else {}, row["code_digest"] == code.digest())

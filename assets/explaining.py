@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake.exceptions import DeltaError
 
-from assets import code, deciding, point_in_time, what_if
+from assets import code, deciding, what_if
 from assets.lake import Lake, TableMissing
 from assets.workflow import FOLDER, Workflow
 from data_checks import guardrails
@@ -319,21 +319,11 @@ def _reasoned(lake: Lake, registry: Registry, row: dict[str, Any]) -> dict[str, 
 
 
 def _inputs(row: Mapping[str, Any], lake: Lake, registry: Registry) -> what_if.Inputs:
-    """What the decision was made from, read at the versions that it names, as ``deciding.replay_row`` reads it."""
-    name, day = row["workflow"], row["day"]
-    workflow = deciding.spec_of(name, lake, row["spec_digest"])
-    features = lake.read(f"{name}/features", version=row["features_version"], days=[day])
-    features = point_in_time.ordered(features)
-    units = pc.unique(deciding.of_policy(workflow, features)["unit"]).sort().to_pylist()
-    drawn = deciding.draw_arms(workflow, day, units, lake.read(f"{name}/arms", version=row["arms_version"]))
-    learner = None
-    if row["step"] == "rule":
-        learner = deciding.fit_rule(workflow, lake, day, row["features_version"], row["outcomes_version"])
-    elif row["step"] != "no_change":
-        learner = deciding.read_model(workflow, registry, registry.by_number(name, row["model_version"]))
-    scores = learner.score(features) if learner is not None else pa.table({})
+    found = deciding.made_from(row, lake, registry)
     recorded = {c: row[c] for c in deciding.DECISIONS.names}
-    return what_if.Inputs(recorded, workflow, day, features, scores, drawn, row["step"], learner)
+    return what_if.Inputs(
+        recorded, found.workflow, found.day, found.features, found.scores, found.drawn, found.step, found.learner
+    )
 
 
 def _score(inputs: what_if.Inputs) -> tuple[dict[str, Any], Because | None]:

@@ -56,7 +56,9 @@ def ledger_key() -> bytes:
     given = os.environ.get("SIGNALBOX_LEDGER_KEY")
     if given:
         if len(given.encode()) < 16:
-            raise LedgerError("SIGNALBOX_LEDGER_KEY is too short: 16 random bytes at least; leave it out for a key file")
+            raise LedgerError(
+                "SIGNALBOX_LEDGER_KEY is too short: 16 random bytes at least; leave it out for a key file"
+            )
         return given.encode()
     path = home() / "ledger.key"
     if not path.exists():
