@@ -22,6 +22,11 @@ from models.registry import Registry, Version
 from tests.support import postgres as postgres_server
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The real data take minutes in one file: begun first, they do not keep everybody waiting at the end."""
+    items.sort(key=lambda item: "test_real_data" not in item.nodeid)
+
+
 @dataclass(frozen=True)
 class Bench:
     """A workflow, its landing zone and lake below ``root``; ``days`` are landed and built, ``write`` exports a day."""

@@ -29,7 +29,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
     def decisions(
         context: dg.AssetExecutionContext, lake: LakeResource, ledger: LedgerResource, clock: ClockResource
     ) -> dg.MaterializeResult:
-        judged, last, book = {}, None, ledger.open(clock.now)
+        judged, last, refused, book = {}, None, False, ledger.open(clock.now)
         for day in days(context):
             batch = deciding.decide_day(workflow, lake.lake, day)
             decided_at = clock.now()
@@ -37,6 +37,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
             delivering.record(workflow, book, day, batch, decided_at=decided_at, run_id=context.run_id)
             text = "; ".join(guardrails.sentence(f) for f in batch.findings) or f"{batch.status}, nothing to object to"
             judged[day] = (batch.status == "READY", text)
+            refused = refused or batch.status == "REFUSED"
             context.add_asset_metadata(
                 {
                     "dagster/partition_row_count": batch.decisions.num_rows,
@@ -62,7 +63,8 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
                 "largest changes": preview(deciding.largest_changes(last.decisions)),
                 "certificate": dg.MetadataValue.json(last.certificates),
             },
-            check_results=[folded("guardrails", judged)],
+            # a held batch is no fault: the delivery waits for a person; a refused one is, and stops the run
+            check_results=[folded("guardrails", judged, warn=not refused)],
         )
 
     return decisions

@@ -512,8 +512,11 @@ class FileDrop:
 
     def _csv(self, rows: Sequence[Sequence[Any]], newline: str) -> bytes:
         out = io.StringIO(newline="")
-        writer = csv.writer(out, delimiter=self._settings.delimiter, lineterminator=newline)
+        plain = csv.writer(out, delimiter=self._settings.delimiter, lineterminator=newline)
+        # the csv module leaves a lone carriage return bare, and reads it as the end of a line
+        quoted = csv.writer(out, delimiter=self._settings.delimiter, lineterminator=newline, quoting=csv.QUOTE_ALL)
         for row in rows:
+            writer = quoted if any(isinstance(cell, str) and "\r" in cell for cell in row) else plain
             writer.writerow([format(cell, "f") if isinstance(cell, Decimal) else cell for cell in row])
         return out.getvalue().encode()
 

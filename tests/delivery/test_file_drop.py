@@ -561,3 +561,11 @@ def test_a_persons_file_that_lands_while_ours_is_made_is_found(
         assert ends == {"a": end, "b": "ACKED"}
         assert [c.found for c in ledger.conflicts("b1")] == [77]
     assert drop.read(["a"])["a"].value == (77 if later else 120)
+
+
+def test_a_lone_carriage_return_in_a_name_is_read_back(tmp_path: Path) -> None:
+    for shape in ("batches", "state"):
+        (tmp_path / shape / "drop").mkdir(parents=True)
+        drop = connect(tmp_path / shape, format="csv", shape=shape, missing_means=0)
+        assert [w.outcome for w in drop.apply([write(drop.read(["a\rb"])["a\rb"], 7)])] == ["accepted"]
+        assert connect(tmp_path / shape, format="csv", shape=shape, missing_means=0).read(["a\rb"])["a\rb"].value == 7

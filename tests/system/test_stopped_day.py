@@ -9,7 +9,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from assets.resources import resources
+from assets.resources import home, resources
 from assets.workflow import FOLDER, Workflow, load
 from data_checks.contract import ExpectationSpec
 from delivery.sandbox.worlds import advertising
@@ -35,11 +35,9 @@ def land(workflow: Workflow, days: int, broken: int | None = None) -> list[date]
     rows = advertising.history(world, workflow.start, days)
     span = [workflow.start + timedelta(days=n) for n in range(days)]
 
-    def export(day: date, folder: Path, spoilt: bool) -> Path:
-        return advertising.export_day(rows, folder, day, break_schema=spoilt)
-
+    folder = home() / "landing" / workflow.name / "export"
     for number, day in enumerate(span):
-        demo.land(workflow, export, day, broken=number == broken)
+        demo.stamp(advertising.export_day(rows, folder, day, break_schema=number == broken), day)
     return span
 
 
