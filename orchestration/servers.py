@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from rich.console import Console
 
 from assets.resources import mlflow_artifacts, mlflow_uri, resources
-from orchestration import runner
+from orchestration import runner, sandbox
 
 _ROOT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
@@ -36,9 +36,12 @@ def _commands() -> dict[str, tuple[str, list[str]]]:
     auth = ["--app-name", "basic-auth"] if os.environ.get("SIGNALBOX_MLFLOW_AUTH") == "1" else []
     if auth:
         os.environ.setdefault("MLFLOW_AUTH_CONFIG_PATH", str(_ROOT / "mlflow" / "basic_auth.ini"))
+    # where decisions of this state folder go, if it has a sandbox: otherwise a delivery from the pages would find nobody
+    here = {"Downstream": ("http://127.0.0.1:8101", [str(bin_ / "signalbox"), "sandbox", "up"])}
+    downstream = here if (sandbox.folder() / "setup.json").exists() else {}
     dagster_ui = os.environ.get("SIGNALBOX_DAGSTER_UI", "http://127.0.0.1:3000")
     workspace = str(_ROOT / "workspace.yaml")
-    return {
+    return downstream | {
         "Dagster": (dagster_ui, [str(bin_ / "dagster-webserver"), "-w", workspace, "-h", HOST, "-p", port(dagster_ui)]),
         "Dagster daemon": ("", [str(bin_ / "dagster-daemon"), "run", "-w", workspace]),
         "MLflow": (
