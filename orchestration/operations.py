@@ -364,24 +364,37 @@ def rollback(
     batch: Annotated[str | None, typer.Argument(help="The batch to take back")] = None,
     since: Annotated[
         date | None,
-        typer.Option(parser=a_day, metavar="YYYY-MM-DD", help="With --workflow: all batches of this day and after"),
+        typer.Option(parser=a_day, metavar="YYYY-MM-DD", help="All batches of this day and after"),
     ] = None,
     model: Annotated[int | None, typer.Option(help="With --workflow: all batches that this version decided")] = None,
-    workflow: Annotated[str | None, typer.Option(help="Whose batches")] = None,
+    workflow: Annotated[str | None, typer.Option(help="Whose batches; with --since, everybody's by default")] = None,
     name: As = None,
     as_json: Json = False,
 ) -> None:
     """Push the prior values, newest batch first. What a person changed since is left and listed; run again until complete."""
     from assets import delivering
+    from delivery.rollback import RollbackReport
     from orchestration import runner
 
     with ledger() as book:
-        which = delivering.selection(book, batch=batch, workflow=workflow, since=since, model=model)
-        with _bar(as_json) as progress:
-            report = delivering.roll_back(
-                book, runner.registry(), which, actor=who(name), reason=reason, trigger="person",
-                run_id=f"cli:{os.getpid()}", clock=now, sleep=time.sleep, progress=progress,
-            )  # fmt: skip
+        whose: list[str | None] = [workflow]
+        if since is not None and workflow is None and batch is None and model is None:
+            whose = list(sorted({one.workflow for one in book.batches(since=since, kind="decision")})) or [None]
+        reports = []
+        for one in whose:
+            which = delivering.selection(book, batch=batch, workflow=one, since=since, model=model)
+            with _bar(as_json) as progress:
+                reports.append(
+                    delivering.roll_back(
+                        book, runner.registry(), which, actor=who(name), reason=reason, trigger="person",
+                        run_id=f"cli:{os.getpid()}", clock=now, sleep=time.sleep, progress=progress,
+                    )
+                )  # fmt: skip
+    report = RollbackReport(
+        tuple(b for r in reports for b in r.batches),
+        tuple(b for r in reports for b in r.waiting),
+        tuple(b for r in reports for b in r.newer),
+    )
     told(report.as_dict(), as_json, delivering.lines(report))
     if not report.complete:
         raise typer.Exit(1)

@@ -194,6 +194,14 @@ def test_a_rollback_of_a_model_takes_its_batches_back_and_the_version_out(office
     assert not office.registry.by_number("ad_budget", version).blocked
 
 
+def test_everything_since_a_day_is_taken_back_whoever_decided_it(office: Office) -> None:
+    row = office.decide()
+    office.json("deliver", row.batch_id, "--late")
+    report = office.json("rollback", "--since", str(row.day), "--reason", "a bad feed since then", "--as", "kim")
+    assert [b["batch_id"] for b in report["batches"]] == [row.batch_id] and report["complete"]
+    assert office.account.amounts() == office.decided("before")
+
+
 def test_a_ledger_that_was_edited_does_not_verify(office: Office) -> None:
     row = office.decide()
     assert office("verify").exit_code == 0
