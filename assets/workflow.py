@@ -177,6 +177,27 @@ class Training(Strict):
     )
 
 
+class Retraining(Strict):
+    """What starts a retraining, and how often one may."""
+
+    cooldown_days: int = Field(default=7, ge=0, description="Days after a training in which nothing starts another")
+
+
+class Promotion(Strict):
+    """The steps of a version between its gate and the alias champion."""
+
+    shadow_days: int = Field(
+        default=0,
+        ge=0,
+        description="Days that a version which passed its gate is scored beside the champion, acted on by nobody; 0: none",
+    )
+    canary_days: int = Field(
+        default=0,
+        ge=0,
+        description="Least days in which the arm challenger is decided by it, until the guard's verdict; 0: no canary",
+    )
+
+
 class Approval(Strict):
     """What a batch over the automatic limits waits for."""
 
@@ -224,6 +245,8 @@ class Workflow(Strict):
     arms: Arms
     guardrails: Guardrails
     drift: DriftSpec
+    retraining: Retraining = Retraining()
+    promotion: Promotion = Promotion()
     delivery: Delivery | None = Field(default=None, description="Left out: decisions are recorded and sent nowhere")
     contract: Contract = Field(description="contract.yaml; never written in workflow.yaml")
     folder: Path = Field(description="Where it was read; never written in workflow.yaml")

@@ -68,7 +68,6 @@ class DriftSpec(BaseModel):
     categorical: tuple[str, ...] | None = Field(
         default=None, description="Feature columns measured as categories; null: those of the model"
     )
-    cooldown_days: int = Field(default=7, ge=0, description="Days after a training in which drift starts no other")
 
 
 @dataclass(frozen=True)

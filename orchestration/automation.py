@@ -114,7 +114,7 @@ def retrain_request(workflow: Workflow, lake: Lake) -> dg.RunRequest | dg.SkipRe
         trained = max(lake.read(workflow.table("training_set"), columns=["as_of"])["as_of"].to_pylist(), default=None)
     except TableMissing:
         trained = None
-    day, cooldown = drifted["day"], workflow.drift.cooldown_days
+    day, cooldown = drifted["day"], workflow.retraining.cooldown_days
     if trained is not None and (day - trained).days < cooldown:
         return dg.SkipReason(
             f"{workflow.name}: drift on {day}, but a model was trained for {trained}: cooldown is {cooldown} days"

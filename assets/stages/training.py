@@ -11,7 +11,7 @@ import dagster as dg
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from assets import code, deciding, point_in_time
+from assets import code, deciding, point_in_time, promoting
 from assets.lake import content_digest
 from assets.resources import ClockResource, LakeResource, LedgerResource, RegistryResource, preview
 from assets.stages.common import days, stage
@@ -170,17 +170,16 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
             inputs={c: kind for group, kind in _MLFLOW_TYPE.items() for c in getattr(workflow.features, group)},
             seed=deciding.SEED,
         )
-        promoted = made.passed and registry.registry.promote(made)
-        if promoted:
-            # MLflow's aliases have no history: the ledger is the truth about what was live when
-            with ledger.open(clock.now) as book:
-                evidence = {"verdict": list(fitted.verdict.reasons), "digest": made.digest, "run": context.run_id}
-                book.promotion(workflow.name, made.number, "promoted", f"run {context.run_id}", evidence)
+        evidence = {"verdict": list(fitted.verdict.reasons), "run": context.run_id}
+        with ledger.open(clock.now) as book:
+            place = promoting.admit(
+                workflow, registry.registry, book, made, evidence=evidence, actor=f"run {context.run_id}"
+            )
         return dg.MaterializeResult(
             metadata={
                 "version": made.number,
                 "registry": dg.MetadataValue.url(registry.version_url(workflow.name, made.number)),
-                "promoted": promoted,
+                "place": place,
                 "model card": dg.MetadataValue.md(text),
                 **{f"{who} {training.metric}": one[training.metric] for who, one in fitted.metrics.items()},
             },

@@ -65,7 +65,7 @@ def test_every_folder_with_a_workflow_is_loaded() -> None:
         ("workflow.yaml", "arms.epochs", "epoch", "washout"),
         ("workflow.yaml", "arms.explore.steps", "step", "step"),
         ("workflow.yaml", "guardrails.max_row", "max_rows", "levels"),
-        ("workflow.yaml", "drift.cooldown", "cooldown_days", "reference_days"),
+        ("workflow.yaml", "drift.reference", "reference_days", "window_days"),
         ("contract.yaml", "event", "events", "features"),
         ("contract.yaml", "events.columns.cost.minimum", "min", "required"),
         ("contract.yaml", "events.max_quarantine_share", "max_quarantined_share", "unique"),
@@ -163,7 +163,7 @@ def test_what_is_not_for_the_file_to_say_is_refused(folder: Path, key: str) -> N
 def test_a_key_that_stands_twice_is_refused_with_its_line(folder: Path) -> None:
     file = folder / "workflow.yaml"
     line = len(file.read_text().splitlines()) + 1
-    file.write_text(file.read_text().rstrip("\n") + "\ndrift: {cooldown_days: 1}\n")
+    file.write_text(file.read_text().rstrip("\n") + "\ndrift: {min_rows: 1}\n")
     said = refusal(folder)
     assert str(file) in said and "'drift'" in said and "twice" in said and f"line {line}" in said
 

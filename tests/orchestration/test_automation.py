@@ -213,7 +213,7 @@ def test_a_later_drift_is_asked_for_under_another_key(workflow: Workflow, lake: 
 def test_the_cooldown_counts_from_the_newest_training(
     workflow: Workflow, lake: Lake, days_ago: int, waits: bool
 ) -> None:
-    assert workflow.drift.cooldown_days == 7
+    assert workflow.retraining.cooldown_days == 7
     measured(lake, {DAY: True})
     trained(lake, DAY - timedelta(days=30))
     trained(lake, DAY - timedelta(days=days_ago))
