@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -37,7 +37,19 @@ from delivery.connectors.base import (
     Written,
 )
 from delivery.judging import Final, Item, Judgement, Send, Third, Wait
-from delivery.ledger import OPEN, Attempt, AttemptRow, BatchRow, Delivery, Holder, Lease, Ledger, Result, State
+from delivery.ledger import (
+    OPEN,
+    Attempt,
+    AttemptRow,
+    BatchRow,
+    Delivery,
+    Holder,
+    Lease,
+    Ledger,
+    Result,
+    State,
+    utc_now,
+)  # fmt: skip
 from delivery.pacing import Backoff, Breaker, Bucket, Pause
 from delivery.reports import (
     Blocked,
@@ -67,11 +79,6 @@ SKEW = timedelta(hours=1)
 TICK_S = 1.0
 """Longest time without a look at the lease and at the wish to stop."""
 SHORTEST_POLL_S = 0.02
-
-
-def utc_now() -> datetime:
-    """Naive UTC."""
-    return datetime.now(UTC).replace(tzinfo=None)
 
 
 def steady() -> float:
@@ -114,9 +121,9 @@ def push(
     if batch.delivery == "COMPLETE":
         return _report(ledger, connector, batch, "it is complete already, nothing was sent")
     _may_begin(ledger, batch, settings, clock(), by_person)
-    with _leased(ledger, connector.system, settings, monotonic, holder) as held, _Push(
-        ledger, connector, batch, settings, run_id, clock, sleep, monotonic, rng or random.Random(), progress,
-        stop or threading.Event(), by_person, held,
+    with _begun(
+        ledger, connector, batch, settings, holder, run_id=run_id, clock=clock, sleep=sleep, monotonic=monotonic,
+        rng=rng or random.Random(), progress=progress, stop=stop or threading.Event(), by_person=by_person,
     ) as run:  # fmt: skip
         return run.push()
 
@@ -144,9 +151,9 @@ def resolve(
     settings = settings or PushSettings()
     if batch.delivery == "COMPLETE":
         return _report(ledger, connector, batch, "it is complete already")
-    with _leased(ledger, connector.system, settings, monotonic, holder) as held, _Push(
-        ledger, connector, batch, settings, run_id, clock, sleep, monotonic, rng or random.Random(), None,
-        stop or threading.Event(), True, held,
+    with _begun(
+        ledger, connector, batch, settings, holder, run_id=run_id, clock=clock, sleep=sleep, monotonic=monotonic,
+        rng=rng or random.Random(), progress=None, stop=stop or threading.Event(), by_person=True,
     ) as run:  # fmt: skip
         return run.resolve(by)
 
@@ -181,8 +188,8 @@ def dry_run(
     if batch.delivery == "COMPLETE":
         return Diff(batch_id, connector.system, (), tuple(notes))
     with _Push(
-        ledger, connector, batch, settings, run_id, clock, sleep, monotonic, random.Random(0), None, threading.Event(),
-        by_person, _NoLease(monotonic),
+        ledger, connector, batch, settings, run_id=run_id, clock=clock, sleep=sleep, monotonic=monotonic,
+        rng=random.Random(0), progress=None, stop=threading.Event(), by_person=by_person, held=_NoLease(monotonic),
     ) as run:  # fmt: skip
         rows, more = run.look()
     return Diff(batch_id, connector.system, tuple(rows), (*notes, *more))
@@ -229,6 +236,18 @@ def _leased(
         held.give_back()
         raise
     held.give_back()
+
+
+@contextlib.contextmanager
+def _begun(
+    ledger: Ledger, connector: Connector, batch: BatchRow, settings: PushSettings, holder: Holder | None, **how: Any
+) -> Iterator[_Push]:
+    """A push that has the lease of its system."""
+    with (
+        _leased(ledger, connector.system, settings, how["monotonic"], holder) as held,
+        _Push(ledger, connector, batch, settings, held=held, **how) as run,
+    ):
+        yield run
 
 
 class _Held:
@@ -299,6 +318,7 @@ class _Push:
         connector: Connector,
         batch: BatchRow,
         settings: PushSettings,
+        *,
         run_id: str,
         clock: Callable[[], datetime],
         sleep: Callable[[float], None],
