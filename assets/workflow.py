@@ -5,23 +5,19 @@ Belongs here: reading ``assets/workflows/<name>/``. Does not: doing what it says
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
-import types
-import typing
-from collections.abc import Mapping
 from datetime import UTC, date, datetime, time, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data_checks.contract import ExpectationSpec
 from data_checks.drift import DriftSpec
 from data_checks.guardrails import Guardrails
+from delivery import said
 from delivery.connectors.catalog import ConnectorSettings
 from delivery.guards import Guards
 from delivery.reports import PushSettings
@@ -299,95 +295,16 @@ class Workflow(Strict):
         return whole.hexdigest()
 
 
-def _allowed_at(model: Any, path: tuple[str | int, ...]) -> list[str]:
-    """The keys that a model knows at a path of a validation error (without its last part)."""
-    current: Any = model
-    for part in path:
-        while typing.get_origin(current) is Annotated:
-            current = typing.get_args(current)[0]
-        origin = typing.get_origin(current)
-        if origin in (typing.Union, types.UnionType):
-            options = [a for a in typing.get_args(current) if a is not type(None)]
-            tagged = [o for o in options if _kind_of(o) == part]
-            current = tagged[0] if tagged else options[0]
-            if tagged:
-                continue
-            origin = typing.get_origin(current)
-        if isinstance(current, type) and issubclass(current, BaseModel):
-            field = current.model_fields.get(str(part))
-            if field is None:
-                return []
-            current = field.annotation
-        elif origin in (dict, Mapping):
-            current = typing.get_args(current)[1]
-        elif origin in (tuple, list):
-            current = typing.get_args(current)[0]
-        else:
-            return []
-    while typing.get_origin(current) is Annotated:
-        current = typing.get_args(current)[0]
-    if typing.get_origin(current) in (typing.Union, types.UnionType):
-        current = next(a for a in typing.get_args(current) if a is not type(None))
-    if isinstance(current, type) and issubclass(current, BaseModel):
-        return sorted(set(current.model_fields) - {"contract", "folder"})
-    return []
-
-
-def _kind_of(model: Any) -> str | None:
-    field = getattr(model, "model_fields", {}).get("kind")
-    return typing.get_args(field.annotation)[0] if field is not None else None
-
-
-def _explain(file: Path, error: ValidationError, model: type[BaseModel], under: str = "") -> str:
-    lines = []
-    for problem in error.errors():
-        location = tuple(problem["loc"])
-        shown = [str(p) for p in location]
-        if under:
-            shown = [under, *shown]
-        text = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] in ("extra_forbidden", "missing"):
-            allowed = _allowed_at(model, location[:-1])
-            if problem["type"] == "extra_forbidden":
-                near = difflib.get_close_matches(str(location[-1]), allowed, 1)
-                text = "unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
-            else:
-                text = "is required"
-            if allowed:
-                text += f" (allowed here: {', '.join(allowed)})"
-        elif problem["type"] not in ("value_error",):
-            text += f", found {problem['input']!r}"
-        lines.append(f"{file}: {'.'.join(shown)}: {text}")
-    return "\n".join(lines)
-
-
-class _OnceLoader(yaml.SafeLoader):
-    """YAML in which no key stands twice: the later one would silently win."""
-
-
-def _once(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
-        seen.add(key)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep)
-
-
-_OnceLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _once)
+_NOT_WRITTEN = ("contract", "folder")
 
 
 def _yaml(file: Path) -> dict[str, Any]:
     try:
-        found = yaml.load(file.read_text(encoding="utf-8"), Loader=_OnceLoader)
+        return said.read(file)
     except FileNotFoundError:
         raise WorkflowInvalid(f"{file}: is missing; every workflow has workflow.yaml and contract.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise WorkflowInvalid(f"{file}: is not YAML: {error}") from error
-    if not isinstance(found, dict):
-        raise WorkflowInvalid(f"{file}: must hold keys and values, found {type(found).__name__}")
-    return found
+    except ValueError as error:
+        raise WorkflowInvalid(str(error)) from error
 
 
 def load(folder: Path) -> Workflow:
@@ -395,18 +312,18 @@ def load(folder: Path) -> Workflow:
 
     Raises WorkflowInvalid naming the file, the path in it and what is allowed there.
     """
-    said, promised = _yaml(folder / "workflow.yaml"), _yaml(folder / "contract.yaml")
-    for reserved in ("contract", "folder"):
-        if reserved in said:
+    told, promised = _yaml(folder / "workflow.yaml"), _yaml(folder / "contract.yaml")
+    for reserved in _NOT_WRITTEN:
+        if reserved in told:
             raise WorkflowInvalid(f"{folder / 'workflow.yaml'}: {reserved}: unknown key (it is not written here)")
     try:
         contract = Contract.model_validate(promised)
     except ValidationError as error:
-        raise WorkflowInvalid(_explain(folder / "contract.yaml", error, Contract)) from None
+        raise WorkflowInvalid(said.explain(folder / "contract.yaml", error, Contract)) from None
     try:
-        workflow = Workflow.model_validate({**said, "contract": contract, "folder": folder})
+        workflow = Workflow.model_validate({**told, "contract": contract, "folder": folder})
     except ValidationError as error:
-        raise WorkflowInvalid(_explain(folder / "workflow.yaml", error, Workflow)) from None
+        raise WorkflowInvalid(said.explain(folder / "workflow.yaml", error, Workflow, _NOT_WRITTEN)) from None
     if workflow.name != folder.name:
         raise WorkflowInvalid(
             f"{folder / 'workflow.yaml'}: name: {workflow.name!r} is not the folder's name {folder.name!r}"

@@ -5,18 +5,14 @@ Belongs here: the models, reading them, and the guidance in their errors. Does n
 
 from __future__ import annotations
 
-import difflib
 import re
-import types
-import typing
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
 
+from delivery import said
 from delivery.connectors.base import Misconfigured, Outcome
 from delivery.connectors.http import check_headers, origin_of
 from delivery.connectors.template import ABSENT, INT64, Pointer, Unfit, at, placeholders, same, whole
@@ -520,82 +516,17 @@ class RestSettings(Strict):
     base_url: str | None = Field(default=None, description="In place of the YAML's (a test instance)")
 
 
-class _OnceLoader(yaml.SafeLoader):
-    """YAML in which no key stands twice: the later one would silently win."""
-
-
-def _once(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
-        seen.add(key)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep)
-
-
-_OnceLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _once)
-
-
 def load(file: Path, base_url: str | None = None) -> RestSystem:
     """Read one system's YAML. Raises Misconfigured naming the file, the path in it and what is allowed there."""
     try:
-        said = yaml.load(file.read_text(encoding="utf-8"), Loader=_OnceLoader)
+        text = said.read(file)
     except OSError as error:
         raise Misconfigured(f"{file}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Misconfigured(f"{file}: is not YAML: {error}") from None
-    if not isinstance(said, dict):
-        raise Misconfigured(f"{file}: must hold keys and values, found {type(said).__name__}")
+    except ValueError as error:
+        raise Misconfigured(str(error)) from None
     if base_url is not None:
-        said["base_url"] = base_url
+        text["base_url"] = base_url
     try:
-        return RestSystem.model_validate(said)
+        return RestSystem.model_validate(text)
     except ValidationError as error:
-        raise Misconfigured(_explain(file, error)) from None
-
-
-def _explain(file: Path, error: ValidationError) -> str:
-    lines = []
-    for problem in error.errors():
-        location = problem["loc"]
-        text = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] in ("extra_forbidden", "missing"):
-            allowed = _allowed_at(location[:-1])
-            if problem["type"] == "extra_forbidden":
-                near = difflib.get_close_matches(str(location[-1]), allowed, 1)
-                text = "unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
-            else:
-                text = "is required"
-            if allowed:
-                text += f" (allowed here: {', '.join(allowed)})"
-        elif problem["type"] != "value_error":
-            text += f", found {str(problem['input'])[:80]!r}"
-            if problem["type"] == "string_type":
-                text += "; put it in quotes"
-        lines.append(f"{file}: {'.'.join(str(p) for p in location) or 'as a whole'}: {text}")
-    return "\n".join(lines)
-
-
-def models_of(annotation: Any) -> list[type[BaseModel]]:
-    """The models that an annotation may hold."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if typing.get_origin(annotation) in (Annotated, tuple, typing.Union, types.UnionType):
-        return [m for part in typing.get_args(annotation) for m in models_of(part)]
-    return []
-
-
-def _allowed_at(path: Sequence[str | int]) -> list[str]:
-    """The keys that may stand at a path of a validation error."""
-    current: list[type[BaseModel]] = [RestSystem]
-    for part in path:
-        if isinstance(part, int):
-            continue
-        tagged = [
-            m for m in current if part in typing.get_args(getattr(m.model_fields.get("kind"), "annotation", None))
-        ]
-        current = tagged or [
-            found for m in current if part in m.model_fields for found in models_of(m.model_fields[part].annotation)
-        ]
-    return sorted({name for model in current for name in model.model_fields})
+        raise Misconfigured(said.explain(file, error, RestSystem)) from None
