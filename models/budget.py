@@ -53,6 +53,12 @@ class BudgetPolicy(BaseModel):
         gt=0,
         description="Expected value for each unit of money, over an arm; then the total is a ceiling",
     )
+    largest_doubt: float | None = Field(
+        default=None,
+        gt=0,
+        description="A line whose interval (`value_low` to `value_high`) is wider than this share of its expected value "
+        "at today's budget keeps it; null: no line does. A score without an interval is not held to it",
+    )
     total: Literal["same"] = Field(default="same", description="An arm's pool; same: what its lines have today")
     unit_micros: int = Field(
         default=1,
@@ -533,6 +539,7 @@ def decide(
     Args:
         features: `entity_id` (each once), the columns that the spec names (micros), and `unit` where `arms` is keyed
         by it. scores: `entity_id`, `spends` (list of micros), `values` (list of currency units); lines may be missing.
+            `value_low`, `value_high`, `confidence` where there are such: told in the reasons, judged by `largest_doubt`.
         arms: `arm`, `arm_probability` by `unit` or by `entity_id` (with `unit`).
         spec: The fields of `BudgetPolicy`; an unknown key is refused.
         explore: The step; None: lines of the arm explore keep their status quo.
@@ -566,10 +573,16 @@ def decide(
     low, high = _bounds(spends, floor, cap, before, policy.largest_daily_change)
     trouble = np.where((trouble == 0) & (low > high), _CONFLICT, trouble)
 
+    least_worth, most_worth, sure = _intervals(ids, scores)
+    worth = _at(spends, values, before)
+    if policy.largest_doubt is not None:
+        # a nan compares false: what has no interval is not held to it
+        trouble = np.where((trouble == 0) & (most_worth - least_worth > policy.largest_doubt * worth), _DOUBT, trouble)
+
     after, say = before.copy(), _Reasons(len(before))
     perturbation, perturbed = np.full(len(before), np.nan), np.full(len(before), np.nan)
     certificates: dict[str, dict[str, Any]] = {}
-    now, was = before / MICROS, _at(spends, values, before)
+    now, was = before / MICROS, worth
     for name in np.unique(arm):
         mine = arm == name
         plan: Plan | None = None
@@ -607,9 +620,14 @@ def decide(
             _explain(say, name, movable, plan, before, after, gain, (low, high), (floor, cap), policy)
             for code, why in _TROUBLE.items():
                 say.add(mine & (trouble == code), "Kept at ", now, ": ", why, ".")
+            say.add(mine & (trouble == _DOUBT), "Kept at ", now, ": what it earns is too uncertain, the interval is wider "
+                    f"than {policy.largest_doubt or 0:.0%} of what is expected.")  # fmt: skip
+            for level in np.unique(sure[mine & ~np.isnan(sure)]):
+                say.add(mine & (sure == level), "At today's budget its day is worth between ", least_worth, " and ",
+                        most_worth, f" ({level:.0%}).")  # fmt: skip
         certificates[str(name)] = _certificate(mine, movable, before, after, was, plan)
 
-    known = (trouble == 0) | (trouble == _CONFLICT)
+    known = np.isin(trouble, (0, _CONFLICT, _DOUBT))
     inside = (after >= spends[:, 0]) & (after <= spends[:, -1])
     gain = np.where(known & inside, _at(spends, values, after) - was, np.nan)
     decisions = pa.table(
@@ -632,7 +650,7 @@ def decide(
 
 
 _NO_CAP = 2**62
-_CONFLICT = 4
+_CONFLICT, _DOUBT = 4, 5
 _TROUBLE = {
     1: "the model gave no response curve for this line",
     2: "its response curve is not usable (lengths differ, a value is not finite, or spends descend)",
@@ -715,6 +733,19 @@ def _curves(ids: pa.Array, scores: pa.Table, before: Ints) -> tuple[Ints, Floats
     bad = np.isin(trouble, (1, 2))
     spends[bad], values[bad] = before[bad, None], 0.0
     return spends, values, trouble
+
+
+def _intervals(ids: pa.Array, scores: pa.Table) -> tuple[Floats, Floats, Floats]:
+    """value_low, value_high and confidence of each line, NaN where there is none."""
+    names = ("value_low", "value_high", "confidence")
+    if scores.num_rows == 0 or not set(names) <= set(scores.column_names):
+        nothing = np.full(len(ids), np.nan)
+        return nothing, nothing, nothing
+    at = pc.index_in(ids, value_set=_column(scores, "entity_id", "scores").cast(pa.string()))
+    low, high, sure = (
+        np.asarray(pc.fill_null(_column(scores, name, "scores").cast(pa.float64()).take(at), np.nan)) for name in names
+    )
+    return low, high, np.where(np.isfinite(low + high), sure, np.nan)
 
 
 def _in_whole_units(spend: Ints, low: Ints, high: Ints, unit: int) -> Ints:

@@ -22,6 +22,8 @@ import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 SCORES = ("p_miss_now", "p_miss_later", "effort_hours", "uncertainty")
+CONFIDENT = ("may_miss", "may_hit", "hours_low", "hours_high", "confidence")
+"""Score columns that may be missing or null: calibrated sets and intervals (``models.conformal``)."""
 
 
 class PriorityPolicy(BaseModel):
@@ -77,6 +79,11 @@ class PriorityPolicy(BaseModel):
         default=None,
         ge=1,
         description="A ticket falls by at most so many priorities a day, so that people can object; null: any",
+    )
+    review: Literal["uncertainty", "conformal"] = Field(
+        default="uncertainty",
+        description="What makes a ticket one for people: uncertainty (above `review_above`), or conformal (both outcomes "
+        "lie in its prediction set at the model's `confidence`; without a set, `review_above` counts)",
     )
     review_above: float = Field(
         default=0.8, ge=0, le=1, description="A ticket with a larger uncertainty keeps its priority and goes to people"
@@ -154,6 +161,7 @@ def decide(features: pa.Table, scores: pa.Table, arms: pa.Table, spec: Mapping[s
     features: `entity_id` (each once), the columns that `spec` names, and `unit` where `arms` is keyed by it.
     scores: `entity_id` (and `moment`, where features have it), `p_miss_now`, `p_miss_later`, `effort_hours`,
         `uncertainty`. A ticket without a row, or with a score that is null or out of range, keeps its priority.
+        CONFIDENT where there are such: told in the reasons, and what `review: conformal` goes by.
     arms: `arm`, `arm_probability` by `unit` or by `entity_id` (with `unit`); `holdout` keeps its priority.
     Tickets that keep their priority (holdout, review, `keep`) still take their place in the team's capacity.
     Returns entity_id, unit, arm, arm_probability, perturbation, perturbation_probability (both null), before, after,
@@ -172,6 +180,7 @@ def decide(features: pa.Table, scores: pa.Table, arms: pa.Table, spec: Mapping[s
     before = _column(features, policy.priority, "features").cast(pa.int64())
     known = _scores(features, scores, ids)
     p_now, p_later, effort, uncertainty = (known[name] for name in SCORES)
+    may_miss, may_hit, hours_low, hours_high, confidence = (known[name] for name in CONFIDENT)
     valid = np.asarray(before.is_valid())
     scored = (
         (p_now >= 0) & (p_now <= 1) & (p_later >= 0) & (p_later <= 1) & (effort > 0) & np.isfinite(effort)
@@ -202,7 +211,9 @@ def decide(features: pa.Table, scores: pa.Table, arms: pa.Table, spec: Mapping[s
     now = np.asarray(pc.fill_null(before, 0))
     held = np.asarray(pc.equal(arm, "holdout"))
     kept = np.isin(now, policy.keep)
-    review = scored & (uncertainty > policy.review_above) & ~held
+    by_set = ~np.isnan(may_miss + may_hit) if policy.review == "conformal" else np.zeros(n, dtype=bool)
+    unsure = np.where(by_set, may_miss * may_hit > 0, uncertainty > policy.review_above)
+    review = scored & unsure & ~held
     acts = scored & ~held & ~kept & ~review
     softened = np.zeros(n, dtype=bool)
     if policy.largest_drop is not None:
@@ -218,7 +229,8 @@ def decide(features: pa.Table, scores: pa.Table, arms: pa.Table, spec: Mapping[s
         {"scored": scored, "held": held, "kept": kept, "review": review, "idle": idle, "acts": acts, "softened": softened},
         p_now=p_now, p_later=p_later, cost=cost, cost_key=cost_key, cost_by=policy.cost_by, effort=effort, value=value,
         place=places, of=in_team, team=team_name, work=before_work, capacity=capacity, after=after, before=now,
-        uncertainty=uncertainty, limit=policy.review_above, valid=valid,
+        uncertainty=uncertainty, limit=policy.review_above, valid=valid, by_set=by_set, hours_low=hours_low,
+        hours_high=hours_high, confidence=confidence,
     )  # fmt: skip
     return pa.table({
         "entity_id": ids,
@@ -298,7 +310,14 @@ def _scores(features: pa.Table, scores: pa.Table, ids: pa.Array) -> dict[str, np
         keys = pc.binary_join_element_wise(_column(features, "moment", "features"), keys, "\x1f")
         theirs = pc.binary_join_element_wise(_column(scores, "moment", "scores"), theirs, "\x1f")
     at = pc.index_in(keys, value_set=theirs)
-    return {name: _floats(_column(scores, name, "scores").take(at)) for name in SCORES}
+    told = {name: _floats(_column(scores, name, "scores").take(at)) for name in SCORES}
+    for name in CONFIDENT:
+        there = name in scores.column_names
+        column = _column(scores, name, "scores").take(at) if there else None
+        if column is not None and pa.types.is_boolean(column.type):
+            column = column.cast(pa.int8())
+        told[name] = np.full(len(ids), np.nan) if column is None else _floats(column)
+    return told
 
 
 def _text(values: np.ndarray, digits: int) -> pa.Array:
@@ -314,7 +333,7 @@ def _join(*parts: pa.Array | str) -> pa.Array:
 def _reasons(mark: dict[str, np.ndarray], **of: Any) -> pa.Array:
     """LIST<VARCHAR>: for each ticket why, in sentences with its figures."""
     n = len(of["after"])
-    stays = _join("priority ", _text(of["before"], 0), " stays.")
+    stays, sure = _join("priority ", _text(of["before"], 0), " stays."), _text(100 * of["confidence"], 0)
     kept = pc.if_else(
         pa.array(~of["valid"]), "No priority is set downstream: none is set here.",
         pc.if_else(
@@ -323,8 +342,12 @@ def _reasons(mark: dict[str, np.ndarray], **of: Any) -> pa.Array:
                 pa.array(~mark["scored"]), _join("No usable score: ", stays),
                 pc.if_else(
                     pa.array(mark["review"]),
-                    _join("Uncertainty ", _text(of["uncertainty"], 2), " is above ", f"{of['limit']:.2f}",
-                          ": a person decides, ", stays),
+                    pc.if_else(
+                        pa.array(of["by_set"]),
+                        _join("Unsure, it may miss its service level and it may not (", sure, "%): a person decides, ", stays),
+                        _join("Uncertainty ", _text(of["uncertainty"], 2), " is above ", f"{of['limit']:.2f}",
+                              ": a person decides, ", stays),
+                    ),
                     _join("This priority is left to people: ", stays),
                 ),
             ),
@@ -333,6 +356,12 @@ def _reasons(mark: dict[str, np.ndarray], **of: Any) -> pa.Array:
     risk = _join(
         "Begun now it misses the service level with probability ", _text(100 * of["p_now"], 0), "%, begun later with ",
         _text(100 * of["p_later"], 0), "%.",
+        pc.if_else(
+            pa.array(np.isfinite(of["hours_low"] + of["hours_high"])),
+            _join(" It is resolved in between ", _text(of["hours_low"], 0), " and ", _text(of["hours_high"], 0), " h (",
+                  sure, "%)."),
+            "",
+        ),
     )  # fmt: skip
     worth = _join(
         "A miss costs ", _text(of["cost"], 1), " (", of["cost_by"], " ", pc.fill_null(of["cost_key"], "unknown"),

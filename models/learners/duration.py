@@ -30,6 +30,7 @@ from models.booster import (
     top_contributions,
     train,
 )
+from models.conformal import Bands, Sets, coarser, coverage, halves
 from models.priority import coverage_curve
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ FOLDS = 2
 QUANTILES = np.linspace(0.0, 1.0, 201)
 LONGEST = np.log1p(20 * 365 * 24.0)  # where a quantile of "never" is cut
 SHARPEST = 1e-4
+RESOLVED = 0.9  # share of a day's rows whose handling time must be known for the day to say how long things take
 
 
 class DurationModel(BaseModel):
@@ -61,6 +63,12 @@ class DurationModel(BaseModel):
     )
     half_life_days: float | None = Field(
         default=30.0, gt=0, description="A row so many days old weighs half as much; null weighs all alike"
+    )
+    confidence: float = Field(
+        default=0.9,
+        ge=0.5,
+        lt=1,
+        description="What a prediction set and an interval of hours hold at least, on days exchangeable with those learned from",
     )
     members: int = Field(default=1, ge=1, le=20, description="Boosters averaged for p_miss, each with its own seed")
     rounds: int = Field(default=150, gt=0, description="Trees of a Booster")
@@ -262,6 +270,8 @@ def _scored(
     effort: Array,
     effort_spread: Spread | None,
     delay: float,
+    sets: Sets | None = None,
+    hours: Bands | None = None,
 ) -> pa.Table:
     """The score table. A known due time is compared with the hands-on time (with the handling time where that is not
     recorded); an unknown one is the time by which handling as usual is over with probability 1 - p_miss."""
@@ -283,8 +293,24 @@ def _scored(
             "p_miss_later": np.maximum(later, now),
             "effort_hours": effort if effort_spread is None else effort_spread.mean(np.log1p(effort)),
             "uncertainty": 2.0 * np.minimum(p_miss, 1.0 - p_miss),
+            **_confident(_texts(features, "moment"), p_miss, expected, sets, hours),
         }
     )
+
+
+def _confident(moment: Array, p_miss: Array, expected: Array, sets: Sets | None, hours: Bands | None) -> dict[str, Any]:
+    """Score columns: which outcomes are possible, the remaining hours from and to, and how sure that is; else null."""
+    n = len(p_miss)
+    out: dict[str, Any] = {name: pa.nulls(n, pa.bool_()) for name in ("may_miss", "may_hit")}
+    out |= {name: pa.nulls(n, pa.float64()) for name in ("hours_low", "hours_high", "confidence")}
+    if sets is not None:
+        miss, hit, known = sets.of(p_miss, moment)
+        out |= {"may_miss": pa.array(miss, mask=~known), "may_hit": pa.array(hit, mask=~known)}
+        out["confidence"] = pa.array(np.full(n, sets.confidence), mask=~known)
+    if hours is not None:
+        low, high = (np.expm1(np.clip(expected + side, 0.0, LONGEST)) for side in hours.around(expected))
+        out |= {"hours_low": pa.array(low, from_pandas=True), "hours_high": pa.array(high, from_pandas=True)}
+    return out
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -306,6 +332,31 @@ def figures(missed: Array, p_miss: Array) -> dict[str, float]:
         "base_rate": float(np.mean(missed)) if len(missed) else float("nan"),
         "rows": float(len(missed)),
     }
+
+
+def confidence_figures(rows: pa.Table, missed: Array, scores: pa.Table) -> dict[str, float]:
+    """How often sets and intervals held on judged rows, each day counting alike, and how wide they were.
+
+    coverage: the set held the outcome; width: outcomes in a set, 0 to 2; unsure: share of sets with both;
+    hours_coverage, hours_width: of resolved rows, the remaining hours lay within the interval, and its median width.
+    Empty where nothing was calibrated.
+    """
+    day = _days(rows) if "day" in rows.column_names else np.zeros(rows.num_rows)
+    miss, hit = _floats(scores, "may_miss"), _floats(scores, "may_hit")
+    out: dict[str, float] = {}
+    known = ~np.isnan(miss)
+    if known.any():
+        held = np.where(missed > 0, miss, hit)[known]
+        out["coverage"] = coverage(held, day[known])
+        out["width"] = float((miss + hit)[known].mean())
+        out["unsure"] = float((miss * hit)[known].mean())
+    low, high = _floats(scores, "hours_low"), _floats(scores, "hours_high")
+    left = np.maximum(_floats(rows, "handling_hours") - np.nan_to_num(_floats(rows, "age_hours")), 0.0)
+    known = ~np.isnan(low) & ~np.isnan(left)
+    if known.any():
+        out["hours_coverage"] = coverage(((low <= left) & (left <= high))[known], day[known])
+        out["hours_width"] = float(np.median((high - low)[known]))
+    return out
 
 
 def _bins(missed: Array, p_miss: Array, bins: int = 10) -> list[tuple[float, float, int]]:
@@ -355,13 +406,16 @@ class DurationLearner:
     effort_spread: Spread | None
     spec: dict[str, Any]
     threads: int = 1
+    sets: Sets | None = None
+    hours: Bands | None = None
 
     @classmethod
     def fit(cls, rows: pa.Table, spec: Mapping[str, Any], *, seed: int, device: str, threads: int) -> Self:
         """Learns from feature rows with what is known of their outcomes, sorted by (day, key).
 
         spec: the fields of DurationModel with ``numeric`` and ``categorical``, the feature columns.
-        The last calibration and the spread of times come from predictions for entities that a twin had not seen.
+        The last calibration and the spread of times come from predictions for entities that a twin had not seen; sets and
+        intervals (``models.conformal``) from those of a coarser twin that had seen neither the entity nor the day.
         """
         settings = _settings(spec)
         encoding = Encoding.learn(
@@ -380,7 +434,6 @@ class DurationLearner:
         fold = np.unique(_texts(rows, "entity_id"), return_inverse=True)[1] % FOLDS
         shape = {
             "num_leaves": settings.num_leaves,
-            "learning_rate": settings.learning_rate,
             "min_data_in_leaf": settings.min_data_in_leaf,
             "feature_fraction": 0.5,
             "bagging_fraction": 0.7,
@@ -391,13 +444,14 @@ class DurationLearner:
             "max_cat_threshold": 16,
         }
 
-        def learn(objective: str, y: Array, chosen: Array, seed: int) -> lightgbm.Booster:
+        def learn(objective: str, y: Array, chosen: Array, seed: int, **other: Any) -> lightgbm.Booster:
+            more = {"rounds": settings.rounds, "learning_rate": settings.learning_rate, **other}
             return train(
                 x[chosen],
                 y[chosen],
                 encoding=encoding,
-                params={**shape, "objective": objective},
-                rounds=settings.rounds,
+                params={**shape, "objective": objective, "learning_rate": more["learning_rate"]},
+                rounds=more["rounds"],
                 seed=seed,
                 device=device,
                 threads=threads,
@@ -416,6 +470,25 @@ class DurationLearner:
         every, moment = np.ones(len(x), bool), _texts(rows, "moment")
         guess = np.nan_to_num(unseen("cross_entropy", labels.missed, every), nan=0.5)
         spread = Spread.learn(np.nan_to_num(unseen("regression", left, every), nan=float(left.mean())), left)
+        calibration = {
+            str(one): _platt(guess[moment == one], labels.missed[moment == one], weight[moment == one])
+            for one in np.unique(moment)
+        }
+        sets, hours = None, None
+        if "day" in rows.column_names:
+            day = _days(rows)
+            p, later = np.full(len(x), np.nan), np.full(len(x), np.nan)
+            rough = coarser(settings.rounds, settings.learning_rate)
+            for others, mine in halves(day, _texts(rows, "entity_id")):
+                p[mine] = predict(
+                    learn("cross_entropy", labels.missed, others, seed, **rough), x[mine], threads=threads
+                )
+                later[mine] = predict(learn("regression", left, others, seed, **rough), x[mine], threads=threads)
+            told = ~np.isnan(p)
+            known = _calibrated(_logit(p[told]), moment[told], calibration)
+            sets = Sets.learn(known, labels.missed[told], day[told], moment[told], settings.confidence)
+            settled = told & _mostly(~np.isnan(_floats(rows, "handling_hours")), day, RESOLVED)
+            hours = Bands.learn(later[settled], (left - later)[settled], day[settled], settings.confidence)
         timed = ~np.isnan(effort)
         recorded = timed.sum() >= 10 * settings.min_data_in_leaf
         return cls(
@@ -423,29 +496,25 @@ class DurationLearner:
             miss=[learn("cross_entropy", labels.missed, every, seed + i) for i in range(settings.members)],
             duration=learn("regression", left, every, seed),
             effort=learn("regression", effort, timed, seed) if recorded else None,
-            calibration={
-                str(one): _platt(guess[moment == one], labels.missed[moment == one], weight[moment == one])
-                for one in np.unique(moment)
-            },
+            calibration=calibration,
             spread=spread,
             effort_spread=Spread.learn(unseen("regression", effort, timed), effort[timed]) if recorded else None,
             spec=dict(spec),
             threads=threads,
+            sets=sets,
+            hours=hours,
         )
 
     def p_miss(self, features: pa.Table) -> Array:
         """P(missed) of each row, calibrated for its moment."""
         x = self.encoding.matrix(features)
         raw = np.mean([_logit(predict(one, x, threads=self.threads)) for one in self.miss], axis=0)
-        known, moment = list(self.calibration.values()), _texts(features, "moment")
-        # a moment that training never saw takes the last known one's
-        which = [np.asarray(moment == one) for one in self.calibration]
-        slope = np.select(which, [a for a, _ in known], known[-1][0])
-        shift = np.select(which, [b for _, b in known], known[-1][1])
-        return np.asarray(1.0 / (1.0 + np.exp(-(slope * raw + shift))))
+        return _calibrated(raw, _texts(features, "moment"), self.calibration)
 
     def score(self, features: pa.Table) -> pa.Table:
-        """Key columns with p_miss, p_miss_now, p_miss_later, effort_hours and uncertainty, in the given order."""
+        """Key columns with p_miss, p_miss_now, p_miss_later, effort_hours and uncertainty, in the given order; then what
+        holds with the probability ``confidence``: may_miss and may_hit (the outcomes that are possible), and hours_low to
+        hours_high (until it is resolved). Null where too few days calibrated it."""
         x = self.encoding.matrix(features)
         settings = _settings(self.spec)
         effort = (
@@ -461,6 +530,8 @@ class DurationLearner:
             effort,
             self.effort_spread,
             settings.delay_hours,
+            self.sets,
+            self.hours,
         )
 
     def contributions(self, features: pa.Table) -> pa.Table:
@@ -504,9 +575,10 @@ class DurationLearner:
         return Because(tuple(heads), parts, ("hours_to_due",) if due else (), says)
 
     def evaluate(self, rows: pa.Table) -> dict[str, float]:
-        """``figures`` of p_miss on the judged rows."""
+        """``figures`` of p_miss on the judged rows; ``confidence_figures`` where sets and intervals were calibrated."""
         known, missed = _judged(rows)
-        return figures(missed, self.p_miss(known))
+        scores = self.score(known)
+        return {**figures(missed, _floats(scores, "p_miss")), **confidence_figures(known, missed, scores)}
 
     def plots(self, rows: pa.Table) -> dict[str, Figure]:
         """Calibration and the review line on the judged rows, and the features by their gain."""
@@ -555,6 +627,8 @@ class DurationLearner:
             "effort_spread": None if self.effort_spread is None else self.effort_spread.to_dict(),
             "spec": self.spec,
             "threads": self.threads,
+            "sets": None if self.sets is None else self.sets.to_dict(),
+            "hours": None if self.hours is None else self.hours.to_dict(),
         }
         return {**boosters, "meta.json": json.dumps(meta, ensure_ascii=False, indent=1).encode()}
 
@@ -573,7 +647,20 @@ class DurationLearner:
             effort_spread=None if meta["effort_spread"] is None else Spread.from_dict(meta["effort_spread"]),
             spec=meta["spec"],
             threads=meta["threads"],
+            # a model registered before it had them scores as it did, with nulls in their columns
+            sets=None if meta.get("sets") is None else Sets.from_dict(meta["sets"]),
+            hours=None if meta.get("hours") is None else Bands.from_dict(meta["hours"]),
         )
+
+
+def _days(rows: pa.Table) -> Array:
+    return np.asarray(rows.column("day").cast(pa.date32()).cast(pa.int32()).to_numpy(zero_copy_only=False))
+
+
+def _mostly(mark: Array, day: Array, share: float) -> Array:
+    """The rows of the days on which at least ``share`` of the rows are marked."""
+    _, code = np.unique(day, return_inverse=True)
+    return np.asarray((np.bincount(code, mark) >= share * np.bincount(code))[code])
 
 
 def _recency(rows: pa.Table, half_life_days: float | None) -> Array:
@@ -587,6 +674,15 @@ def _recency(rows: pa.Table, half_life_days: float | None) -> Array:
 def _logit(p: Array) -> Array:
     p = np.clip(p, 1e-9, 1 - 1e-9)
     return np.asarray(np.log(p) - np.log1p(-p))
+
+
+def _calibrated(raw: Array, moment: Array, calibration: Mapping[str, tuple[float, float]]) -> Array:
+    """P(missed) from log odds, by the calibration of each row's moment; one never seen takes the last known one's."""
+    known = list(calibration.values())
+    which = [np.asarray(moment == one) for one in calibration]
+    slope = np.select(which, [a for a, _ in known], known[-1][0])
+    shift = np.select(which, [b for _, b in known], known[-1][1])
+    return np.asarray(1.0 / (1.0 + np.exp(-(slope * raw + shift))))
 
 
 def _platt(p: Array, target: Array, weight: Array) -> tuple[float, float]:

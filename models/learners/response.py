@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from models import booster as boosters
 from models.booster import Because, Encoding
+from models.conformal import Bands, coarser, coverage, halves
 from models.elasticity import Elasticities, fit_elasticities, response
 
 if TYPE_CHECKING:
@@ -64,6 +65,12 @@ class ResponseModel(BaseModel):
     learning_rate: float = Field(default=0.02, gt=0, le=1, description="How much of each tree is taken")
     leaves: int = Field(default=8, ge=2, description="Leaves of a tree")
     rows_in_leaf: int = Field(default=40, gt=0, description="Fewest training rows in a leaf")
+    confidence: float = Field(
+        default=0.9,
+        ge=0.5,
+        lt=1,
+        description="What the interval of a day's value holds at least, on days exchangeable with those learned from",
+    )
     l2: float = Field(default=5.0, ge=0, description="L2 penalty on a leaf's value")
     column_share: float = Field(default=0.7, gt=0, le=1, description="Share of the columns that a tree may look at")
     row_share: float = Field(default=0.5, gt=0, le=1, description="Share of the rows that a tree sees")
@@ -115,9 +122,10 @@ class ResponseLearner:
         elasticities: Elasticities,
         notes: Sequence[str],
         threads: int = 1,
+        bands: Bands | None = None,
     ) -> None:
         self.spec, self.encoding, self.booster, self.shares = spec, encoding, booster, tuple(shares)
-        self.believed_days = believed_days
+        self.believed_days, self.bands = believed_days, bands
         self.overall_ratio, self.elasticities, self.notes, self.threads = (
             overall_ratio,
             elasticities,
@@ -144,7 +152,8 @@ class ResponseLearner:
         lift = _lift(multiplier, slope)
         believed, shares = _best_base(rows, overall, undrawn * lift, value)
 
-        level = _weighted(_ratios(rows, believed, overall), shares) * undrawn * lift
+        ratios = _ratios(rows, believed, overall)
+        level = _weighted(ratios, shares) * undrawn * lift
         told = level > 0
         if not told.any():
             raise ValueError(
@@ -154,29 +163,55 @@ class ResponseLearner:
         encoding = Encoding((*encoding.numeric, *SPEND_SHIFTS), encoding.categorical)
         matrix = encoding.matrix(_with_shifts(rows, undrawn))
         weight = level[told] / level[told].mean()
-        trained = boosters.train(
-            matrix[told],
-            np.clip(value[told] / level[told], 0, FARTHEST),
-            encoding=encoding,
-            params={
-                "objective": "regression_l1",
-                "num_leaves": said.leaves,
-                "learning_rate": said.learning_rate,
-                "min_data_in_leaf": said.rows_in_leaf,
-                "lambda_l2": said.l2,
-                "feature_fraction": said.column_share,
-                "bagging_fraction": said.row_share,
-                "bagging_freq": 1,
-                "boost_from_average": False,
-            },
-            rounds=said.rounds,
-            seed=seed,
-            device=device,
-            threads=threads,
-            weight=weight,
-            init_score=np.ones(int(told.sum())),
+        known, ratio = matrix[told], np.clip(value[told] / level[told], 0, FARTHEST)
+
+        def learn(chosen: np.ndarray[Any, Any] | slice, rounds: int, learning_rate: float) -> lightgbm.Booster:
+            return boosters.train(
+                known[chosen],
+                ratio[chosen],
+                encoding=encoding,
+                params={
+                    "objective": "regression_l1",
+                    "num_leaves": said.leaves,
+                    "learning_rate": learning_rate,
+                    "min_data_in_leaf": said.rows_in_leaf,
+                    "lambda_l2": said.l2,
+                    "feature_fraction": said.column_share,
+                    "bagging_fraction": said.row_share,
+                    "bagging_freq": 1,
+                    "boost_from_average": False,
+                },
+                rounds=rounds,
+                seed=seed,
+                device=device,
+                threads=threads,
+                weight=weight[chosen],
+                init_score=np.ones(len(ratio[chosen])),
+            )
+
+        # as score() will see them: at the status quo, whatever was spent
+        usual, day = _usual_spend(rows), _days(rows)
+        asked = encoding.matrix(_with_shifts(rows, usual))
+        base = _weighted(ratios, shares) * usual * _lift(_multiplier(rows, "explore_multiplier_today"), slope)
+        expected = np.full(len(day), np.nan)
+        for others, mine in halves(day):
+            if others[told].any():
+                twin = learn(others[told], **coarser(said.rounds, said.learning_rate))
+                moved = boosters.predict(twin, asked[mine], threads=threads, raw=True)
+                expected[mine] = base[mine] * _corrected(moved)
+        bands = Bands.learn(expected, _shares_of(_at_status_quo(rows, slope), expected), day, said.confidence)
+        return cls(
+            said,
+            encoding,
+            learn(slice(None), said.rounds, said.learning_rate),
+            believed,
+            shares.tolist(),
+            overall,
+            elasticities,
+            [note],
+            threads,
+            bands,
         )
-        return cls(said, encoding, trained, believed, shares.tolist(), overall, elasticities, [note], threads)
 
     def level(self, features: pa.Table, spend: Floats) -> Floats:
         """Expected value (n,) of each line at the `spend` (n,), currency, that comes about as spend usually does: no
@@ -185,15 +220,20 @@ class ResponseLearner:
         moved = boosters.predict(
             self.booster, self.encoding.matrix(_with_shifts(features, spend)), threads=self.threads, raw=True
         )
-        return np.asarray(base * spend * np.clip(1 + moved, 1 / FARTHEST, FARTHEST))
+        return np.asarray(base * spend * _corrected(moved))
 
     def score(self, features: pa.Table) -> pa.Table:
         """entity_id, spends LIST<BIGINT> (micros, the grid around budget_micros), values LIST<DOUBLE> (expected value
-        at each, currency), level (at the status quo), elasticity and its sd."""
+        at each, currency), level (at the status quo), elasticity and its sd; and value_low to value_high, which hold the
+        day's value at the status quo with the probability confidence (null where too few days calibrated them)."""
+        level, mean, sd = self._level_of(features)
+        return _curves(features, self.spec.grid, level, mean, sd, self.bands)
+
+    def _level_of(self, features: pa.Table) -> tuple[Floats, Floats, Floats]:
+        """Expected value at the status quo, elasticity and its sd, each (n,)."""
         mean, sd = self.elasticities.of(*_names(features, self.spec.group))
         multiplier = _multiplier(features, "explore_multiplier_today")
-        level = self.level(features, _usual_spend(features)) * _lift(multiplier, mean)
-        return _curves(features, self.spec.grid, level, mean, sd)
+        return self.level(features, _usual_spend(features)) * _lift(multiplier, mean), mean, sd
 
     def expect(self, rows: pa.Table) -> Floats:
         """Expected value (n,) of each row at its realised cost and logged multiplier."""
@@ -212,6 +252,7 @@ class ResponseLearner:
             "overall_ratio": self.overall_ratio,
             "elasticities": json.loads(self.elasticities.to_json()),
             "notes": self.notes,
+            "bands": None if self.bands is None else self.bands.to_dict(),
             "level_sha256": boosters.digest(level),
         }
         return {"level.txt": level, "meta.json": json.dumps(meta, sort_keys=True, ensure_ascii=False).encode()}
@@ -230,12 +271,16 @@ class ResponseLearner:
             meta["overall_ratio"],
             Elasticities.from_json(json.dumps(meta["elasticities"])),
             meta["notes"],
+            # a model registered before it had them scores as it did, with nulls in their columns
+            bands=None if meta.get("bands") is None else Bands.from_dict(meta["bands"]),
         )
 
     def evaluate(self, rows: pa.Table) -> dict[str, float]:
         """mae and bias of the value at realised cost, currency a line a day; rule_mae on the same rows,
         better_than_rule its share saved; the shares of the windows and the elasticities' overall mean and sd
-        (elasticity_is_prior: 1 where nothing was perturbed)."""
+        (elasticity_is_prior: 1 where nothing was perturbed). Where intervals were calibrated: coverage (share of rows whose
+        value, brought back to the status quo by the line's elasticity, lay within; each day counts alike) and width
+        (median share of the level)."""
         value = _numbers(rows, "value")
         figures = _errors(self.expect(rows), value)
         rule = _errors(ResponseRule(self.spec).expect(rows), value)["mae"]
@@ -248,7 +293,20 @@ class ResponseLearner:
             "elasticity": self.elasticities.overall_mean,
             "elasticity_sd": self.elasticities.overall_sd,
             "elasticity_is_prior": 0.0 if drawn else 1.0,
+            **self._confidence(rows),
         }
+
+    def _confidence(self, rows: pa.Table) -> dict[str, float]:
+        level, slope, _ = self._level_of(rows)
+        if self.bands is None or not len(level):
+            return {}
+        low, high = self.bands.around(level)
+        share = _shares_of(_at_status_quo(rows, slope), level)
+        known = np.isfinite(share) & np.isfinite(low)
+        if not known.any():
+            return {}
+        held = ((low <= share) & (share <= high))[known]
+        return {"coverage": coverage(held, _days(rows)[known]), "width": float(np.median((high - low)[known]))}
 
     def plots(self, rows: pa.Table) -> dict[str, Figure]:
         """predicted_realised: value by value, logarithmic, with the error by day; importance: the Booster's gain by
@@ -393,6 +451,11 @@ class ResponseRule:
         return Because((), parts, ("ratio_7",), says)
 
 
+def _corrected(moved: Floats) -> Floats:
+    """What a base is multiplied by, from a Booster's raw prediction."""
+    return np.asarray(np.clip(1 + moved, 1 / FARTHEST, FARTHEST))
+
+
 def _weighted(ratios: Floats, shares: Sequence[float] | Floats) -> Floats:
     """ratios (n, k) times shares (k,), summed in order: a matrix product's last digit depends on the other rows."""
     total = np.zeros(len(ratios))
@@ -533,10 +596,38 @@ def _slopes(rows: pa.Table, spec: ResponseModel) -> tuple[Elasticities, str]:
     )
 
 
-def _curves(features: pa.Table, grid: Sequence[float], level: Floats, elasticity: Floats, sd: Floats) -> pa.Table:
+def _days(rows: pa.Table) -> np.ndarray[Any, Any]:
+    return np.asarray(rows.column("day").cast(pa.date32()).cast(pa.int32()).to_numpy(zero_copy_only=False))
+
+
+def _at_status_quo(rows: pa.Table, elasticity: Floats) -> Floats:
+    """What the day's value would have been at the status quo's budget, by the line's own elasticity; NaN without one."""
+    before, after = _numbers(rows, "budget_micros") / MICROS, _numbers(rows, "budget")
+    both = (before > 0) & (after > 0)
+    moved = np.divide(before, after, out=np.full(len(before), np.nan), where=both)
+    return np.asarray(_numbers(rows, "value") * moved ** np.clip(elasticity, 0, 1))
+
+
+def _shares_of(value: Floats, level: Floats) -> Floats:
+    """value / level, NaN where there is no level."""
+    return np.asarray(np.divide(value, level, out=np.full(len(level), np.nan), where=np.nan_to_num(level) > 0))
+
+
+def _curves(
+    features: pa.Table,
+    grid: Sequence[float],
+    level: Floats,
+    elasticity: Floats,
+    sd: Floats,
+    bands: Bands | None = None,
+) -> pa.Table:
     budget = _numbers(features, "budget_micros")
     spends = np.rint(budget[:, None] * np.array(grid)).astype(np.int64)
     values = response(level, budget, spends, elasticity)
+    low = high = sure = np.full(len(budget), np.nan)
+    if bands is not None:
+        low, high = bands.around(level)
+        sure = np.where(np.isnan(low), np.nan, bands.confidence)
     offsets = np.arange(len(budget) + 1, dtype=np.int32) * len(grid)
     return pa.table(
         {
@@ -546,6 +637,9 @@ def _curves(features: pa.Table, grid: Sequence[float], level: Floats, elasticity
             "level": level,
             "elasticity": elasticity,
             "elasticity_sd": sd,
+            "value_low": pa.array(level * low, from_pandas=True),
+            "value_high": pa.array(level * high, from_pandas=True),
+            "confidence": pa.array(sure, from_pandas=True),
         }
     )
 

@@ -612,3 +612,53 @@ def test_budgets_that_are_no_whole_cents_are_decided_to_the_micro():
     plain, _ = decide(features, scores, arms, SPEC, explore=Explore(step=0.1), key="k")
     assert (features["budget_micros"].to_numpy() % 10_000).any()
     assert decisions["after"].to_pylist() == plain["after"].to_pylist()
+
+
+def with_intervals(scores, share):
+    """Scores whose intervals are so wide, as shares of the value at the middle of their curves; NaN: none."""
+    middle = np.array([v[len(v) // 2] if v else np.nan for v in scores["values"].to_pylist()], dtype=float)
+    low, high = middle * (1 - share / 2), middle * (1 + share / 2)
+    sure = np.where(np.isnan(low), np.nan, 0.9)
+    columns = {"value_low": low, "value_high": high, "confidence": sure}
+    return pa.table(
+        {
+            **{c: scores[c] for c in scores.column_names},
+            **{c: pa.array(v, from_pandas=True) for c, v in columns.items()},
+        }
+    )
+
+
+def test_a_line_whose_interval_is_too_wide_keeps_its_budget_and_says_why():
+    n, spends = 60, [80_000_000, 100_000_000, 120_000_000]
+    rng = np.random.default_rng(4)
+    level = rng.uniform(50, 500, n)
+    names = [f"l{i:02d}" for i in range(n)]
+    features = pa.table({"entity_id": names, "budget_micros": [100_000_000] * n, "explore_multiplier_today": [1.0] * n})
+    values = (level[:, None] * np.array([0.9, 1.0, 1.08])).tolist()
+    scores = pa.table({"entity_id": names, "spends": [spends] * n, "values": values})
+    arms = pa.table({"entity_id": names, "unit": names, "arm": ["champion"] * 50 + ["holdout"] * 10,
+                     "arm_probability": [0.5] * n})  # fmt: skip
+    share = np.where(np.arange(n) % 3 == 0, 1.5, 0.5)
+    share[1] = np.nan
+    told = with_intervals(scores, share)
+    plain, _ = decide(features, scores, arms, SPEC)
+    off, _ = decide(features, told, arms, SPEC)
+    assert off.drop_columns(["reasons"]).equals(plain.drop_columns(["reasons"])), "null: nobody is held"
+    held, certificates = decide(features, told, arms, SPEC | {"largest_doubt": 1.0})
+    wide = (share > 1) & (np.arange(n) < 50)
+    after, before = np.array(held["after"]), np.array(held["before"])
+    assert (after[wide] == before[wide]).all()
+    assert (after != before)[:50][~wide[:50]].any()
+    assert certificates["champion"]["movable"] == 50 - wide.sum()
+    assert certificates["champion"]["spent"] == certificates["champion"]["pool"]
+    rows = held.to_pylist()
+    low, high = level[0] * 0.25, level[0] * 1.75
+    assert rows[0]["reasons"] == [
+        "Kept at 100.00: what it earns is too uncertain, the interval is wider than 100% of what is expected.",
+        f"At today's budget its day is worth between {low:.2f} and {high:.2f} (90%).",
+    ]
+    assert rows[0]["expected_gain"] == 0.0
+    assert not any("worth between" in said for said in rows[1]["reasons"])
+    assert len(rows[59]["reasons"]) == 1, "a holdout line says why it is kept"
+    none, _ = decide(features, told.drop_columns(["confidence"]), arms, SPEC | {"largest_doubt": 1.0})
+    assert none.equals(plain)

@@ -252,3 +252,51 @@ def test_the_coverage_curve_says_where_the_review_line_lies() -> None:
     assert review_line(coverage_curve(np.array([0.2]), np.array([0.9]), np.array([False])), 0.5) is None
     with pytest.raises(ValueError, match="matured"):
         coverage_curve(np.array([]), np.array([]), np.array([]))
+
+
+def confident(
+    scores: pa.Table, sets: list[tuple[bool | None, bool | None]], hours: tuple[float, float] | None
+) -> pa.Table:
+    n = scores.num_rows
+    low, high = hours or (None, None)
+    return pa.table(
+        {
+            **{name: scores[name] for name in scores.column_names},
+            "may_miss": pa.array([m for m, _ in sets], pa.bool_()),
+            "may_hit": pa.array([h for _, h in sets], pa.bool_()),
+            "hours_low": pa.array([low] * n, pa.float64()),
+            "hours_high": pa.array([high] * n, pa.float64()),
+            "confidence": pa.array([None if m is None else 0.8 for m, _ in sets], pa.float64()),
+        }
+    )
+
+
+def test_a_ticket_whose_set_holds_both_outcomes_goes_to_people_where_the_policy_says_so() -> None:
+    tickets = [
+        one(uncertainty=0.1),
+        one(uncertainty=0.9),
+        one(uncertainty=0.9),
+        one(arm="holdout"),
+        one(uncertainty=0.7),
+    ]
+    features, scores, arms = tables(tickets)
+    sets = [(True, True), (True, False), (False, False), (True, True), (None, None)]
+    told = confident(scores, sets, (2.4, 30.6))
+    spec = {**SPEC, "review_above": 0.6}
+    made = decide(features, told, arms, {**spec, "review": "conformal"}).to_pylist()
+    # without a set, the limit of the uncertainty counts
+    assert [d["review"] for d in made] == [True, False, False, False, True]
+    assert made[0]["reasons"][-1] == (
+        "Unsure, it may miss its service level and it may not (80%): a person decides, priority 3 stays."
+    )
+    assert "Uncertainty 0.70 is above 0.60" in made[4]["reasons"][-1]
+    assert made[0]["reasons"][0].endswith(" It is resolved in between 2 and 31 h (80%).")
+    assert made[0]["after"] == made[0]["before"]
+    as_before = decide(features, scores, arms, spec)
+    by_limit = decide(features, told, arms, spec)
+    assert [d["review"] for d in as_before.to_pylist()] == [False, True, True, False, True]
+    for name in as_before.column_names:
+        if name != "reasons":
+            assert by_limit[name].equals(as_before[name])
+    nothing = confident(scores, [(None, None)] * 5, None)
+    assert decide(features, nothing, arms, spec).equals(as_before), "without an interval nothing is told of one"
