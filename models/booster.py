@@ -1,6 +1,6 @@
 """LightGBM Boosters as this project uses them: categories as integers, deterministic training, files read by digest.
 
-Belongs here: the encoding of a table as a matrix, training, prediction, the text file and its digest, devices.
+Belongs here: the encoding of a table, training with its checkpoints, prediction, the text file and its digest, devices.
 Does not: what a model means (``models/learners``), the registry, choosing features, anything pickled.
 """
 
@@ -12,8 +12,10 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +29,8 @@ log = logging.getLogger(__name__)
 
 NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null, pa.types.is_decimal)
 DEVICES = ("auto", "cpu", "gpu", "cuda")
+# A GPU adds in an order of its own: in single precision runs differ visibly, in double hardly ever (LightGBM's FAQ).
+_OPENCL = {"gpu_use_dp": True}
 
 
 class DeviceMissing(RuntimeError):
@@ -85,17 +89,35 @@ class Encoding:
         """
         out = np.empty((table.num_rows, len(self.names)), dtype=np.float64)
         for i, name in enumerate(self.numeric):
-            column = _column(table, name)
-            kind = column.type
-            if not any(is_kind(kind) for is_kind in NUMBERS):
-                raise TypeError(f"column {name!r} is {kind} and listed under `numeric`: list it under `categorical`")
-            if pa.types.is_boolean(kind):
+            column = _number(table, name)
+            if pa.types.is_boolean(column.type):
                 column = column.cast(pa.int8())
             out[:, i] = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-        for i, (name, known) in enumerate(self.categorical.items(), start=len(self.numeric)):
-            codes = pc.index_in(_column(table, name).cast(pa.string()), value_set=pa.array(known, pa.string()))
-            out[:, i] = codes.cast(pa.float64()).to_numpy(zero_copy_only=False)
+        for i, name in enumerate(self.categorical, start=len(self.numeric)):
+            out[:, i] = self._codes(table, name).cast(pa.float64()).to_numpy(zero_copy_only=False)
         return out
+
+    def arrow(self, table: pa.Table) -> pa.Table:
+        """What ``matrix`` holds, as an Arrow table that ``train`` takes in its place without a second copy of the rows.
+
+        Numeric columns are the table's own memory, a category is an int32 code; NULL stands for NaN. The Booster is the
+        same to the bit. Raises as ``matrix`` does.
+        """
+        columns = []
+        for name in self.numeric:
+            column = _number(table, name)
+            plain = pa.types.is_integer(column.type) or column.type in (pa.float32(), pa.float64())
+            if pa.types.is_boolean(column.type):
+                column = column.cast(pa.int8())
+            elif not plain:
+                column = column.cast(pa.float64(), safe=False)
+            columns.append(column)
+        columns += [self._codes(table, name) for name in self.categorical]
+        return pa.table(columns, names=self.names)
+
+    def _codes(self, table: pa.Table, name: str) -> pa.ChunkedArray:
+        known = pa.array(self.categorical[name], pa.string())
+        return pc.index_in(_column(table, name).cast(pa.string()), value_set=known)
 
     def to_json(self) -> str:
         return json.dumps({"numeric": self.numeric, "categorical": self.categorical}, ensure_ascii=False)
@@ -112,8 +134,15 @@ def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
     return table.column(name)
 
 
+def _number(table: pa.Table, name: str) -> pa.ChunkedArray:
+    column = _column(table, name)
+    if not any(is_kind(column.type) for is_kind in NUMBERS):
+        raise TypeError(f"column {name!r} is {column.type} and listed under `numeric`: list it under `categorical`")
+    return column
+
+
 def train(
-    x: np.ndarray,
+    x: np.ndarray | pa.Table,
     y: np.ndarray,
     *,
     encoding: Encoding,
@@ -126,13 +155,20 @@ def train(
     init_score: np.ndarray | None = None,
     valid: tuple[np.ndarray, np.ndarray] | None = None,
     early_stopping: int | None = None,
+    checkpoint: Path | None = None,
+    every: int | None = None,
 ) -> lightgbm.Booster:
     """Trains a Booster on `x` (rows, columns of `encoding`) and `y`: the same input and device give the same bytes.
 
+    x: ``encoding.matrix(table)``, or ``encoding.arrow(table)``, which is not copied.
     params: LightGBM parameters (objective, num_leaves, ...); seeds, threads and determinism are set here.
     valid: (x, y) watched for `early_stopping` rounds; the rounds after the best one are dropped.
+    checkpoint: a file that is written after `every` rounds (None: at the end only); the same call after a kill goes on
+    from it and gives the bytes of a call that was not killed. Each `every` rounds draw their rows and columns anew, so
+    another `every` gives another Booster. A file of other data or settings is not used, and the log says so. Within
+    ``resumable`` every call has one.
     Returns the Booster as read back from its own text, so that what is evaluated is what is stored.
-    Raises DeviceMissing where the device cannot train.
+    Raises DeviceMissing where the device cannot train, ValueError for a checkpoint together with early stopping.
     """
     import lightgbm as lgb
 
@@ -147,6 +183,17 @@ def train(
         "num_threads": threads,
         "device_type": resolve_device(device),
     }
+    if settings["device_type"] == "gpu":
+        settings = {**_OPENCL, **settings}
+    if checkpoint is not None and early_stopping is not None:
+        raise ValueError("a checkpoint and early stopping do not go together: leave one out")
+    folder = _resumable.get() if early_stopping is None else None
+    kept = None
+    if checkpoint is not None or folder is not None:
+        every = every if checkpoint is not None or folder is None else folder[1]
+        said = {"settings": settings, "rounds": rounds, "every": every, "encoding": encoding.to_json()}
+        content = _content([x, y, weight, init_score], said)
+        kept = _Kept(checkpoint or Path(folder[0] if folder else ".", f"{content[:32]}.booster"), content)
     categories = list(range(len(encoding.numeric), len(encoding.names)))
     data = lgb.Dataset(
         x,
@@ -157,14 +204,125 @@ def train(
         categorical_feature=categories,
         params=settings,
     )
+    if kept is not None:
+        return _in_steps(kept, data, x, init_score, settings, rounds, every or rounds)
     watched = [] if valid is None else [lgb.Dataset(*valid, reference=data)]
     calls: list[Any] = [lgb.early_stopping(early_stopping, verbose=False)] if watched and early_stopping else []
     booster = lgb.train(settings, data, num_boost_round=rounds, valid_sets=watched, callbacks=calls)
     return lgb.Booster(model_str=booster.model_to_string())
 
 
+_resumable: ContextVar[tuple[Path, int | None] | None] = ContextVar("resumable", default=None)
+
+
+@contextmanager
+def resumable(folder: Path, every: int | None = None) -> Iterator[None]:
+    """Within, each training keeps its checkpoint in ``folder``, so that after a kill the same work goes on where it
+    stopped: Boosters that were finished are read, the one that was not continues. The files go when all is done.
+
+    every: rounds between two checkpoints of one Booster; None keeps finished Boosters only and changes no byte.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    token = _resumable.set((folder, every))
+    try:
+        yield
+    finally:
+        _resumable.reset(token)
+    for file in folder.glob("*.booster*"):
+        file.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A checkpoint: a line of JSON (what it is of, how many rounds are done, the text's digest), then the Booster's text."""
+
+    path: Path
+    content: str
+    """Digest of the data and the settings that it must be of."""
+
+    def read(self) -> tuple[int, str]:
+        """Rounds done and the Booster's text; (0, "") where there is none that can be used, which is logged."""
+        try:
+            head, _, text = self.path.read_bytes().partition(b"\n")
+            said = json.loads(head)
+            if said["content"] != self.content:
+                log.warning("%s is of other data or settings: training begins anew", self.path)
+            elif said["sha256"] != digest(text):
+                log.warning("%s is damaged: training begins anew", self.path)
+            else:
+                log.info("training goes on after %d rounds (%s)", said["rounds"], self.path)
+                return int(said["rounds"]), text.decode()
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError, TypeError):
+            log.warning("%s is no checkpoint: training begins anew", self.path)
+        return 0, ""
+
+    def write(self, rounds: int, text: str) -> None:
+        """Replaces the file in one step: whoever is killed leaves the old one or the new one."""
+        head = {"content": self.content, "rounds": rounds, "sha256": digest(text.encode())}
+        fresh = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        with fresh.open("wb") as file:
+            file.write(json.dumps(head).encode() + b"\n" + text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, self.path)
+
+
+def _in_steps(
+    kept: _Kept,
+    data: lightgbm.Dataset,
+    x: np.ndarray | pa.Table,
+    init_score: np.ndarray | None,
+    settings: dict[str, Any],
+    rounds: int,
+    every: int,
+) -> lightgbm.Booster:
+    """Trains ``every`` rounds at a time, each time on the raw scores of the text so far, and keeps that text."""
+    import lightgbm as lgb
+    from lightgbm.basic import _LIB, _safe_call
+
+    done, text = kept.read()
+    while done < rounds:
+        now = dict(settings)
+        if done:
+            before = lgb.Booster(model_str=text)
+            raw = predict(before, x, threads=settings["num_threads"], raw=True)
+            data.construct().set_init_score(raw if init_score is None else raw + init_score)
+            # with the same seeds every step would draw the rows and columns of the first
+            now |= {f"{what}_seed": settings["seed"] + done for what in ("bagging", "feature_fraction", "extra")}
+        step = lgb.train(now, data, num_boost_round=min(every, rounds - done))
+        if done:
+            # what LightGBM itself does for `init_model`, which would put the caller's init_score aside
+            _safe_call(_LIB.LGBM_BoosterMerge(step._handle, before._handle))
+        done, text = min(done + every, rounds), step.model_to_string()
+        kept.write(done, text)
+    return lgb.Booster(model_str=text)
+
+
+def _content(parts: Sequence[np.ndarray | pa.Table | None], said: Mapping[str, Any]) -> str:
+    """SHA-256 over data and settings and the version of LightGBM."""
+    import lightgbm as lgb
+
+    whole = hashlib.sha256(json.dumps({**said, "lightgbm": lgb.__version__}, sort_keys=True, default=str).encode())
+    for part in parts:
+        if isinstance(part, pa.Table):
+            for chunk in (chunk for column in part.columns for chunk in column.chunks):
+                floats = chunk.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+                whole.update(np.ascontiguousarray(floats).data)
+        elif part is not None:
+            whole.update(np.ascontiguousarray(part).data)
+        whole.update(b"|")
+    return whole.hexdigest()
+
+
 def predict(
-    booster: lightgbm.Booster, x: np.ndarray, *, threads: int = 1, raw: bool = False, contributions: bool = False
+    booster: lightgbm.Booster,
+    x: np.ndarray | pa.Table,
+    *,
+    threads: int = 1,
+    raw: bool = False,
+    contributions: bool = False,
 ) -> np.ndarray:
     """Predictions of shape (rows,), each the same to the bit whatever else is in the batch and however many threads.
 
@@ -301,11 +459,13 @@ def _fault(device: str) -> str | None:
     """Why a tiny training on the device fails, or None where it works: only trying tells."""
     import lightgbm as lgb
 
-    x = np.arange(64, dtype=np.float64).reshape(-1, 1)
-    settings = {"device_type": device, "verbosity": -2, "min_data_in_leaf": 1, "num_threads": 1}
+    # few distinct values: OpenCL compiles its kernels by the number of bins, and the small ones take seconds less
+    x = np.arange(64, dtype=np.float64).reshape(-1, 1) % 8
+    settings = {"device_type": device, "verbosity": -2, "min_data_in_leaf": 1, "num_threads": 1, "objective": "binary"}
+    settings |= _OPENCL if device == "gpu" else {}
     try:
         with _silent_stderr():
-            lgb.train(settings, lgb.Dataset(x, x[:, 0], params=settings), num_boost_round=1)
+            lgb.train(settings, lgb.Dataset(x, x[:, 0] > 3, params=settings), num_boost_round=1)
     except lgb.basic.LightGBMError as fault:
         return str(fault).splitlines()[0]
     return None

@@ -1,5 +1,9 @@
 """What a Booster promises: the same bytes from the same input, the same scores from its file, clear refusals."""
 
+import logging
+import signal
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -145,3 +149,165 @@ def test_auto_takes_a_device_that_trains(monkeypatch):
 def test_nothing_to_train_on_is_an_error(table, encoding):
     with pytest.raises(ValueError, match="no rows"):
         train(table.slice(0, 0), encoding, np.zeros(0))
+
+
+# --- Arrow, checkpoints -----------------------------------------------------------------------------------------------
+
+
+def test_a_booster_from_an_arrow_table_is_the_one_from_the_matrix_to_the_bit(table, encoding, target):
+    from decimal import Decimal
+
+    rng = np.random.default_rng(2)
+    more = {
+        "whole": pa.array(rng.integers(-9, 9, table.num_rows), pa.int16()),
+        "thin": pa.array(np.where(rng.random(table.num_rows) < 0.95, 0.0, 1.5), pa.float32()),
+        "money": pa.array([None if i % 9 == 0 else Decimal(i % 13) / 4 for i in range(table.num_rows)]),
+        "never": pa.nulls(table.num_rows),
+    }
+    wide = table
+    for name, column in more.items():
+        wide = wide.append_column(name, column)
+    wide = pa.concat_tables([wide.slice(0, 700), wide.slice(700)])  # in chunks, as the lake gives it
+    known = Encoding(("size", "count", "flag", *more), encoding.categorical)
+    how: dict[str, Any] = {"encoding": known, "params": {"objective": "binary", "bagging_fraction": 0.6}}
+    how |= {"rounds": 20, "seed": 3, "device": "cpu", "weight": 1 + rng.random(table.num_rows)}
+    dense = booster.train(known.matrix(wide), target, **how)
+    assert booster.booster_bytes(booster.train(known.arrow(wide), target, **how)) == booster.booster_bytes(dense)
+    scores = booster.predict(dense, known.matrix(wide))
+    assert booster.predict(dense, known.arrow(wide)).tobytes() == scores.tobytes()
+
+
+def test_an_arrow_table_is_the_memory_of_the_rows_and_refuses_as_the_matrix_does(table, encoding):
+    given = encoding.arrow(table)
+    assert given["size"].chunk(0).buffers()[1].address == table["size"].chunk(0).buffers()[1].address
+    with pytest.raises(KeyError, match="'count' is missing"):
+        encoding.arrow(table.drop_columns(["count"]))
+    with pytest.raises(TypeError, match=r"'kind'.*categorical"):
+        Encoding(("kind",), {}).arrow(table)
+
+
+@pytest.mark.parametrize("started", [None, 1.0], ids=["plain", "init_score"])
+def test_a_checkpoint_at_the_end_only_changes_no_byte(table, encoding, target, tmp_path, started):
+    init = None if started is None else np.full(table.num_rows, started)
+    plain = train(table, encoding, target, init_score=init)
+    kept = train(table, encoding, target, init_score=init, checkpoint=tmp_path / "c")
+    assert booster.booster_bytes(kept) == booster.booster_bytes(plain)
+
+
+def test_steps_learn_as_well_as_one_go_and_do_not_draw_the_same_rows_again(table, encoding, target, tmp_path):
+    x, init = encoding.matrix(table), np.full(table.num_rows, 0.3)
+    params = {"objective": "regression", "bagging_fraction": 0.5, "bagging_freq": 1, "feature_fraction": 0.6}
+    one = train(table, encoding, target, params=params, init_score=init, rounds=60)
+    steps = train(
+        table, encoding, target, params=params, init_score=init, rounds=60, checkpoint=tmp_path / "c", every=7
+    )
+    assert steps.num_trees() == 60
+    errors = [float(np.mean((0.3 + booster.predict(b, x, raw=True) - target) ** 2)) for b in (one, steps)]
+    assert errors[1] < 1.2 * errors[0]
+    # without new seeds the eighth tree would split on the columns that the first was allowed
+    trees = steps.dump_model()["tree_info"]
+    columns = [{f for f in _splits(tree["tree_structure"])} for tree in trees]
+    assert columns[0:7] != columns[7:14]
+
+
+def _splits(node: dict[str, Any]) -> list[int]:
+    if "split_feature" not in node:
+        return []
+    return [node["split_feature"], *_splits(node["left_child"]), *_splits(node["right_child"])]
+
+
+CHILD = """
+import sys
+from pathlib import Path
+import numpy as np
+from models import booster
+rng = np.random.default_rng(0)
+x = rng.normal(size=(3000, 6)); y = x[:, 0] * x[:, 1] + rng.normal(size=3000)
+real = booster._Kept.write
+def write(self, rounds, text):
+    real(self, rounds, text)
+    print(rounds, flush=True)
+    if rounds == int(sys.argv[2]):
+        sys.stdin.read()  # until the kill
+booster._Kept.write = write
+booster.train(x, y, encoding=booster.Encoding(tuple("abcdef"), {}), rounds=40, seed=3, device="cpu",
+    params={"objective": "regression", "bagging_fraction": 0.5, "bagging_freq": 1, "feature_fraction": 0.5},
+    init_score=np.ones(3000), checkpoint=Path(sys.argv[1]), every=10)
+"""
+
+
+def test_a_killed_training_goes_on_and_gives_the_bytes_of_one_that_was_not(tmp_path, caplog):
+    kept = tmp_path / "kept.booster"
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(kept), "20"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        assert [child.stdout.readline().strip() for _ in range(2)] == ["10", "20"]
+        child.kill()
+    assert child.returncode == -signal.SIGKILL
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3000, 6))
+    y = x[:, 0] * x[:, 1] + rng.normal(size=3000)
+    params = {"objective": "regression", "bagging_fraction": 0.5, "bagging_freq": 1, "feature_fraction": 0.5}
+    how: dict[str, Any] = {"encoding": Encoding(tuple("abcdef"), {}), "params": params, "rounds": 40, "seed": 3}
+    how |= {"device": "cpu", "init_score": np.ones(3000), "every": 10}
+    with caplog.at_level(logging.INFO):
+        resumed = booster.train(x, y, checkpoint=kept, **how)
+    assert "goes on after 20 rounds" in caplog.text
+    whole = booster.train(x, y, checkpoint=tmp_path / "other", **how)
+    assert booster.booster_bytes(resumed) == booster.booster_bytes(whole) and whole.num_trees() == 40
+    assert kept.read_bytes() == (tmp_path / "other").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        ({"seed": 4}, "other data or settings"),
+        ({"params": {"objective": "binary", "num_leaves": 7}}, "other data or settings"),
+        ({"weight": np.full(1500, 2.0)}, "other data or settings"),
+        (b"nonsense", "no checkpoint"),
+        (b"text", "damaged"),
+    ],
+    ids=["seed", "params", "data", "nonsense", "damaged"],
+)
+def test_a_checkpoint_of_something_else_is_not_used_and_the_log_says_so(
+    table, encoding, target, tmp_path, caplog, spoil, says
+):
+    file = tmp_path / "c"
+    train(table, encoding, target, checkpoint=file)
+    more: dict[str, Any] = spoil if isinstance(spoil, dict) else {}
+    if spoil == b"nonsense":
+        file.write_bytes(b"nonsense")
+    elif spoil == b"text":
+        file.write_bytes(file.read_bytes().replace(b"leaf_value=", b"leaf_value=9", 1))
+    with caplog.at_level(logging.WARNING):
+        found = train(table, encoding, target, checkpoint=file, **more)
+    assert says in caplog.text
+    assert booster.booster_bytes(found) == booster.booster_bytes(train(table, encoding, target, **more))
+
+
+def test_within_resumable_finished_trainings_are_read_and_the_files_go_when_all_is_done(
+    table, encoding, target, tmp_path, monkeypatch
+):
+    import lightgbm as lgb
+
+    trained: list[int] = []
+    real = lgb.train
+    monkeypatch.setattr(lgb, "train", lambda *a, **k: (trained.append(1), real(*a, **k))[1])
+    folder = tmp_path / "kept"
+    plain = [booster.booster_bytes(train(table, encoding, target, seed=s)) for s in (3, 4)]
+    trained.clear()
+    with pytest.raises(RuntimeError), booster.resumable(folder):
+        train(table, encoding, target, seed=3)
+        raise RuntimeError("the work was cut short")
+    with booster.resumable(folder):
+        again = [booster.booster_bytes(train(table, encoding, target, seed=s)) for s in (3, 4)]
+    assert again == plain and len(trained) == 2, "the first was read, the second trained"
+    assert not list(folder.iterdir())
+
+
+def test_a_checkpoint_and_early_stopping_do_not_go_together(table, encoding, target, tmp_path):
+    x = encoding.matrix(table)
+    with pytest.raises(ValueError, match="do not go together"):
+        train(table, encoding, target, checkpoint=tmp_path / "c", valid=(x, target), early_stopping=3)
