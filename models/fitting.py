@@ -1,6 +1,7 @@
 """Fit a candidate, judge it on held-out days beside the rule and the champion, then fit it on everything.
 
-Belongs here: the split, and who is compared with whom on which rows. Does not: the learners themselves, the registry, I/O.
+Belongs here: who is fitted on which rows, and who stands in for whom. Does not: the learners themselves, measuring them
+(``models.examining``), the registry, I/O.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from models import gate
+from models import examining, gate, students
 from models.catalog import Learner, Scorer
 
 
@@ -28,6 +29,19 @@ class Fitted:
     verdict: gate.Verdict
     metrics: dict[str, dict[str, float]]
     rows: int
+    note: str = ""
+    """A sentence about the champion where its twin could not be fitted."""
+
+
+def stand_in(
+    learner: type[Learner], early: pa.Table, recipe: Mapping[str, Any], how: Mapping[str, Any]
+) -> tuple[Learner | None, str]:
+    """A champion's recipe fitted on ``early``; None and a sentence where the recipe does not fit the rows any more."""
+    try:
+        return students.of(learner).fit(early, recipe, **how), ""
+    except (KeyError, TypeError, ValueError) as error:
+        first = str(error).strip().partition("\n")[0]
+        return None, f" Its recipe cannot be fitted any more, so it is not compared: {type(error).__name__}: {first}."
 
 
 def fit_and_judge(
@@ -48,13 +62,15 @@ def fit_and_judge(
     seed: int,
     device: str,
     threads: int,
+    terms: examining.Terms | None = None,
+    decided: pa.Table | None = None,
 ) -> Fitted:
     """Fit the candidate on ``learn``; judge its twin, fitted on ``early``, on ``held_out``.
 
     All tables hold features with outcomes, sorted by day and key. ``early`` is what was known when the first held-out day
     began: labels that became known later would look ahead. ``champion`` is judged as it is; where it has learned from the
     held-out days, give its recipe as ``twin`` instead: fitted on ``early`` it stands in, since nobody is judged on lessons
-    it was taught. Raises TooFewRows.
+    it was taught. ``terms``, ``decided``: see ``examining.examine``. Raises TooFewRows.
     """
     if learn.num_rows < min_rows:
         raise TooFewRows(
@@ -63,23 +79,24 @@ def fit_and_judge(
         )
     how: dict[str, Any] = {"seed": seed, "device": device, "threads": threads}
     metrics: dict[str, dict[str, float]] = {}
+    note = ""
     if held_out.num_rows and early.num_rows:
-        metrics["candidate"] = learner.fit(early, spec, **how).evaluate(held_out)
-        metrics["rule"] = rule.fit(early, spec, **how).evaluate(held_out)
-        if champion is not None:
-            metrics["champion"] = champion.evaluate(held_out)
-        elif twin is not None:
+        candidate: Learner = learner.fit(early, spec, **how)
+        other: Scorer | None = champion
+        if other is None and twin is not None:
             same = dict(twin) == dict(spec)  # the same recipe on the same rows is the same model
-            metrics["champion"] = metrics["candidate"] if same else learner.fit(early, twin, **how).evaluate(held_out)
-        verdict = gate.judge(
+            other, note = (candidate, "") if same else stand_in(learner, early, twin, how)
+        verdict, metrics = examining.examine(
+            candidate,
+            rule.fit(early, spec, **how),
+            other,
+            held_out,
             metric=metric,
             better=better,
             margin=margin,
-            candidate=metrics["candidate"],
-            rule=metrics["rule"],
-            champion=metrics.get("champion"),
-            rows=held_out.num_rows,
+            terms=terms,
+            decided=decided,
         )
     else:
         verdict = gate.judge(metric=metric, better=better, margin=margin, candidate={}, rule={}, champion=None, rows=0)
-    return Fitted(learner.fit(learn, spec, **how), verdict, metrics, learn.num_rows)
+    return Fitted(learner.fit(learn, spec, **how), verdict, metrics, learn.num_rows, note)

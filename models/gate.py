@@ -1,24 +1,107 @@
 """Whether a candidate may become champion, and the card that says why.
 
-Belongs here: comparing figures measured on the same rows, and writing them down. Does not: measuring them
-(``models.learners``) or moving an alias (``models.registry``).
+Belongs here: what follows from figures measured on the same rows, and writing them down. Does not: measuring them
+(``models.learners``, ``models.examining``) or moving an alias (``models.registry``).
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from models.comparing import LEAST_DRAWS, Group, Interval, Slice
+from models.policy_value import Value
+
+MEGABYTE = 1_000_000
+SAME = 1e-6  # relative difference up to which a figure counts as the mean of its rows
+
+
+class GateSpec(BaseModel):
+    """`training.gate` of a workflow.yaml: what a candidate must hold beyond the metric and its margin."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    evidence: Literal["point", "interval"] = Field(
+        default="point",
+        description="What must lie within the margin: the measured difference, or the upper end of its interval too "
+        "(then a candidate must prove that it is not worse, which a week of held-out days seldom allows)",
+    )
+    confidence: float = Field(default=0.95, gt=0.5, lt=1, description="Of every interval, two-sided")
+    draws: int = Field(default=4000, ge=LEAST_DRAWS, description="Bootstrap draws of the held-out days")
+    value_margin: float = Field(
+        default=0.02,
+        ge=0,
+        description="Refused when the policy is worth less than the champion's by more than this share, and the "
+        "interval says that it is no noise",
+    )
+    value_days: int = Field(
+        default=42,
+        gt=0,
+        description="Days of randomised decisions, held out or not, on which the policy's value is measured as well",
+    )
+    calibration: float | None = Field(
+        default=0.15,
+        gt=0,
+        description="Largest calibration error (probabilities) or bias as a share of the mean (values); beyond it a "
+        "candidate is refused unless the champion is as far off; null: no limit",
+    )
+    slices: tuple[str, ...] = Field(default=(), description="Feature columns whose every value is compared by itself")
+    slice_min_rows: int = Field(default=100, gt=0, description="Held-out rows below which a slice or group is left out")
+    slice_margin: float = Field(
+        default=0.1,
+        ge=0,
+        description="Refused when a slice is worse than the champion by more than this share of the metric, and "
+        "Benjamini-Hochberg over all slices says that it is no noise",
+    )
+    attributes: tuple[str, ...] = Field(
+        default=(),
+        description="Feature columns for whose groups the card says how often they are decided for and against",
+    )
+    max_disparity: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Largest difference between two groups of an attribute in the share decided against; null: told, "
+        "not judged",
+    )
+    max_megabytes: float = Field(default=200, gt=0, description="Largest size of a model's files together")
+    min_rows_per_s: float = Field(
+        default=50, ge=0, description="Fewest rows scored a second, measured on the held-out rows"
+    )
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured of a candidate beside the champion, or beside the rule where there is no champion."""
+
+    against: Literal["champion", "rule"]
+    harm: Interval | None
+    """By how much it is worse on the metric, as a share of the other's; None where the metric is no mean over rows."""
+    recomputed: Mapping[str, float]
+    """The metric as the mean over the rows, by who."""
+    values: Mapping[str, Value | str]
+    """The policy's value by the days it was measured on; a sentence where it could not be."""
+    slices: tuple[Slice, ...]
+    groups: tuple[Group, ...]
+    calibration: tuple[str, float, float]
+    """What it is, the candidate's, the other's."""
+    megabytes: float
+    rows_per_s: float
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The gate's answer with its reasons, one sentence each with the figures."""
+    """The gate's answer with its reasons, one sentence each with the figures; ``figures`` are the same for machines."""
 
     passed: bool
     reasons: tuple[str, ...]
+    figures: dict[str, Any] = field(default_factory=dict)
 
 
 def judge(
@@ -30,11 +113,14 @@ def judge(
     rule: Mapping[str, float],
     champion: Mapping[str, float] | None,
     rows: int,
+    evidence: Evidence | None = None,
+    spec: GateSpec | None = None,
 ) -> Verdict:
     """Compare a candidate with the rule and with the champion on the same ``rows`` held-out rows.
 
-    It passes when it beats the rule and is not worse than the champion by more than ``margin`` (a share of the
-    champion's figure). No held-out rows, a missing figure, NaN or infinity never pass.
+    It passes when it beats the rule, is not worse than the champion by more than ``margin`` (a share of the champion's
+    figure), and ``evidence`` shows nothing that ``spec`` forbids. No held-out rows, a missing figure, NaN or infinity
+    never pass.
     """
     if rows == 0:
         return Verdict(False, ("no matured rows were held out: nothing to judge the candidate on",))
@@ -73,7 +159,191 @@ def judge(
         reasons.append(f"{metric} {mine:.6g} {relation} {who}'s {theirs:.6g}{allowed} on {rows} held-out rows")
     if champion is None:
         reasons.append("there is no champion yet")
-    return Verdict(passed, tuple(reasons))
+    figures: dict[str, Any] = {
+        "metric": metric, "better": better, "margin": margin, "rows": rows,
+        **{who: one[metric] for who, one in judged.items()},
+    }  # fmt: skip
+    if evidence is not None:
+        spec = spec or GateSpec()
+        for fails, reason in _weighed(evidence, spec, metric, margin, judged):
+            passed = passed and not fails
+            reasons.append(reason)
+        figures |= _figures(evidence, spec)
+    return Verdict(passed, tuple(reasons), figures)
+
+
+def _weighed(
+    found: Evidence, spec: GateSpec, metric: str, margin: float, judged: Mapping[str, Mapping[str, float]]
+) -> list[tuple[bool, str]]:
+    """Every further finding: whether it refuses, and the sentence that says so with its figures."""
+    them, sure, out = f"the {found.against}", f"{spec.confidence:.0%} interval", []
+    for who, again in found.recomputed.items():
+        said = judged[who][metric]
+        if not math.isclose(said, again, rel_tol=SAME, abs_tol=1e-12):
+            out.append((True, f"the {who}'s {metric} {said:.6g} is not the mean of its rows, which is {again:.6g}"))
+    if found.harm is not None:
+        fails = False
+        says = f"{metric} differs from {them}'s by {found.harm} (positive is worse, {sure} over {found.harm.days} days)"
+        if spec.evidence == "interval" and found.against == "champion":
+            fails = found.harm.high is None or not found.harm.high <= margin
+            says += f": it is {'not ' if fails else ''}proven to be within the margin of {margin:.1%}"
+        out.append((fails, says))
+    for where, value in found.values.items():
+        if isinstance(value, str):
+            out.append((False, f"policy's value on the {where}: {value}"))
+            continue
+        fails = value.harm.proven and value.harm.point > spec.value_margin
+        out.append((fails, (
+            f"policy's value on the {where}: {value.mine:.2%} beside {them}'s {value.theirs:.2%} of {value.of}, "
+            f"{'worse by more than ' + format(spec.value_margin, '.1%') + ': ' if fails else ''}a loss of {value.harm}"
+        )))  # fmt: skip
+    what, mine, theirs = found.calibration
+    if spec.calibration is not None:
+        # where everybody is off (the world has moved) the one that is less so may go on
+        allowed = max(spec.calibration, theirs * (1 + margin) if math.isfinite(theirs) else 0.0)
+        fails = not mine <= allowed
+        out.append(
+            (fails, f"{what} {mine:.3g} is {'above' if fails else 'within'} {allowed:.3g} ({them}'s is {theirs:.3g})")
+        )
+    worse = [s for s in found.slices if s.real and s.harm.proven and s.harm.point > spec.slice_margin]
+    worse = worse if found.against == "champion" else []
+    for one in worse:
+        out.append((True, (
+            f"slice {one.column} = {one.value}: {metric} {one.mine:.6g} is worse than {them}'s {one.theirs:.6g} by "
+            f"{one.harm} on {one.harm.rows} rows, allowed is {spec.slice_margin:.1%}"
+        )))  # fmt: skip
+    if found.slices and not worse:
+        columns = ", ".join(spec.slices)
+        out.append(
+            (
+                False,
+                f"none of {len(found.slices)} slices ({columns}) is worse by more than {spec.slice_margin:.1%} beyond noise",
+            )
+        )
+    for attribute, gap, least, most in _disparities(found.groups):
+        limit = spec.max_disparity
+        fails = limit is not None and gap > limit
+        out.append((fails, (
+            f"decided against: {gap:.1%} apart between {attribute} {least} and {most}"
+            + ("" if limit is None else f", {'above' if fails else 'within'} the limit of {limit:.1%}")
+        )))  # fmt: skip
+    if found.megabytes > spec.max_megabytes:
+        out.append((True, f"its files take {found.megabytes:.1f} MB, allowed are {spec.max_megabytes:g}"))
+    if not found.rows_per_s >= spec.min_rows_per_s:
+        out.append((True, f"it scores {found.rows_per_s:.3g} rows a second, {spec.min_rows_per_s:g} are asked for"))
+    return out
+
+
+def _disparities(groups: tuple[Group, ...]) -> list[tuple[str, float, str, str]]:
+    """Of each attribute: how far apart the shares decided against are, and between which groups."""
+    found = []
+    for attribute in dict.fromkeys(one.attribute for one in groups):
+        mine = sorted((one.mine[1], one.value) for one in groups if one.attribute == attribute)
+        if len(mine) > 1:
+            found.append((attribute, mine[-1][0] - mine[0][0], mine[0][1], mine[-1][1]))
+    return found
+
+
+def _figures(found: Evidence, spec: GateSpec) -> dict[str, Any]:
+    what, mine, theirs = found.calibration
+    return {
+        "against": found.against,
+        "confidence": spec.confidence,
+        "harm": None if found.harm is None else found.harm.as_dict(),
+        "policy_value": {k: v if isinstance(v, str) else v.as_dict() for k, v in found.values.items()},
+        "calibration": {"is": what, "mine": _number(mine), "theirs": _number(theirs)},
+        "slices": [one.as_dict() for one in found.slices],
+        "groups": [one.as_dict() for one in found.groups],
+        "megabytes": round(found.megabytes, 3),
+        "rows_per_s": float(f"{found.rows_per_s:.3g}"),
+    }
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def refused(reason: str) -> Verdict:
+    """A verdict where nothing could be measured; the sentence says why."""
+    return Verdict(False, (reason,))
+
+
+def tags(verdict: Verdict) -> dict[str, str]:
+    """What a version and its run carry of the verdict, beside ``signalbox.gate``: short texts for people, one JSON."""
+    found = verdict.figures
+    said = {"gate_reasons": "; ".join(verdict.reasons)[:4000]}
+    if "harm" in found:
+        said |= {
+            "gate_against": found["against"],
+            "gate_harm": _shown(found["harm"]) if found["harm"] else "no interval: the metric is no mean over rows",
+            **{f"gate_value_{k.replace(' ', '_')}": v if isinstance(v, str) else _shown(v["harm"])
+               for k, v in found["policy_value"].items()},
+            "gate_calibration": _short(found["calibration"]["mine"]),
+            "gate_slices": f"{len(found['slices'])} compared, "
+            f"worst {max((s['harm']['point'] or 0.0 for s in found['slices']), default=0.0):+.1%}",
+            "gate_fairness": json.dumps(
+                {f"{g['attribute']}={g['value']}": [round(x, 3) for x in g["mine"]] for g in found["groups"][:40]},
+                ensure_ascii=False,
+            )[:4000],
+            "gate_megabytes": f"{found['megabytes']:g}",
+            "gate_rows_per_s": f"{found['rows_per_s']:g}",
+        }  # fmt: skip
+    return {f"signalbox.{name}": text for name, text in said.items()}
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _shown(interval: Mapping[str, Any]) -> str:
+    point, low, high = (interval[k] for k in ("point", "low", "high"))
+    if point is None:
+        return "–"
+    return f"{point:+.2%}" + ("" if low is None or high is None else f" [{low:+.2%}, {high:+.2%}]")
+
+
+def _beside(found: Mapping[str, Any]) -> list[str]:
+    """The card's sections on the comparison, the slices and the groups."""
+    if "harm" not in found:
+        return []
+    them, sure = found["against"], f"{found['confidence']:.0%} interval"
+    lines = ["", f"## Beside the {them}", "", f"Positive is worse; {sure}s, whole days drawn again, paired.", "",
+             f"| on the same rows | candidate | {them} | worse by | days |", "|---|---:|---:|---:|---:|"]  # fmt: skip
+    if found["harm"]:
+        mine, theirs = found["candidate"], found[them]
+        lines.append(
+            f"| {found['metric']} | {mine:.6g} | {theirs:.6g} | {_shown(found['harm'])} | {found['harm']['days']} |"
+        )
+    notes = []
+    for where, one in found["policy_value"].items():
+        if isinstance(one, str):
+            lines.append(f"| policy's value, {where} | {one} | | | |")
+            continue
+        lines.append(
+            f"| policy's value, {where} | {one['mine']:.2%} | {one['theirs']:.2%} | {_shown(one['harm'])} | {one['harm']['days']} |"
+        )
+        notes += [f"Policy's value, {where}: as a share of {one['of']}; it supposes that {one['assumes']}.", ""]
+    calibration = found["calibration"]
+    shown = [_short(calibration[k]) for k in ("mine", "theirs")]
+    lines += [f"| {calibration['is']} | {shown[0]} | {shown[1]} | | |", "", *notes]
+    lines.append(f"Its files take {found['megabytes']:g} MB; it scored {found['rows_per_s']:g} rows a second here.")
+    if found["slices"]:
+        lines += ["", "## By slice", "", f"| slice | rows | candidate | {them} | worse by | more than noise |",
+                  "|---|---:|---:|---:|---:|---|"]  # fmt: skip
+        lines += [
+            f"| {s['column']} = {s['value']} | {s['harm']['rows']} | {s['mine']:.6g} | {s['theirs']:.6g} | "
+            f"{_shown(s['harm'])} | {'yes' if s['real'] else 'no'} |"
+            for s in found["slices"]
+        ]
+    if found["groups"]:
+        lines += ["", "## Who is decided for and against", "", "On the held-out days, as the policy would by these scores.",
+                  "", f"| group | rows | for | against | {them}: for | {them}: against |",
+                  "|---|---:|---:|---:|---:|---:|"]  # fmt: skip
+        for g in found["groups"]:
+            shares = [*g["mine"], *(g["theirs"] or ())]
+            cells = [f"{x:.1%}" for x in shares] + ["–"] * (4 - len(shares))
+            lines.append(f"| {g['attribute']} = {g['value']} | {g['rows']} | {' | '.join(cells)} |")
+    return lines
 
 
 def card(
@@ -110,6 +380,7 @@ def card(
             + " |"
             for figure in figures
         ],
+        *_beside(verdict.figures),
         "",
         "## Made from",
         "",

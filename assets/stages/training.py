@@ -4,24 +4,20 @@ Belongs here: the two assets. Does not: learning (``models.learners``), judging 
 """
 
 import json
-from datetime import date, timedelta
-from typing import Any
+from datetime import timedelta
 
 import dagster as dg
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from assets import code, deciding, point_in_time, promoting
+from assets import code, deciding, gating, point_in_time, promoting, tuning
 from assets.lake import content_digest
 from assets.resources import ClockResource, LakeResource, LedgerResource, RegistryResource, preview
 from assets.stages.common import days, stage
 from assets.workflow import Workflow
 from models import catalog, fitting, gate
-from models.registry import CHAMPION, ModelUnreadable, Registry
 
 GPU_POOL = "gpu"
-THREADS = 2
-"""Fixed: sums over another number of threads differ in their last bits, and a run repeated must give the same bytes."""
 _MLFLOW_TYPE = {"numeric": "double", "categorical": "string"}
 
 
@@ -56,28 +52,6 @@ def build_training_set(workflow: Workflow) -> dg.AssetsDefinition:
     return training_set
 
 
-def _champion(
-    workflow: Workflow, registry: Registry, split: date
-) -> tuple[catalog.Scorer | None, dict[str, Any] | None, str]:
-    """Whom the candidate is compared with: the champion as it is, or its recipe where it has learned from the held-out
-    days; and a sentence about it."""
-    held = registry.by_alias(workflow.name, CHAMPION)
-    if held is None:
-        return None, None, ""
-    try:
-        if held.trained_day <= split:
-            return (
-                deciding.read_model(workflow, registry, held),
-                None,
-                f" Compared with version {held.number} as it is.",
-            )
-        recipe = registry.recipe(held)
-    except ModelUnreadable as error:
-        return None, None, f" Version {held.number} could not be compared: {error}."
-    stands_in = "its recipe, fitted before them, stands in for it"
-    return None, recipe, f" Version {held.number} has learned from the held-out days: {stands_in}."
-
-
 def build_model(workflow: Workflow) -> dg.AssetsDefinition:
     """The asset [workflow, model]; it takes a slot of the pool ``gpu``."""
     training = workflow.training
@@ -106,23 +80,21 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
         rows = lake.lake.read(table, version=version, where=pc.field("as_of") == pa.scalar(day))
         rows = point_in_time.ordered(rows, "day")
         device = resolve_device(training.device)
-        split = day - timedelta(days=training.holdout_days + training.maturity_days)
-        mature = day - timedelta(days=training.maturity_days)
-        judged = rows.filter((pc.field("day") > pc.scalar(split)) & (pc.field("day") <= pc.scalar(mature)))
-        held_out = point_in_time.rows_where(judged, training.evaluate_on)
-        early = point_in_time.training_set(workflow, lake.lake, split)
-        learner = catalog.learner(workflow.model.kind)
-        known = point_in_time.rows_where(early, training.train_on)
-        champion, twin, note = _champion(workflow, registry.registry, split)
-        fitted = fitting.fit_and_judge(
-            point_in_time.rows_where(rows, training.train_on),
-            known,
-            held_out,
-            learner=learner,
+        held = gating.held_out(workflow, lake.lake, day, rows)
+        with ledger.open(clock.now) as book:
+            against = gating.champion_of(workflow, registry.registry, book)
+        champion, twin, note = gating.opponent(workflow, registry.registry, against, held.split)
+        tuned = tuning.tune(workflow, lake.lake, held.split, device=device, say=context.log.info)
+        learn = point_in_time.rows_where(rows, training.train_on)
+        fitted = tuning.resumable(workflow)(fitting.fit_and_judge)(
+            learn,
+            held.early,
+            held.rows,
+            learner=catalog.learner(workflow.model.kind),
             rule=catalog.rule(workflow.model.kind),
             champion=champion,
             twin=twin,
-            spec=deciding.learner_spec(workflow),
+            spec=tuned.spec,
             day=day,
             min_rows=training.min_rows,
             metric=training.metric,
@@ -130,12 +102,15 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
             margin=training.margin,
             seed=deciding.SEED,
             device=device,
-            threads=THREADS,
+            threads=gating.THREADS,
+            terms=gating.terms(workflow),
+            decided=held.decided,
         )
+        note += fitted.note
         facts = {
             "matured rows": fitted.rows,
-            "held-out rows": held_out.num_rows,
-            "held-out days": f"{split + timedelta(days=1)} to {mature}",
+            "held-out rows": held.rows.num_rows,
+            "held-out days": f"{held.split + timedelta(days=1)} to {held.mature}",
             "training set": f"{table} version {version}",
             "workflow digest": workflow.digest,
             "code commit": code.commit(),
@@ -143,6 +118,7 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
             "device": device,
             "champion": note.strip() or "none yet",
             "Dagster run": context.run_id,
+            **({"search": tuned.note} if tuned.note else {}),
         }
         text = gate.card(
             name=workflow.name,
@@ -152,34 +128,39 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
             metrics=fitted.metrics,
             facts=facts,
         )
+        text += f"\n## Search\n\n{tuned.card}\n" if tuned.card else ""
         made = registry.registry.register(
             workflow.name,
             fitted.model.files(),
             trained_day=day,
             passed=fitted.verdict.passed,
             params={
-                "recipe": json.dumps(deciding.learner_spec(workflow)),
+                "recipe": json.dumps(tuned.spec),
                 "device": device,
                 "day": day.isoformat(),
-                "threads": THREADS,
+                "threads": gating.THREADS,
             },
             metrics={f"{who}_{name}": value for who, one in fitted.metrics.items() for name, value in one.items()},
-            tags={f"signalbox.{k.replace(' ', '_')}": str(v) for k, v in facts.items()},
-            plots=fitted.model.plots(held_out if held_out.num_rows else rows),
+            tags={f"signalbox.{k.replace(' ', '_')}": str(v) for k, v in facts.items()} | gate.tags(fitted.verdict),
+            plots=fitted.model.plots(held.rows if held.rows.num_rows else rows),
             card=text,
             inputs={c: kind for group, kind in _MLFLOW_TYPE.items() for c in getattr(workflow.features, group)},
             seed=deciding.SEED,
         )
-        evidence = {"verdict": list(fitted.verdict.reasons), "run": context.run_id}
+        evidence = {"verdict": list(fitted.verdict.reasons), "figures": fitted.verdict.figures, "run": context.run_id}
         with ledger.open(clock.now) as book:
             place = promoting.admit(
                 workflow, registry.registry, book, made, evidence=evidence, actor=f"run {context.run_id}"
+            )
+            student = tuning.student(
+                workflow, registry.registry, book, held, learn, made, day=day, device=device, run=context.run_id
             )
         return dg.MaterializeResult(
             metadata={
                 "version": made.number,
                 "registry": dg.MetadataValue.url(registry.version_url(workflow.name, made.number)),
                 "place": place,
+                **({"student": student} if student else {}),
                 "model card": dg.MetadataValue.md(text),
                 **{f"{who} {training.metric}": one[training.metric] for who, one in fitted.metrics.items()},
             },

@@ -88,6 +88,18 @@ def test_the_same_recipe_ties_without_being_fitted_again() -> None:
     assert fitted.metrics["champion"] == fitted.metrics["candidate"] and fitted.verdict.passed
 
 
+def test_a_recipe_that_does_not_fit_any_more_is_not_compared_and_that_is_said() -> None:
+    def refuse(rows: pa.Table, spec: Mapping[str, Any], **how: Any) -> Learner:
+        if spec == {"a": 3}:
+            raise KeyError("column 'gone'")
+        return Learner("Learner", rows["n"].to_pylist())
+
+    broken = type("Broken", (Learner,), {"fit": staticmethod(refuse)})
+    fitted = run(table(1, 2, 3, 4), table(1, 2), table(3, 4), learner=broken, twin={"a": 3})
+    assert "champion" not in fitted.metrics and fitted.verdict.passed
+    assert "cannot be fitted any more, so it is not compared: KeyError" in fitted.note
+
+
 @pytest.mark.parametrize(("champion", "passes"), [(0.9, False), (1.0, True), (1.1, True)])
 def test_the_champion_is_part_of_the_verdict(champion: float, passes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Champion, "figure", champion)

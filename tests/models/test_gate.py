@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from models.gate import card, judge
+from models.comparing import Interval
+from models.gate import Evidence, GateSpec, card, judge
+from models.policy_value import Value
 
 
 def verdict(mine: float, rule: float, champion: float | None = None, **changed: Any) -> bool:
@@ -122,3 +124,21 @@ def test_the_card_says_the_verdict_the_figures_and_what_it_was_made_from(passed:
     assert "| bias | -0.5 | – |" in text  # a figure that the rule does not have
     assert "code commit: abc" in text
     assert all(reason in text for reason in found.reasons)
+
+
+@pytest.mark.parametrize(
+    ("point", "low", "high", "passes"),
+    [(0.05, 0.01, 0.09, False), (0.05, -0.01, 0.11, True), (0.015, 0.01, 0.02, True), (0.05, None, None, True)],
+)
+def test_what_the_policy_is_worth_refuses_beyond_its_margin_and_beyond_noise(
+    point: float, low: float | None, high: float | None, passes: bool
+) -> None:
+    worth = Value(0.10, 0.10 + point, Interval(point, low, high, 0.01, 7, 99), "what was moved", "the coin is fair")
+    evidence = Evidence("champion", None, {}, {"held-out days": worth}, (), (), ("bias", 0.0, 0.0), 1.0, 1e6)
+    found = judge(
+        metric="mae", better="lower", margin=0.02, rows=9, candidate={"mae": 1.0}, rule={"mae": 2.0},
+        champion={"mae": 1.0}, evidence=evidence, spec=GateSpec(value_margin=0.02),
+    )  # fmt: skip
+    assert found.passed is passes
+    assert any("policy's value on the held-out days: 10.00% beside the champion's" in r for r in found.reasons)
+    assert found.figures["policy_value"]["held-out days"]["harm"]["point"] == point
