@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from assets.lake import Lake
 from assets.resources import resources
 from assets.workflow import FOLDER, Source, Workflow, load
+from delivery.ledger import Ledger
 from orchestration import assembly
 from orchestration.automation import (
     SETTLE,
@@ -22,6 +24,7 @@ from orchestration.automation import (
     deadline_request,
     landing_requests,
     retrain_request,
+    training_runs,
     unattended,
 )
 
@@ -163,6 +166,18 @@ def test_the_day_is_read_where_the_pattern_says(pattern: str, name: str, day: da
 # --- retraining -------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def book(tmp_path: Path) -> Iterator[Ledger]:
+    with Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}", key=b"k" * 16) as ledger:
+        yield ledger
+
+
+@pytest.fixture
+def instance() -> Iterator[dg.DagsterInstance]:
+    with dg.DagsterInstance.ephemeral() as found:
+        yield found
+
+
 def measured(lake: Lake, drifted: dict[date, bool]) -> None:
     table = pa.table(
         {
@@ -189,39 +204,136 @@ def asked(found: dg.RunRequest | dg.SkipReason) -> dg.RunRequest:
     return found
 
 
-def test_without_drift_nothing_is_retrained(workflow: Workflow, lake: Lake) -> None:
-    assert "no drift has been measured" in skipped(retrain_request(workflow, lake))
-    measured(lake, {DAY: False})
-    assert "no day has drifted" in skipped(retrain_request(workflow, lake))
+def a_run(instance: dg.DagsterInstance, day: date, status: str, job: str = "ad_budget_retrain") -> None:
+    instance.create_run_for_job(
+        _retrain_job if job == "ad_budget_retrain" else _other_job,
+        status=dg.DagsterRunStatus[status],
+        tags={"dagster/partition": day.isoformat()},
+    )
 
 
-def test_the_newest_drifted_day_is_retrained_for_with_its_reason(workflow: Workflow, lake: Lake) -> None:
-    measured(lake, {DAY - timedelta(days=3): True, DAY - timedelta(days=1): True, DAY: False})
-    request = asked(retrain_request(workflow, lake))
+@dg.op
+def nothing() -> None: ...
+
+
+@dg.job(name="ad_budget_retrain")
+def _retrain_job() -> None:
+    nothing()
+
+
+@dg.job(name="ad_budget_daily")
+def _other_job() -> None:
+    nothing()
+
+
+class Watch:
+    """What the sensor asks for at an hour, given what stands in the lake, the ledger and Dagster."""
+
+    def __init__(self, workflow: Workflow, lake: Lake, book: Ledger, instance: dg.DagsterInstance) -> None:
+        self.workflow, self.lake, self.book, self.instance = workflow, lake, book, instance
+
+    def look(self, hours: float = 4) -> dg.RunRequest | dg.SkipReason:
+        runs = training_runs(self.instance, self.workflow)
+        return retrain_request(self.workflow, self.lake, self.book, after(hours), runs)
+
+    def actions(self) -> list[str]:
+        return [e.body["action"] for e in self.book.events("trigger", "ad_budget")]
+
+
+@pytest.fixture
+def watch(workflow: Workflow, lake: Lake, book: Ledger, instance: dg.DagsterInstance) -> Watch:
+    return Watch(workflow, lake, book, instance)
+
+
+def test_without_evidence_nothing_is_retrained_nor_recorded(watch: Watch) -> None:
+    assert "nothing new asks" in skipped(watch.look())
+    measured(watch.lake, {DAY: False})
+    assert "nothing new asks" in skipped(watch.look()) and watch.actions() == []
+
+
+def test_the_newest_drifted_day_is_retrained_for_with_its_reason(watch: Watch) -> None:
+    measured(watch.lake, {DAY - timedelta(days=3): True, DAY - timedelta(days=1): True, DAY: False})
+    request = asked(watch.look())
     assert request.partition_key == "2026-03-09" and "3 of 4 columns" in request.tags["signalbox/cause"]
+    assert request.run_key == "ad_budget:retrain:features:2026-03-03:2026-03-09:1"
+    assert watch.actions() == ["merged", "asked"]
 
 
-def test_a_later_drift_is_asked_for_under_another_key(workflow: Workflow, lake: Lake) -> None:
-    measured(lake, {DAY: True})
-    first = asked(retrain_request(workflow, lake)).run_key
-    assert asked(retrain_request(workflow, lake)).run_key == first
-    measured(lake, {DAY + timedelta(days=1): True})
-    assert asked(retrain_request(workflow, lake)).run_key != first
+def test_a_trigger_is_asked_for_once_and_a_later_one_under_another_key(watch: Watch) -> None:
+    measured(watch.lake, {DAY: True})
+    first = asked(watch.look()).run_key
+    assert "nothing new asks" in skipped(watch.look())
+    a_run(watch.instance, DAY, "SUCCESS")
+    measured(watch.lake, {DAY + timedelta(days=7): True})
+    assert asked(watch.look()).run_key != first
 
 
 @pytest.mark.parametrize(("days_ago", "waits"), [(-1, True), (0, True), (6, True), (7, False), (8, False)])
-def test_the_cooldown_counts_from_the_newest_training(
-    workflow: Workflow, lake: Lake, days_ago: int, waits: bool
-) -> None:
-    assert workflow.retraining.cooldown_days == 7
-    measured(lake, {DAY: True})
-    trained(lake, DAY - timedelta(days=30))
-    trained(lake, DAY - timedelta(days=days_ago))
-    found = retrain_request(workflow, lake)
+def test_the_cooldown_counts_from_the_newest_training(watch: Watch, days_ago: int, waits: bool) -> None:
+    assert watch.workflow.retraining.cooldown_days == 7
+    measured(watch.lake, {DAY: True})
+    trained(watch.lake, DAY - timedelta(days=30))
+    trained(watch.lake, DAY - timedelta(days=days_ago))
+    found = watch.look()
     if waits:
-        assert "cooldown is 7 days" in skipped(found)
+        assert ("cooldown is 7 days" if days_ago > 0 else "had seen it") in skipped(found)
+        assert watch.actions() == ["cooling" if days_ago > 0 else "merged"]
     else:
         assert asked(found).partition_key == DAY.isoformat()
+
+
+@pytest.mark.parametrize("status", ["NOT_STARTED", "STARTING", "STARTED", "CANCELING"])
+def test_while_a_retraining_is_unfinished_a_trigger_is_merged_and_asked_for_after_it(watch: Watch, status: str) -> None:
+    """By Dagster's own run records."""
+    measured(watch.lake, {DAY - timedelta(days=1): True})
+    asked(watch.look())
+    a_run(watch.instance, DAY - timedelta(days=1), status)
+    measured(watch.lake, {DAY: True})
+    assert "merged" in skipped(watch.look()) and "nothing new" in skipped(watch.look(5))
+    (record,) = watch.instance.get_run_records()
+    watch.instance.report_run_failed(record.dagster_run) if status == "CANCELING" else _succeed(watch.instance, record)
+    request = asked(watch.look(6))
+    assert request.partition_key == DAY.isoformat() and watch.actions() == ["asked", "merged", "asked"]
+
+
+def _succeed(instance: dg.DagsterInstance, record: Any) -> None:
+    event = dg.DagsterEvent("PIPELINE_SUCCESS", record.dagster_run.job_name)
+    instance.report_dagster_event(event, record.dagster_run.run_id)
+    assert instance.get_run_by_id(record.dagster_run.run_id).status == dg.DagsterRunStatus.SUCCESS  # type: ignore[union-attr]
+
+
+def test_a_failed_retraining_is_asked_for_again_under_another_key(watch: Watch) -> None:
+    measured(watch.lake, {DAY: True})
+    first = asked(watch.look(4))
+    trained(watch.lake, DAY)  # the set was made, the model was not
+    a_run(watch.instance, DAY, "FAILURE")
+    assert "nothing new" in skipped(watch.look(9))
+    again = asked(watch.look(10.1))
+    assert again.run_key == first.run_key.removesuffix(":1") + ":2"
+    a_run(watch.instance, DAY, "SUCCESS")
+    assert "nothing new" in skipped(watch.look(24))
+
+
+def test_a_run_that_never_reports_its_end_does_not_block_for_ever(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured(watch.lake, {DAY: True})
+    a_run(watch.instance, DAY - timedelta(days=1), "STARTED")  # and was killed
+    a_run(watch.instance, DAY, "STARTED", job="ad_budget_daily")  # another job
+    assert training_runs(watch.instance, watch.workflow).running == {DAY - timedelta(days=1)}
+    short = watch.workflow.retraining.model_copy(update={"longest_hours": 1e-6})
+    impatient = watch.workflow.model_copy(update={"retraining": short})
+    assert training_runs(watch.instance, impatient).failed == {DAY - timedelta(days=1)}
+
+
+def test_what_a_person_trained_stands_in_the_ledger_and_cools(watch: Watch) -> None:
+    a_run(watch.instance, DAY - timedelta(days=2), "SUCCESS")
+    measured(watch.lake, {DAY: True})
+    assert "cooling" in skipped(watch.look())
+    assert [(e.body["cause"], e.body["action"]) for e in watch.book.events("trigger")] == [
+        ("person", "asked"),
+        ("features", "cooling"),
+    ]
 
 
 # --- the deadline -----------------------------------------------------------------------------------------------------
@@ -266,7 +378,7 @@ def test_everything_that_can_start_a_run_is_declared_and_off(
 ) -> None:
     declared = {u.name: u for u in unattended([workflow, load(FOLDER / "ticket_priority")])}
     found = {d.name: d for d in (*repository.sensor_defs, *repository.schedule_defs)}
-    assert set(found) == set(declared) and len(found) == 12
+    assert set(found) == set(declared) and len(found) == 14
     for name, definition in found.items():
         assert definition.default_status.value == "STOPPED", name
         assert definition.job_name == declared[name].starts
@@ -296,7 +408,7 @@ def test_the_sensors_tick_on_what_lies_there(
     zone = Zone(tmp_path / "landing" / "ad_budget", workflow)
     zone.put(DAY, after(1))
     landed = built.get_sensor_def("ad_budget_landing")
-    with dg.DagsterInstance.ephemeral() as instance:
+    with dg.instance_for_test() as instance:
         first = landed(dg.build_sensor_context(instance=instance, repository_def=built, resources=given))
         assert [r.partition_key for r in first.run_requests] == [DAY.isoformat()]
         second = landed(
@@ -309,8 +421,30 @@ def test_the_sensors_tick_on_what_lies_there(
         ))  # fmt: skip
         assert asked(request).partition_key == DAY.isoformat()
         weekly: Any = built.get_schedule_def("ad_budget_weekly_retrain")
+
+        def calendar(moment: datetime) -> Any:
+            # closed again: it opens the instance a second time, and would leave that one behind as the current
+            with dg.build_schedule_context(
+                instance=instance, resources=given, scheduled_execution_time=moment
+            ) as context:
+                return weekly(context)
+
         monday = datetime(2026, 3, 16, 8, tzinfo=UTC)
-        context = dg.build_schedule_context(instance=instance, scheduled_execution_time=monday)
-        assert asked(weekly(context)).partition_key == "2026-03-15"
+        assert asked(calendar(monday)).partition_key == "2026-03-15"
+        assert "nothing new" in skipped(calendar(monday))
+        a_run(instance, date(2026, 3, 15), "SUCCESS")
+        assert asked(calendar(monday + timedelta(days=7))).partition_key == "2026-03-22"
+        a_run(instance, date(2026, 3, 22), "STARTED")
+        assert "merged" in skipped(calendar(monday + timedelta(days=14)))
         early = datetime.combine(workflow.start, datetime.min.time(), UTC)
-        assert "starts on" in skipped(weekly(dg.build_schedule_context(scheduled_execution_time=early)))
+        assert "starts on" in skipped(calendar(early))
+        # the sensor finds in the ledger and in Dagster what the calendar started
+        measured(given["lake"].lake, {date(2026, 3, 29): True})
+        tick = built.get_sensor_def("ad_budget_retrain_on_drift")
+        found = tick(dg.build_sensor_context(instance=instance, repository_def=built, resources=given))
+        assert "nothing new" in skipped(found)
+        book = given["ledger"].open(datetime.now)
+        assert [(e.body["cause"], e.body["action"]) for e in book.events("trigger")] == [
+            ("calendar", "asked"), ("calendar", "asked"), ("calendar", "merged")
+        ]  # fmt: skip
+        book.close()

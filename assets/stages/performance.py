@@ -1,0 +1,99 @@
+"""Stage 11, ``performance``: how well the scores do, estimated while outcomes are missing and realised as they become known.
+
+Belongs here: the asset. Does not: the figures (``data_checks.performance``), which scores meet which outcomes
+(``assets.performing``), or what a fall starts (``assets.retraining``, which reads what is stored here).
+"""
+
+from datetime import date, timedelta
+from typing import Any
+
+import dagster as dg
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from assets import performing
+from assets.resources import LakeResource, RegistryResource, ReportsResource
+from assets.stages.common import days, folded, key, stage
+from assets.workflow import Workflow
+from data_checks import performance as figures
+
+SHOWN_DAYS = 60
+"""How far back the picture goes."""
+
+
+def build(workflow: Workflow) -> dg.AssetsDefinition:
+    """The asset [workflow, performance]."""
+    spec = workflow.retraining
+    metric = performing.metric_of(workflow)
+    table = workflow.table("performance")
+
+    @stage(
+        workflow,
+        "performance",
+        deps=["scores", "outcomes"],
+        description=(
+            f"{metric} and its like by the day scored: estimated while outcomes are missing, realised as they mature, "
+            f"the last {spec.window_days} days beside their baseline. {figures.ASSUMES[performing.kind_of(workflow)]}"
+        ),
+        kinds={"deltalake"},
+        checks={"performance": (False, f"{metric} is not worse than its baseline by more than its limit")},
+    )
+    def performance(
+        context: dg.AssetExecutionContext, lake: LakeResource, registry: RegistryResource, reports: ReportsResource
+    ) -> dg.MaterializeResult:
+        span = days(context)
+        judged = {day: performing.judge(workflow, lake.lake, registry.registry, day) for day in span}
+        lake.lake.replace_days(table, pa.concat_tables(judged.values()), span)
+        links: dict[str, Any] = {}
+        for day, found in judged.items():
+            context.add_asset_metadata(_numbers(found, day), partition_key=day.isoformat())
+            _observe(context, workflow, found)
+        last = span[-1]
+        if judged[last].num_rows:
+            since = pc.field("day") >= pc.scalar(last - timedelta(days=SHOWN_DAYS))
+            history = lake.lake.read(table, where=since & (pc.field("day") <= pc.scalar(last)))
+            text = figures.report(workflow.name, judged[last], history, performing.kind_of(workflow))
+            _, page = reports.write(workflow.name, last, "performance.html", text)
+            links["report"] = dg.MetadataValue.url(page)
+        spoken = {day: verdict(workflow, found) for day, found in judged.items()}
+        return dg.MaterializeResult(
+            metadata={"figures": sum(f.num_rows for f in judged.values()), **links},
+            check_results=[folded("performance", spoken, warn=True)],
+        )
+
+    return performance
+
+
+def verdict(workflow: Workflow, found: pa.Table) -> tuple[bool, str]:
+    """Whether the workflow's metric holds on a day, and that in words; no data is no fall."""
+    metric = performing.metric_of(workflow)
+    limits = {"realised": workflow.retraining.realised_limit, "estimated": workflow.retraining.estimated_limit}
+    told = [r for r in figures.windows(found).to_pylist() if r["metric"] == metric]
+    if not told:
+        return True, f"{metric} is not judged: too few days or rows of the version that scores"
+    fell = [r for r in told if r["worse_low"] is not None and r["worse_low"] > limits[r["kind"]]]
+    return not fell, "; ".join(r["text"] for r in fell or told)
+
+
+def _numbers(found: pa.Table, day: date) -> dict[str, float]:
+    """Numbers for Dagster to plot by partition: the windows judged on a day, and the estimate of the day itself."""
+    numbers = {}
+    for row in found.to_pylist():
+        window = row["first"] != row["last"]
+        if window or (row["last"] == day and row["kind"] == "estimated"):
+            span = "" if window else " of the day"
+            numbers[f"{row['kind']} {row['metric']}{span}"] = row["value"]
+        if window and row["baseline"] is not None and row["kind"] == "realised":
+            numbers[f"baseline {row['metric']}"] = row["baseline"]
+    return numbers
+
+
+def _observe(context: dg.AssetExecutionContext, workflow: Workflow, found: pa.Table) -> None:
+    """A day scored earlier whose outcomes have now matured shows its realised figures in its own partition."""
+    rows = [r for r in found.to_pylist() if r["kind"] == "realised" and r["first"] == r["last"] and r["mature"]]
+    if rows:
+        newest = max(r["last"] for r in rows)
+        numbers = {f"realised {r['metric']} of the day": r["value"] for r in rows if r["last"] == newest}
+        context.log_event(
+            dg.AssetObservation(key(workflow, "performance"), partition=newest.isoformat(), metadata=numbers)
+        )
