@@ -1,0 +1,89 @@
+"""Stage 11, ``health``: how the loop itself is doing, as one table and one picture.
+
+Belongs here: the asset and its page. Does not: the figures (``assets.health``), or acting on them.
+"""
+
+import base64
+import html
+from datetime import date, timedelta
+
+import dagster as dg
+import pyarrow as pa
+
+from assets import delivering
+from assets import health as loop
+from assets.resources import ClockResource, LakeResource, LedgerResource, ReportsResource, preview
+from assets.stages.common import days, stage
+from assets.workflow import Workflow
+
+
+def build(workflow: Workflow) -> dg.AssetsDefinition:
+    """The asset [workflow, health], of a workflow that delivers."""
+
+    @stage(
+        workflow,
+        "health",
+        deps=["decisions", "decision_outcomes"],
+        description=f"What the loop promoted, retrained and took back in {loop.WINDOW_DAYS} days, how fast, how often "
+        "people stepped in, deadlines and bad days; from the ledger.",
+        kinds={"deltalake"},
+    )
+    def health(
+        context: dg.AssetExecutionContext,
+        lake: LakeResource,
+        ledger: LedgerResource,
+        clock: ClockResource,
+        reports: ReportsResource,
+    ) -> dg.MaterializeResult:
+        span = days(context)
+        book = ledger.open(clock.now)
+        try:
+            found = {
+                # a day that is made again sees what the ledger knew by the end of the day on which it took effect
+                day: loop.examine(book, workflow, until=min(clock.now(), delivering.over(day)))
+                for day in span
+            }
+        finally:
+            book.close()
+        rows = pa.Table.from_pylist([one.row(day) for day, one in found.items()], schema=loop.TABLE)
+        lake.lake.replace_days(workflow.table("health"), rows, span)
+        for day, one in found.items():
+            numbers = {name: value for name, value in one.figures.items() if value is not None}
+            context.add_asset_metadata(numbers, partition_key=day.isoformat())
+        last = span[-1]
+        image = base64.b64encode(loop.plot(found[last])).decode()
+        recent = lake.lake.read(
+            workflow.table("health"), days=[last - timedelta(days=n) for n in range(loop.WINDOW_DAYS)]
+        ).sort_by("day")
+        _, url = reports.write(workflow.name, last, "health.html", _page(workflow, last, found[last], recent, image))
+        return dg.MaterializeResult(
+            metadata={
+                "says": dg.MetadataValue.md("\n".join(f"- {line.strip()}" for line in loop.lines(found[last]))),
+                "plot": dg.MetadataValue.md(f"![how the loop is doing](data:image/png;base64,{image})"),
+                "page": dg.MetadataValue.url(url),
+                "newest days": preview(recent.slice(max(recent.num_rows - 8, 0))),
+                "document": dg.MetadataValue.json(found[last].as_dict()),
+            }
+        )
+
+    return health
+
+
+def _page(workflow: Workflow, day: date, found: loop.Health, recent: pa.Table, image: str) -> str:
+    title = html.escape(f"{workflow.name}: how the loop is doing, {day}")
+    said = "".join(f"<li>{html.escape(line.strip())}</li>" for line in loop.lines(found))
+    head = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in recent.schema.names)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{_cell(value)}</td>" for value in row.values()) + "</tr>" for row in recent.to_pylist()
+    )
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        "<style>body{font:14px sans-serif;margin:2em}table{border-collapse:collapse;font-size:11px}"
+        "td,th{border:1px solid #ccc;padding:.2em .4em;text-align:right}img{max-width:100%}</style></head><body>"
+        f'<h1>{title}</h1><ul>{said}</ul><img alt="How the loop is doing" src="data:image/png;base64,{image}">'
+        f"<table><tr>{head}</tr>{body}</table></body></html>"
+    )
+
+
+def _cell(value: object) -> str:
+    return "–" if value is None else html.escape(f"{value:.3g}" if isinstance(value, float) else str(value))

@@ -1,0 +1,101 @@
+"""``signalbox status`` and the asset behind it, on a real state folder."""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from typer.testing import CliRunner
+
+from assets import health
+from assets.resources import resources
+from assets.stages import health as stage
+from assets.workflow import FOLDER, load
+from orchestration import cli, jobs
+from tests.assets.test_health import KNOWN, NOON, tell
+from tests.support.ledgers import Clock
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SIGNALBOX_HOME", str(tmp_path))
+    return tmp_path
+
+
+def told(*words: str) -> Any:
+    result = CliRunner().invoke(cli.app, ["status", *words])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return json.loads(result.stdout) if "--json" in words else result.output
+
+
+def schema(value: Any) -> Any:
+    """The keys of a document, and what kind of value stands under each."""
+    if isinstance(value, dict):
+        return {k: schema(v) for k, v in value.items()}
+    return "list" if isinstance(value, list) else "number" if isinstance(value, int | float) else type(value).__name__
+
+
+def test_an_empty_state_says_nothing_yet_in_both_forms(home: Path) -> None:
+    document = told("--json", "--now", "2026-04-11T12:00:00")
+    assert document["ledger"] == {"seq": 0, "head": document["ledger"]["head"]}
+    assert set(document["workflows"]) == {"ad_budget", "ticket_priority"}
+    for one in document["workflows"].values():
+        assert one["figures"]["rollbacks"] == 0
+        assert one["figures"]["automatic_share"] is None
+    assert told().count("nothing yet") == 2
+
+
+def test_the_document_keeps_its_keys_whatever_happened(home: Path) -> None:
+    empty = told("ad_budget", "--json")
+    clock = Clock()
+    with resources()["ledger"].open(clock) as book:
+        tell(book, clock)
+    full = told("ad_budget", "--json", "--now", NOON.isoformat())
+    assert list(full) == list(empty) == ["at", "ledger", "workflows"]
+    one, none = full["workflows"]["ad_budget"], empty["workflows"]["ad_budget"]
+    assert list(one) == ["workflow", "figures", "retrainings_by_cause", "now", "months", "rollbacks"] == list(none)
+    assert one["figures"] == pytest.approx(KNOWN)
+    for part in ("figures", "now"):
+        assert list(one[part]) == list(none[part])
+    assert schema(one["rollbacks"][0]) == {
+        "began": "str", "noticed": "str", "asked": "str", "restored": "str", "automatic": "number", "reason": "str",
+        "batches": "number", "versions": "list", "lifted": "number",
+    }  # fmt: skip
+    assert "37.7 h" in told("ad_budget", "--now", NOON.isoformat())
+    wrong = CliRunner().invoke(cli.app, ["status", "no_such"])
+    assert wrong.exit_code == 2
+
+
+def test_the_asset_stores_a_row_a_day_and_shows_the_newest(home: Path) -> None:
+    workflow, clock = load(FOLDER / "ad_budget"), Clock()
+    with resources()["ledger"].open(clock) as book:
+        tell(book, clock)
+    given = resources(now=NOON.isoformat())
+    wanted = {name: given[name] for name in ("lake", "ledger", "clock", "reports")}
+    asset = stage.build(workflow)
+    result = dg.materialize(
+        [asset], resources=wanted, partition_key=None,
+        tags={"dagster/asset_partition_range_start": "2026-04-09", "dagster/asset_partition_range_end": "2026-04-10"},
+        instance=dg.DagsterInstance.ephemeral(),
+    )  # fmt: skip
+    assert result.success
+    rows = given["lake"].lake.read(workflow.table("health")).sort_by("day").to_pylist()
+    assert [row["day"] for row in rows] == [date(2026, 4, 9), date(2026, 4, 10)]
+    assert rows[1] == pytest.approx({"day": date(2026, 4, 10), **KNOWN})
+    # the 9th as it stood when the day on which it took effect was over
+    assert rows[0]["days_decided"] == 8
+    page = Path(given["reports"].root, "ad_budget", "2026-04-10", "health.html").read_text()
+    assert "data:image/png;base64," in page and "4 rollbacks, 2 automatic" in page
+    (shown,) = result.asset_materializations_for_node("ad_budget__health")[-1:]
+    assert shown.metadata["override_share"].value == pytest.approx(2 / 18)
+
+
+def test_the_daily_job_looks_at_the_loop_last() -> None:
+    assert jobs.REVIEW[-1] == "health"
+    deps = stage.build(load(FOLDER / "ad_budget")).asset_deps
+    assert {key.path[-1] for keys in deps.values() for key in keys} == {"decisions", "decision_outcomes"}
+    assert health.TABLE.names[0] == "day"
