@@ -1,35 +1,70 @@
-"""How far a day's rows lie from the rows of the days before: Evidently's distances, and what it does not look at.
+"""How far a day's rows lie from those of a reference: on every row, against what chance alone gives, in Evidently's pictures.
 
-Belongs here: distances, null shares, new and vanished categories, volume, the report and its place in an Evidently
-workspace. Does not: choosing the windows (``assets.stages.drift``) or what follows from drift (``orchestration``).
+Belongs here: compressing columns, distances, null shares, volume, new and vanished categories and columns, the verdict of a
+day, the report and its place in an Evidently workspace. Does not: what chance alone gives (``data_checks.drift_calibration``),
+choosing the windows (``assets.stages.drift``) or what follows from drift (``assets.retraining``).
 
-Distances only, never p-values: with enough rows every difference is significant. A column is judged by the Wasserstein
-distance in standard deviations of the reference (numbers) or the Jensen-Shannon distance (categories).
+Distances only, never p-values of the usual tests: with enough rows every difference is significant. A column is judged by the
+Wasserstein distance in standard deviations of the reference (numbers) or the Jensen-Shannon distance (categories). It has
+drifted when the distance passes an effect floor *and* is not what resampled reference days give, corrected over all columns.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date, datetime
+from typing import Any, Literal, Self
 from uuid import UUID, uuid5
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_checks.common import page, without_collection
+from data_checks.drift_calibration import (
+    LEAST_DAYS,
+    Counted,
+    Counts,
+    Floats,
+    Null,
+    Tail,
+    benjamini_hochberg,
+    cells,
+    chance_of_moved,
+    chance_of_none,
+    compress_counts,
+    compress_numbers,
+    counts_in,
+    jensen_shannon,
+    means_of,
+    volume_null,
+    wasserstein,
+)
 
 # Above this many rows a column is compressed before Evidently sees it; below, it sees the rows themselves.
-FULL_ROWS = 10_000
+FULL_ROWS = 5_000
 # Beyond these, the rarest categories are one: Evidently takes milliseconds for each.
 MAX_CATEGORIES = 200
 OTHERS = "(all others)"
+# Rarer categories have no row of their own among the compressed ones: they are judged on the raw counts.
+RARE = 1e-4
+RARE_FACTOR = 3.0
+# Evidently divides by no less.
+LEAST_DEVIATION = 0.001
+# Fewer rows that moved are never drift, however impossible they were in the reference.
+LEAST_MOVED = 5
+# Chance that a finding of one day may have and still not wait for a second day.
+GRAVE_LEVEL = 0.001
+GRAVE_SHARE = 0.5
+GRAVE_VOLUME = 3.0
 _NAMESPACE = UUID("6f1c1f0e-6b8e-5a53-9f0e-2f5d1a0c7b11")
 _METHODS = {"numeric": "wasserstein", "categorical": "jensenshannon"}
+_SHOWN = 20
+MANY_RUNS = 10_000
 
 
 class DriftImpossible(ValueError):
@@ -37,31 +72,61 @@ class DriftImpossible(ValueError):
 
 
 class DriftSpec(BaseModel):
-    """When a day counts as drifted. A distance must pass its threshold and what chance alone would give."""
+    """When a day counts as drifted. A change must pass its floor and what chance alone would give."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    reference: Literal["trailing", "training", "pinned"] = Field(
+        default="trailing",
+        description="What a window is compared with: the days before it (trailing), the days that the champion was trained on "
+        "(training), or the days from pinned_from to pinned_to (pinned)",
+    )
+    pinned_from: date | None = Field(default=None, description="First day of the reference `pinned`")
+    pinned_to: date | None = Field(default=None, description="Last day of the reference `pinned`")
     window_days: int = Field(
         default=7,
         gt=0,
         description="Days judged together, the partition's own the last: a week, so that no weekday is mistaken for drift",
     )
-    reference_days: int = Field(default=28, gt=0, description="Days before the window that it is compared with")
+    reference_days: int = Field(default=28, gt=0, description="Days before the window that `trailing` compares with")
     min_rows: int = Field(
         default=100, gt=1, description="Fewer rows, or fewer values of a column, on either side are not measured"
     )
     numeric_threshold: float = Field(
-        default=0.2, gt=0, description="Wasserstein distance in standard deviations of the reference"
+        default=0.1, gt=0, description="Effect floor: Wasserstein distance in standard deviations of the reference"
     )
     categorical_threshold: float = Field(
-        default=0.15, gt=0, le=1, description="Jensen-Shannon distance (natural logarithm, at most 0.83)"
+        default=0.15, gt=0, le=1, description="Effect floor: Jensen-Shannon distance (natural logarithm, at most 0.83)"
     )
     null_share_change: float = Field(
-        default=0.2, gt=0, le=1, description="Change of a column's share of nulls that counts as drift"
+        default=0.2, gt=0, le=1, description="Effect floor: change of a column's share of nulls"
     )
-    share: float = Field(
-        default=0.3, gt=0, le=1, description="Share of drifted columns from which the day counts as drifted"
+    category_share: float = Field(
+        default=0.02,
+        gt=0,
+        le=1,
+        description="Effect floor: share of rows of a category that vanished, or of all new ones",
     )
+    volume_change: float = Field(
+        default=0.5,
+        gt=0,
+        description="Effect floor: change of the rows of a mean day, as a share (0.5: half as much again)",
+    )
+    false_alarms: float = Field(
+        default=0.05, gt=0, lt=1, description="Share of the columns found drifted that may be so by chance, in the mean"
+    )
+    grave: float = Field(
+        default=5.0,
+        ge=1,
+        description="Times its floor, a change of the newest day alone need not wait for a second day (for shares half of all "
+        "is enough); nor does a vanished category or column",
+    )
+    share: float = Field(default=0.3, gt=0, le=1, description="Share of drifted columns from which the day speaks")
+    importance_share: float = Field(
+        default=0.2, gt=0, le=1, description="Share of the champion's gain in drifted columns from which the day speaks"
+    )
+    k: int = Field(default=2, gt=0, description="Days that must speak among the last m before drift is found")
+    m: int = Field(default=3, gt=0, description="See k")
     numeric: tuple[str, ...] | None = Field(
         default=None, description="Feature columns measured as numbers; null: those of the model"
     )
@@ -69,22 +134,43 @@ class DriftSpec(BaseModel):
         default=None, description="Feature columns measured as categories; null: those of the model"
     )
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.k > self.m:
+            raise ValueError(f"k: {self.k} of {self.m} days can never speak; it must be at most m")
+        days = (self.pinned_from, self.pinned_to)
+        if self.reference == "pinned" and (None in days or str(days[0]) > str(days[1])):
+            raise ValueError("reference: pinned needs pinned_from and pinned_to, in this order")
+        if self.reference != "pinned" and days != (None, None):
+            raise ValueError(f"pinned_from: has no meaning with reference: {self.reference}; say reference: pinned")
+        return self
+
 
 @dataclass(frozen=True)
 class DriftReport:
     """What was found.
 
-    ``columns``: name → distance, method, threshold (with the allowance for chance), drifted, null_share_current,
-    null_share_reference, new_categories, vanished_categories, judged (a distance was measured), reason (why it drifted
-    or was not measured), all JSON-ready. ``volume``: rows of a mean day beside a mean day of the reference. ``html``: a page that
-    opens offline. ``snapshot``: Evidently's, with its plots.
+    ``columns``: name → distance, method, threshold (floor and chance together), chance (of going as far with nothing changed),
+    drifted, grave, importance (share of the champion's gain), null_share_current, null_share_reference, new_categories,
+    vanished_categories, rare_moved (categories rarer than 1 in 10,000 whose raw counts moved), judged (a distance was measured),
+    reason (why it drifted or was not measured), all JSON-ready. ``drifted``: the day's own verdict (what it says before k of
+    m days are asked). ``grave``: findings that need not wait. ``volume``: rows of a mean day beside a mean day of the
+    reference, ``volume_drifted`` whether its days do not vary so. ``html``: a page that opens offline. ``snapshot``:
+    Evidently's, with its plots.
     """
 
     columns: dict[str, dict[str, Any]]
     share_drifted: float
+    importance_share: float
+    weighted: bool
     drifted: bool
+    grave: tuple[str, ...]
     volume: float
+    volume_drifted: bool
+    new_columns: tuple[str, ...]
     rows: tuple[int, int]
+    daily_rows: float
+    reference: Mapping[str, Any]
     html: str
     snapshot: Any
 
@@ -93,11 +179,22 @@ class DriftReport:
         """Everything but the plots, JSON-ready."""
         return {
             "drifted": self.drifted,
+            "grave": list(self.grave),
             "share_drifted": self.share_drifted,
+            "importance_share": self.importance_share,
+            "importances": "of the champion" if self.weighted else "equal",
             "volume": self.volume,
+            "volume_drifted": self.volume_drifted,
+            "new_columns": list(self.new_columns),
             "rows": {"current": self.rows[0], "reference": self.rows[1]},
+            "reference": dict(self.reference),
             "columns": self.columns,
         }
+
+
+def settled(spoke: Sequence[bool], grave: bool, spec: DriftSpec) -> bool:
+    """Whether drift is found: what cannot wait, or k of the last m days spoke (``spoke``: oldest first, the day's own last)."""
+    return grave or (bool(spoke) and spoke[-1] and sum(spoke[-spec.m :]) >= spec.k)
 
 
 def _evidently() -> Any:
@@ -109,7 +206,7 @@ def _evidently() -> Any:
     return evidently
 
 
-def _numbers(column: pa.ChunkedArray, name: str) -> np.ndarray:
+def _numbers(column: pa.ChunkedArray, name: str) -> Floats:
     """Finite values are numbers, everything else is missing (NaN)."""
     kind = column.type
     if pa.types.is_boolean(kind):
@@ -120,7 +217,7 @@ def _numbers(column: pa.ChunkedArray, name: str) -> np.ndarray:
         way_out = "list it as categorical or leave it out of the features"
         raise DriftImpossible(f"column {name!r} is {kind}, not a number; {way_out}")
     # A nullable whole number would be dropped by Evidently unjudged.
-    values: np.ndarray = column.cast(pa.float64()).to_numpy()
+    values: Floats = column.cast(pa.float64()).to_numpy()
     return np.where(np.isfinite(values), values, np.nan)
 
 
@@ -133,105 +230,515 @@ def _texts(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
         ) from error
 
 
-def compress_numbers(values: np.ndarray, rows: int) -> np.ndarray:
-    """A column of numbers (NaN: missing) as ``rows`` values: means of equal parts of the sorted values.
+class _Side:
+    """One window: its rows in the order of their days, and where each day begins."""
 
-    The mean is kept exactly, quantiles to within a part, the share of missing values to within half a row.
-    """
-    ordered = np.sort(values[~np.isnan(values)])
-    kept = max(1, round(rows * len(ordered) / len(values)))
-    edges = np.linspace(0, len(ordered), kept + 1).astype(np.int64)
-    means = np.add.reduceat(ordered, edges[:-1]) / np.diff(edges)
-    whole = np.concatenate([means, np.full(rows - kept, np.nan)])
-    # Evidently also plots along the row number: sorted values would look like a trend.
-    return np.random.default_rng(0).permutation(whole)
+    def __init__(self, table: pa.Table) -> None:
+        self.table, self.rows = table, table.num_rows
+        self.starts = np.array([0, self.rows])
+        self.dated = "day" in table.schema.names
+        if self.dated:
+            days = table["day"].cast(pa.date32()).cast(pa.int32()).to_numpy()
+            runs = np.flatnonzero(np.diff(days, prepend=days[0] - 1))
+            if (np.diff(days[runs]) < 0).any():
+                if len(runs) <= MANY_RUNS:  # files of whole days: their slices change places, no row is copied
+                    ends = np.append(runs[1:], self.rows)
+                    order = np.argsort(days[runs], kind="stable")
+                    self.table = pa.concat_tables([table.slice(runs[n], ends[n] - runs[n]) for n in order])
+                else:
+                    self.table = table.take(pa.array(np.argsort(days, kind="stable")))
+                days = np.sort(days, kind="stable")
+            self.starts = np.append(np.flatnonzero(np.diff(days, prepend=days[0] - 1)), self.rows)
 
+    @property
+    def days(self) -> int:
+        return len(self.starts) - 1
 
-def compress_counts(counts: np.ndarray, rows: int) -> np.ndarray:
-    """Counts scaled to a total of ``rows`` (largest remainders), each within one of its exact share."""
-    exact = counts * (rows / counts.sum())
-    whole: np.ndarray = np.floor(exact).astype(np.int64)
-    whole[np.argsort(whole - exact, kind="stable")[: rows - int(whole.sum())]] += 1
-    return whole
+    @property
+    def by_day(self) -> Counts:
+        return np.diff(self.starts).astype(np.int64)
 
+    def column(self, name: str) -> pa.ChunkedArray:
+        return self.table[name]
 
-def chance_numbers(reference: np.ndarray, rows: int) -> float:
-    """A Wasserstein distance (in standard deviations) that ``rows`` values drawn from the reference rarely pass.
-
-    Under no change E|F̂−Ĝ| is at most √(F(1−F)(1/n+1/m)) at every value; twice its integral leaves about 1 in 1,000.
-    """
-    ordered = np.sort(reference)
-    below = np.arange(1, len(ordered)) / len(ordered)
-    spread = float(np.sum(np.sqrt(below * (1 - below)) * np.diff(ordered)))
-    return 2 * spread * float(np.sqrt(1 / rows + 1 / len(ordered))) / max(float(np.std(reference)), 0.001)
-
-
-def chance_categories(categories: int, rows: int, reference_rows: int) -> float:
-    """A Jensen-Shannon distance that two samples of the same distribution rarely pass.
-
-    With Δ = Σ(p−q)²/(p+q) the divergence is at most Δ·ln2/2 (Topsøe, IEEE Trans. Inf. Theory 46, 2000), and
-    under no change 2Δ/(1/n+1/m) is about χ² with one degree of freedom less than categories: its mean and three
-    standard deviations.
-    """
-    free = max(categories - 1, 0)
-    return float(np.sqrt((free + 3 * np.sqrt(2 * free)) * np.log(2) / 4 * (1 / rows + 1 / reference_rows)))
+    def newest(self) -> pa.Table:
+        """The rows of the last day alone."""
+        return self.table.slice(int(self.starts[-2]))
 
 
 @dataclass(frozen=True)
-class _Column:
-    """One column of both windows, as Evidently gets it, with what it does not look at."""
+class _Numbers:
+    """A column of numbers in one window: the sorted values (compressed where they are many), their standard deviation over
+    every row, and the counts of nulls a day."""
+
+    values: Floats
+    slices: tuple[Floats, ...]
+    count: int
+    nulls: Counts
+    deviation: float
+
+    @classmethod
+    def of(cls, side: _Side, name: str, *, by_day: bool = False) -> _Numbers:
+        values = _numbers(side.column(name), name)
+        missing = np.isnan(values)
+        nulls = np.add.reduceat(missing, side.starts[:-1], dtype=np.int64)
+        slices: tuple[Floats, ...] = ()
+        if by_day:
+            pieces = [values[a:b] for a, b in zip(side.starts[:-1], side.starts[1:], strict=True)]
+            slices = tuple(np.sort(p[~np.isnan(p)]) for p in pieces)
+        ordered = np.sort(values)[: len(values) - int(nulls.sum())]  # NaN sorts last
+        rows = max(1, round(FULL_ROWS * len(ordered) / len(values)))
+        small = compress_numbers(ordered, rows) if len(values) > FULL_ROWS and len(ordered) > rows else ordered
+        deviation = float(np.std(ordered)) if len(ordered) else 0.0
+        return cls(small, slices or (ordered,), len(ordered), nulls, deviation)
+
+    def filled(self, rows: int) -> Floats:
+        """The column as Evidently gets it: at most FULL_ROWS rows, missing ones among them."""
+        whole = np.concatenate([self.values, np.full(min(rows, FULL_ROWS) - len(self.values), np.nan)])
+        # Evidently also plots along the row number: sorted values would look like a trend.
+        return np.random.default_rng(0).permutation(whole)
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """A column of categories in one window: counts (days × names, the most frequent first), nulls a day."""
+
+    names: tuple[str, ...]
+    counts: Counts
+    nulls: Counts
+
+    @classmethod
+    def of(cls, side: _Side, name: str) -> _Texts:
+        encoded = _texts(side.column(name), name).combine_chunks().dictionary_encode()
+        encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
+        names = encoded.dictionary.to_pylist()
+        codes = pc.fill_null(encoded.indices, len(names)).to_numpy(zero_copy_only=False).astype(np.int64)
+        place = np.repeat(np.arange(side.days) * (len(names) + 1), side.by_day) + codes
+        wide = np.bincount(place, minlength=side.days * (len(names) + 1)).reshape(side.days, len(names) + 1)
+        total = wide[:, :-1].sum(axis=0)
+        order = sorted(range(len(names)), key=lambda n: (-int(total[n]), names[n]))
+        return cls(tuple(names[n] for n in order), wide[:, order].astype(np.int64), wide[:, -1].astype(np.int64))
+
+    @property
+    def count(self) -> int:
+        return int(self.counts.sum())
+
+    def total(self) -> Counts:
+        return np.asarray(self.counts.sum(axis=0))
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """One column of the reference, compressed, with what chance alone does to it."""
+
+    kind: str
+    side: _Numbers | _Texts
+    counted: Counted | None
+    nulls: Counted
+    norm: float = 1.0
+    kept: int = 0
+    unseen: Tail | None = None
+
+
+def _numeric_reference(side: _Side, name: str) -> _Reference:
+    found = _Numbers.of(side, name, by_day=True)
+    counted, norm = None, 1.0
+    if found.count:
+        ordered = np.sort(np.concatenate(found.slices)) if len(found.slices) > 1 else found.slices[0]
+        norm = max(found.deviation, LEAST_DEVIATION)
+        bounds = cells(ordered)
+        counted = Counted(name, counts_in(found.slices, bounds), np.diff(means_of(ordered, bounds)) / norm)
+    return _Reference("numeric", _lean(found), counted, _null_counts(name, side, found.nulls), norm)
+
+
+def _lean(found: _Numbers) -> _Numbers:
+    """Without the rows themselves: what is kept of a reference is small."""
+    return _Numbers(found.values, (), found.count, found.nulls, found.deviation)
+
+
+def _null_counts(name: str, side: _Side, nulls: Counts) -> Counted:
+    return Counted(f"{name}:nulls", np.stack([nulls, side.by_day - nulls], axis=1), np.ones(1))
+
+
+def _categorical_reference(side: _Side, name: str, block: int) -> _Reference:
+    found = _Texts.of(side, name)
+    kept = min(len(found.names), MAX_CATEGORIES)
+    cut = np.concatenate([found.counts[:, :kept], found.counts[:, kept:].sum(axis=1, keepdims=True)], axis=1)
+    counted = Counted(name, cut, None) if found.count else None
+    unseen = None
+    if side.days >= LEAST_DAYS and found.count:
+        # the share of rows in categories that no day outside the block has
+        block = max(1, min(block, side.days // LEAST_DAYS))
+        sums = np.cumsum(np.concatenate([np.zeros_like(found.counts[:1]), found.counts]), axis=0)
+        moving = sums[block:] - sums[:-block]
+        alone = np.where(moving == found.total(), moving, 0).sum(axis=1)
+        unseen = Tail(alone / np.maximum(moving.sum(axis=1), 1))
+    return _Reference("categorical", found, counted, _null_counts(name, side, found.nulls), 1.0, kept, unseen)
+
+
+class Baseline:
+    """A reference, compressed once and used for any number of days: its columns, its days' volume, and what chance does.
+
+    Its size does not depend on its rows. ``said`` says which days and versions it was, for the record.
+    """
+
+    def __init__(
+        self,
+        table: pa.Table,
+        *,
+        numeric: Sequence[str],
+        categorical: Sequence[str],
+        block: int = 1,
+        said: Mapping[str, Any] | None = None,
+    ) -> None:
+        if table.num_rows == 0:
+            raise DriftImpossible("the reference window has no rows; materialise the features of its days first")
+        side = _Side(table)
+        self.said = dict(said or {})
+        self.rows, self.days, self.dated = side.rows, side.days, side.dated
+        self.by_day, self.names = side.by_day, tuple(table.schema.names)
+        self.columns: dict[str, _Reference] = {}
+        for name in numeric:
+            if name in self.names:
+                self.columns[name] = _numeric_reference(side, name)
+        for name in categorical:
+            if name in self.names:
+                self.columns[name] = _categorical_reference(side, name, block)
+
+
+@dataclass(frozen=True)
+class _Signal:
+    """One thing judged of a column: how large it is, its floor, and the chance of that with nothing changed."""
+
+    column: str
+    what: str
+    effect: float
+    floor: float
+    chance: float
+    moved: float
+    text: str
+    null: Null | None = None
+    cannot_wait: bool = False
+    of_share: bool = True
+
+    @property
+    def large(self) -> bool:
+        return self.effect >= self.floor and self.moved > LEAST_MOVED - 0.5
+
+    def is_grave(self, times: float) -> bool:
+        """Whether it is too large to wait: so many times its floor; for shares half of all is always enough."""
+        enough = times * self.floor
+        return self.cannot_wait or self.effect >= (min(enough, GRAVE_SHARE) if self.of_share else enough)
+
+
+@dataclass
+class _Judged:
+    """One window beside the reference, before correction over the columns."""
+
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    signals: list[_Signal] = field(default_factory=list)
+    sides: dict[str, _Numbers | _Texts] = field(default_factory=dict)
+
+
+def _nulls(name: str, now: Counts, rows: int, before: _Reference, block: int, spec: DriftSpec) -> list[_Signal]:
+    share = float(now.sum()) / rows
+    usual = float(before.nulls.counts[:, 0].sum() / before.nulls.counts.sum())
+    if share == usual:
+        return []
+    gap = abs(share - usual)
+    null = before.nulls.null(rows, block)
+    text = f"nulls {usual:.0%} → {share:.0%}"
+    return [_Signal(name, "nulls", gap, spec.null_share_change, null.chance(gap), gap * rows, text, null)]
+
+
+def _numeric(
+    name: str, now: _Numbers, before: _Reference, block: int, spec: DriftSpec, entry: dict[str, Any]
+) -> list[_Signal]:
+    assert before.counted is not None and isinstance(before.side, _Numbers)
+    distance, apart = wasserstein(now.values, before.side.values, before.norm)
+    null = before.counted.null(now.count, block)
+    entry["distance"] = distance
+    return [
+        _Signal(
+            name,
+            "distance",
+            distance,
+            spec.numeric_threshold,
+            null.chance(distance),
+            apart * now.count,
+            "",
+            null,
+            of_share=False,
+        )
+    ]
+
+
+def _aligned(now: _Texts, before: _Texts, kept: int) -> tuple[Counts, Counts, list[str]]:
+    """Counts of both windows over the same categories: the reference's most frequent, the new ones (where the reference has
+    no rest to put them into), and the rest."""
+    place = {c: n for n, c in enumerate(now.names)}
+    here, there = now.total(), before.total()
+    names = list(before.names[:kept])
+    found = np.array([here[place[c]] if c in place else 0 for c in names], dtype=np.int64)
+    rest = int(there[kept:].sum())
+    known = set(before.names)
+    new = [] if rest else [c for c in now.names if c not in known][:_SHOWN]
+    mine = np.concatenate([found, [here[place[c]] for c in new]]).astype(np.int64)
+    theirs = np.concatenate([there[:kept], np.zeros(len(new), np.int64)]).astype(np.int64)
+    others = (int(here.sum()) - int(mine.sum()), rest)
+    if any(others):
+        mine, theirs = np.append(mine, others[0]), np.append(theirs, others[1])
+        return mine, theirs, [*names, *new, OTHERS]
+    return mine, theirs, [*names, *new]
+
+
+def _categorical(
+    name: str, now: _Texts, before: _Reference, dated: bool, block: int, spec: DriftSpec, entry: dict[str, Any]
+) -> list[_Signal]:
+    assert before.counted is not None and isinstance(before.side, _Texts)
+    there = before.side
+    mine, theirs, _ = _aligned(now, there, before.kept)
+    shares = [c / c.sum() for c in (mine, theirs)]
+    distance = float(jensen_shannon(*shares))
+    null = before.counted.null(now.count, block)
+    entry["distance"] = distance
+    moved = float(np.abs(shares[0] - shares[1]).sum()) / 2 * now.count
+    signals = [_Signal(name, "distance", distance, spec.categorical_threshold, null.chance(distance), moved, "", null)]
+    raw = dict(zip(now.names, now.total().tolist(), strict=True))
+    usual = there.total()
+    # vanished: present on every day of the reference, and now not once
+    wanted = (usual / usual.sum() >= spec.category_share) & (there.counts > 0)[there.counts.sum(axis=1) > 0].all(axis=0)
+    if wanted.any():
+        chances = chance_of_none(there.counts[:, wanted], there.counts.sum(axis=1), now.count) * int(wanted.sum())
+        gone = np.array([raw.get(c, 0) == 0 for c, w in zip(there.names, wanted, strict=True) if w])
+        if gone.any():
+            lost = [(c, usual[n] / usual.sum()) for n, c in enumerate(there.names) if wanted[n] and c not in raw]
+            text = "vanished: " + ", ".join(f"{c} ({s:.1%} of the reference)" for c, s in lost[:3])
+            biggest = max(s for _, s in lost)
+            least = float(min(1.0, chances[gone].min()))
+            expected = biggest * now.count
+            signals.append(
+                _Signal(name, "vanished", biggest, spec.category_share, least, expected, text, cannot_wait=True)
+            )
+    known = set(there.names)
+    unseen = [c for c in now.names if c not in known]
+    if unseen:
+        rows = sum(raw[c] for c in unseen)
+        share = rows / now.count
+        if before.unseen is not None:
+            chance = before.unseen.chance(share)
+        else:
+            # without days: how often a category of the reference came once says how much is yet unseen (Good-Turing)
+            expected = now.count * (int((usual == 1).sum()) + 1) / usual.sum()
+            chance = float(np.exp(-expected + rows - rows * np.log(rows / expected))) if rows > expected else 1.0
+        text = f"new: {', '.join(unseen[:3])}{', …' if len(unseen) > 3 else ''} ({share:.1%} of the rows)"
+        signals.append(_Signal(name, "new", share, spec.category_share, chance, rows, text))
+    entry["rare_moved"] = _rare(now, there, raw, spec.false_alarms)
+    return signals
+
+
+def _rare(now: _Texts, before: _Texts, raw: Mapping[str, int], level: float) -> list[str]:
+    """Categories rarer than 1 in 10,000 on both sides whose raw counts moved by more than chance and a factor of three."""
+    usual = dict(zip(before.names, before.total().tolist(), strict=True))
+    rows = (now.count, before.count)
+    names = [
+        c
+        for c in sorted({*raw, *usual})
+        if raw.get(c, 0) < RARE * rows[0] and usual.get(c, 0) < RARE * rows[1] and raw.get(c, 0) + usual.get(c, 0) > 3
+    ]
+    if not names:
+        return []
+    here, there = (np.array([side.get(c, 0) for c in names], dtype=np.int64) for side in (raw, usual))
+    chances = chance_of_moved(here, there, rows) * len(names)
+    rates = (here + 0.5) / rows[0], (there + 0.5) / rows[1]
+    far = np.abs(np.log(rates[0] / rates[1])) >= np.log(RARE_FACTOR)
+    found = np.flatnonzero((chances <= level) & far)
+    found = found[np.argsort(chances[found], kind="stable")][:_SHOWN]
+    return [f"{names[n]}: {there[n]} of {rows[1]} → {here[n]} of {rows[0]}" for n in found]
+
+
+def _beside(table: pa.Table, baseline: Baseline, names: Mapping[str, str], block: int, spec: DriftSpec) -> _Judged:
+    """Every column of one window beside the reference."""
+    side = _Side(table)
+    judged = _Judged()
+    for name, kind in names.items():
+        here, before = name in table.schema.names, baseline.columns.get(name)
+        entry: dict[str, Any] = {
+            "distance": None, "method": _METHODS[kind], "threshold": None, "chance": None, "drifted": False, "grave": False,
+            "importance": None, "null_share_current": None, "null_share_reference": None, "new_categories": [],
+            "vanished_categories": [], "rare_moved": [], "judged": False, "reason": None,
+        }  # fmt: skip
+        judged.entries[name] = entry
+        if not here and before is None:
+            raise DriftImpossible(
+                f"column {name!r} is in neither window; correct features.{kind} in workflow.yaml or the features' SQL"
+            )
+        if not here:
+            entry |= {"drifted": True, "grave": True, "reason": "missing from the current window"}
+            continue
+        now: _Numbers | _Texts = _Numbers.of(side, name) if kind == "numeric" else _Texts.of(side, name)
+        if before is None:
+            entry["reason"] = "new: the reference window lacks it"
+            continue
+        if not before.side.count and now.count:
+            entry["reason"] = "new: the reference window has no value of it"
+            continue
+        judged.sides[name] = now
+        entry["null_share_current"] = float(now.nulls.sum()) / side.rows
+        entry["null_share_reference"] = float(before.nulls.counts[:, 0].sum() / before.nulls.counts.sum())
+        judged.signals += _nulls(name, now.nulls, side.rows, before, block, spec)
+        if isinstance(now, _Texts) and isinstance(before.side, _Texts):
+            known, found = set(before.side.names), set(now.names)
+            entry["new_categories"] = [c for c in now.names if c not in known][:_SHOWN]
+            entry["vanished_categories"] = [c for c in before.side.names if c not in found][:_SHOWN]
+        if min(now.count, before.side.count) < spec.min_rows:
+            entry["reason"] = f"{now.count} values beside {before.side.count}: too few for a distance"
+            continue
+        entry["judged"] = True
+        if isinstance(now, _Numbers):
+            judged.signals += _numeric(name, now, before, block, spec, entry)
+        else:
+            judged.signals += _categorical(name, now, before, baseline.dated, block, spec, entry)
+    return judged
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the columns say, before Evidently has drawn them. ``names``: column → numeric | categorical."""
+
+    names: dict[str, str]
+    entries: dict[str, dict[str, Any]]
+    sides: dict[str, _Numbers | _Texts]
+    share: float
+    importance_share: float
+    weighted: bool
+    grave: tuple[str, ...]
+    volume: float
+    volume_drifted: bool
+    new_columns: tuple[str, ...]
+    rows: int
+    daily_rows: float
+    spoke: bool
+
+
+def _and(*texts: str | None) -> str | None:
+    return "; ".join(t for t in texts if t) or None
+
+
+def measure(
+    current: pa.Table,
+    baseline: Baseline,
+    *,
+    numeric: Sequence[str],
+    categorical: Sequence[str],
+    spec: DriftSpec,
+    importances: Mapping[str, float] | None = None,
+) -> Findings:
+    """Judge a window beside a reference, without Evidently: the same figures, in milliseconds a column.
+
+    ``importances``: column → share of the champion's gain (all of its columns add up to 1); None: every column counts alike.
+    Every column is judged over the whole window, and the newest day also by itself, for what is too large to wait.
+    Raises as ``drift``.
+    """
+    if current.num_rows == 0:
+        raise DriftImpossible("the current window has no rows; materialise the features of its days first")
+    names = {**dict.fromkeys(numeric, "numeric"), **dict.fromkeys(categorical, "categorical")}
+    side = _Side(current)
+    block = side.days if side.dated else 1
+    judged = _beside(current, baseline, names, block, spec)
+    entries = judged.entries
+    rejected, cut = benjamini_hochberg([s.chance for s in judged.signals], spec.false_alarms)
+    for signal, is_rejected in zip(judged.signals, rejected, strict=True):
+        entry = entries[signal.column]
+        if signal.what == "distance" and signal.null is not None:
+            entry["chance"] = signal.chance
+            entry["threshold"] = max(signal.floor, signal.null.at(cut))
+        if is_rejected and signal.large:
+            far = (
+                f"distance {signal.effect:.3g} of {entry['threshold']:.3g}"
+                if signal.what == "distance"
+                else signal.text
+            )
+            entry |= {"drifted": True, "reason": _and(entry["reason"], far)}
+    scales = [("", judged)]
+    if block > 1:
+        scales.append(("the newest day alone: ", _beside(side.newest(), baseline, names, 1, spec)))
+    for which, one in scales:
+        alone, _ = benjamini_hochberg([s.chance for s in one.signals], GRAVE_LEVEL)
+        for signal, is_rejected in zip(one.signals, alone, strict=True):
+            if is_rejected and signal.large and signal.is_grave(spec.grave):
+                entry = entries[signal.column]
+                text = signal.text or f"distance {signal.effect:.3g}"
+                entry["reason"] = _and(entry["reason"], which + text) if which else entry["reason"]
+                entry |= {"drifted": True, "grave": True}
+    # volume: days of the window without any row count as empty days
+    days = max(side.days, 1) if side.dated else 1
+    usual = baseline.rows / max(baseline.days if baseline.dated else spec.reference_days, 1)
+    volume = side.rows / days / usual
+    volume_drifted, volume_grave = False, False
+    change = math.log1p(spec.volume_change)
+    if baseline.dated and side.dated:
+        for size, length in ((side.rows / days, block), (float(side.by_day[-1]), 1)):
+            moved = abs(math.log((size + 1) / (usual + 1)))
+            null = volume_null(baseline.by_day, length)
+            if null is None or moved < change:
+                continue
+            chance = float(null.chance(moved))
+            volume_drifted |= length == block and chance <= spec.false_alarms / max(len(names), 1)
+            volume_grave |= length == 1 and moved >= GRAVE_VOLUME * change and chance <= GRAVE_LEVEL
+    weighted = importances is not None and any(importances.get(n, 0.0) > 0 for n in names)
+    for name, entry in entries.items():
+        entry["importance"] = float((importances or {}).get(name, 0.0)) if weighted else 1 / len(names)
+    share = sum(e["drifted"] for e in entries.values()) / len(entries)
+    importance_share = float(sum(e["importance"] for e in entries.values() if e["drifted"]))
+    grave = [f"{n} ({e['reason'] or 'moved far'})" for n, e in entries.items() if e["grave"]]
+    grave += [f"volume {volume:.2f}×"] if volume_grave else []
+    spoke = share >= spec.share or bool(grave) or volume_drifted
+    spoke |= weighted and importance_share >= spec.importance_share
+    known = {*names, "day", "entity_id", "moment"}
+    new = tuple(c for c in current.schema.names if c not in baseline.names and c not in known)
+    return Findings(
+        names, entries, judged.sides, share, importance_share, weighted, tuple(grave), volume,
+        volume_drifted or volume_grave, new, side.rows, side.rows / days, spoke,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A column as Evidently gets it: at most FULL_ROWS rows a side."""
 
     current: Any
     reference: Any
-    nulls: tuple[float, float]
-    values: tuple[int, int]
-    chance: float
-    new: tuple[str, ...] = ()
-    vanished: tuple[str, ...] = ()
+    threshold: float
+    stretch: float = 1.0
+    """How much smaller the compressed reference's deviation is, so that Evidently's distance is as much larger."""
 
 
-def _numeric_column(name: str, current: pa.ChunkedArray, reference: pa.ChunkedArray, least: int) -> _Column:
-    sides = [_numbers(c, name) for c in (current, reference)]
-    nulls = [float(np.isnan(s).mean()) for s in sides]
-    values = [int((~np.isnan(s)).sum()) for s in sides]
-    chance = chance_numbers(sides[1][~np.isnan(sides[1])], values[0]) if min(values) >= least else 0.0
-    small = [
-        compress_numbers(s, FULL_ROWS) if len(s) > FULL_ROWS and v else s for s, v in zip(sides, values, strict=True)
-    ]
-    return _Column(small[0], small[1], (nulls[0], nulls[1]), (values[0], values[1]), chance)
-
-
-def _categorical_column(name: str, current: pa.ChunkedArray, reference: pa.ChunkedArray, least: int) -> _Column:
-    texts = [_texts(c, name) for c in (current, reference)]
-    counted = [{e["values"]: e["counts"] for e in pc.value_counts(t.drop_null()).to_pylist()} for t in texts]
-    names = sorted(counted[0] | counted[1], key=lambda c: (-counted[0].get(c, 0) - counted[1].get(c, 0), c))
-    kept, rest = names[:MAX_CATEGORIES], names[MAX_CATEGORIES:]
-    values = [sum(c.values()) for c in counted]
+def _pair(now: _Numbers | _Texts, rows: int, before: _Reference, before_rows: int, threshold: float) -> _Pair:
+    if isinstance(now, _Numbers) and isinstance(before.side, _Numbers):
+        stretch = before.norm / max(float(np.std(before.side.values)), LEAST_DEVIATION)
+        return _Pair(now.filled(rows), before.side.filled(before_rows), threshold, stretch)
+    assert isinstance(now, _Texts) and isinstance(before.side, _Texts)
+    mine, theirs, names = _aligned(now, before.side, before.kept)
     filled = []
-    for text, counts, total in zip(texts, counted, values, strict=True):
-        sizes = np.array(
-            [counts.get(c, 0) for c in kept] + [sum(counts.get(c, 0) for c in rest)] * bool(rest), np.int64
-        )
-        rows = min(len(text), FULL_ROWS)
-        if len(text) > FULL_ROWS and total:
-            sizes = compress_counts(sizes, max(1, round(FULL_ROWS * total / len(text))))
-        column = np.full(rows, None, dtype=object)
-        column[: int(sizes.sum())] = np.repeat(np.array([*kept, OTHERS][: len(sizes)], dtype=object), sizes)
+    for counts, total in ((mine, rows), (theirs, before_rows)):
+        sizes = counts
+        if total > FULL_ROWS:
+            sizes = compress_counts(counts, max(1, round(FULL_ROWS * int(counts.sum()) / total)))
+        column = np.full(min(total, FULL_ROWS), None, dtype=object)
+        column[: int(sizes.sum())] = np.repeat(np.array(names, dtype=object), sizes)
         filled.append(column)
-    chance = chance_categories(len(kept) + bool(rest), *values) if min(values) >= least else 0.0
-    nulls = [t.null_count / len(t) for t in texts]
-    new, vanished = (tuple(c for c in names if c not in other) for other in (counted[1], counted[0]))
-    return _Column(filled[0], filled[1], (nulls[0], nulls[1]), (values[0], values[1]), chance, new, vanished)
+    return _Pair(filled[0], filled[1], threshold)
 
 
-def _run(columns: dict[str, tuple[str, _Column, float]], share: float) -> tuple[Any, dict[str, float]]:
+def _run(columns: dict[str, tuple[str, _Pair]], share: float) -> tuple[Any, dict[str, float]]:
     """Evidently's snapshot and the distance of each column."""
     import pandas as pd
 
     evidently = _evidently()
-    from evidently.metrics import DriftedColumnsCount, ValueDrift
+    from evidently.metrics import DriftedColumnsCount, MissingValueCount, RowCount, ValueDrift
 
-    by_kind = {kind: [n for n, (k, _, _) in columns.items() if k == kind] for kind in _METHODS}
+    by_kind = {kind: [n for n, (k, _) in columns.items() if k == kind] for kind in _METHODS}
     definition = evidently.DataDefinition(
         numerical_columns=by_kind["numeric"], categorical_columns=by_kind["categorical"]
     )
@@ -241,14 +748,14 @@ def _run(columns: dict[str, tuple[str, _Column, float]], share: float) -> tuple[
             drift_share=share,
             num_method=_METHODS["numeric"],
             cat_method=_METHODS["categorical"],
-            per_column_threshold={n: t for n, (_, _, t) in columns.items()},
+            per_column_threshold={n: p.threshold for n, (_, p) in columns.items()},
         ),
-        *(ValueDrift(column=n, method=_METHODS[k], threshold=t) for n, (k, _, t) in columns.items()),
+        *(ValueDrift(column=n, method=_METHODS[k], threshold=p.threshold) for n, (k, p) in columns.items()),
+        RowCount(),
+        *(MissingValueCount(column=n) for n in columns),
     ]
     sides = [
-        evidently.Dataset.from_pandas(
-            pd.DataFrame({n: getattr(c, side) for n, (_, c, _) in columns.items()}), definition
-        )
+        evidently.Dataset.from_pandas(pd.DataFrame({n: getattr(p, side) for n, (_, p) in columns.items()}), definition)
         for side in ("current", "reference")
     ]
     with np.errstate(all="ignore"):
@@ -261,66 +768,8 @@ def _run(columns: dict[str, tuple[str, _Column, float]], share: float) -> tuple[
     return snapshot, found
 
 
-def drift(
-    current: pa.Table, reference: pa.Table, *, numeric: Sequence[str], categorical: Sequence[str], spec: DriftSpec
-) -> DriftReport:
-    """Compare two windows, column by column.
-
-    Every row counts. A column that the current window lacks has drifted; one that only the reference lacks is new and
-    is named. Columns with too few values are judged by their share of nulls alone. Raises DriftImpossible for a column
-    that is in neither window, is of the wrong type, or that Evidently cannot judge, and where nothing can be measured.
-    """
-    for side, table in (("current", current), ("reference", reference)):
-        if table.num_rows == 0:
-            raise DriftImpossible(f"the {side} window has no rows; materialise the features of its days first")
-    columns: dict[str, dict[str, Any]] = {}
-    measured: dict[str, tuple[str, _Column, float]] = {}
-    for name, kind in [*((n, "numeric") for n in numeric), *((n, "categorical") for n in categorical)]:
-        here, before = name in current.schema.names, name in reference.schema.names
-        entry: dict[str, Any] = {
-            "distance": None,
-            "method": _METHODS[kind],
-            "threshold": None,
-            "drifted": False,
-            "null_share_current": None,
-            "null_share_reference": None,
-            "new_categories": [],
-            "vanished_categories": [],
-            "judged": False,
-            "reason": None,
-        }
-        columns[name] = entry
-        if not here and not before:
-            raise DriftImpossible(
-                f"column {name!r} is in neither window; correct features.{kind} in workflow.yaml or the features' SQL"
-            )
-        if not here or not before:
-            reason = "new: the reference window lacks it" if here else "missing from the current window"
-            entry |= {"drifted": not here, "reason": reason}
-            continue
-        prepare = _numeric_column if kind == "numeric" else _categorical_column
-        column = prepare(name, current[name], reference[name], spec.min_rows)
-        entry |= {
-            "null_share_current": column.nulls[0],
-            "null_share_reference": column.nulls[1],
-            "new_categories": list(column.new[:20]),
-            "vanished_categories": list(column.vanished[:20]),
-        }
-        change = column.nulls[0] - column.nulls[1]
-        if abs(change) > spec.null_share_change:
-            entry |= {"drifted": True, "reason": f"nulls {column.nulls[1]:.0%} → {column.nulls[0]:.0%}"}
-        if min(column.values) < spec.min_rows:
-            too_few = f"{column.values[0]} values beside {column.values[1]}: too few for a distance"
-            entry["reason"] = f"{entry['reason']}; {too_few}" if entry["reason"] else too_few
-            continue
-        least = spec.numeric_threshold if kind == "numeric" else spec.categorical_threshold
-        threshold = float(np.hypot(least, column.chance))
-        entry["threshold"] = threshold
-        measured[name] = (kind, column, threshold)
-    if not measured:
-        raise DriftImpossible(
-            f"no column has {spec.min_rows} values in both windows; lower drift.min_rows or look at the features"
-        )
+def _drawn(measured: dict[str, tuple[str, _Pair]], columns: Mapping[str, Mapping[str, Any]], spec: DriftSpec) -> Any:
+    """Evidently's snapshot; its distances must be ours."""
     try:
         snapshot, distances = _run(measured, spec.share)
     except Exception as error:
@@ -340,20 +789,60 @@ def drift(
             raise DriftImpossible(
                 f"column {name!r}: Evidently gave no distance; leave it out of the features, or correct its kind"
             )
-        entry = columns[name]
-        entry |= {"distance": distance, "judged": True}
-        if distance >= entry["threshold"]:
-            far = f"distance {distance:.3g} of {entry['threshold']:.3g}"
-            entry |= {"drifted": True, "reason": f"{entry['reason']}; {far}" if entry["reason"] else far}
-    share = sum(c["drifted"] for c in columns.values()) / len(columns)
-    days = pc.count_distinct(reference["day"]).as_py() if "day" in reference.schema.names else spec.reference_days
-    mine = pc.count_distinct(current["day"]).as_py() if "day" in current.schema.names else 1
-    volume = (current.num_rows / max(mine, 1)) / (reference.num_rows / max(days, 1))
-    rows = (current.num_rows, reference.num_rows)
-    drifted = share >= spec.share
+        # equal but for the rounding of counts to compressed rows
+        if abs(distance / measured[name][1].stretch - columns[name]["distance"]) > 0.005:
+            raise DriftImpossible(
+                f"column {name!r}: Evidently measures {distance:.4g} where its rows give {columns[name]['distance']:.4g}; "
+                "report it, and leave the column out of the features until then"
+            )
+    return snapshot
+
+
+def drift(
+    current: pa.Table,
+    reference: pa.Table | Baseline,
+    *,
+    numeric: Sequence[str],
+    categorical: Sequence[str],
+    spec: DriftSpec,
+    importances: Mapping[str, float] | None = None,
+    title: str = "Drift of the features",
+    plots: bool = True,
+) -> DriftReport:
+    """Compare a window with a reference, column by column.
+
+    Every row counts. A column that the current window lacks has drifted; one that only the reference lacks is new and
+    is named. Columns with too few values are judged by their share of nulls alone. Days (a column ``day``, date) on both
+    sides let whole days be resampled; without them rows are taken as independent. ``plots``: have Evidently measure and draw
+    it too (``snapshot`` is None otherwise). Raises DriftImpossible for a column that is
+    in neither window, is of the wrong type, or that Evidently cannot judge, and where nothing can be measured.
+    """
+    for side, rows in (("current", current.num_rows), ("reference", getattr(reference, "num_rows", 1))):
+        if rows == 0:
+            raise DriftImpossible(f"the {side} window has no rows; materialise the features of its days first")
+    if not isinstance(reference, Baseline):
+        reference = Baseline(reference, numeric=numeric, categorical=categorical, block=spec.window_days)
+    found = measure(current, reference, numeric=numeric, categorical=categorical, spec=spec, importances=importances)
+    columns = found.entries
+    measured = {
+        n: (
+            found.names[n],
+            _pair(found.sides[n], found.rows, reference.columns[n], reference.rows, columns[n]["threshold"]),
+        )
+        for n, c in columns.items()
+        if c["judged"]
+    }
+    if not measured:
+        raise DriftImpossible(
+            f"no column has {spec.min_rows} values in both windows; lower drift.min_rows or look at the features"
+        )
+    snapshot = _drawn(measured, columns, spec) if plots else None
+    rows = (found.rows, reference.rows)
     return DriftReport(
-        columns, share, drifted, volume, rows, _page(columns, share, drifted, volume, rows, spec), snapshot
-    )
+        columns, found.share, found.importance_share, found.weighted, found.spoke, found.grave, found.volume,
+        found.volume_drifted, found.new_columns, rows, found.daily_rows, reference.said,
+        _page(title, found, rows, reference.said, spec), snapshot,
+    )  # fmt: skip
 
 
 def sentence(report: DriftReport) -> str:
@@ -362,40 +851,55 @@ def sentence(report: DriftReport) -> str:
     moved.sort(key=lambda e: (-((e[1]["distance"] or 0.0) / e[1]["threshold"] if e[1]["threshold"] else np.inf), e[0]))
     named = "; ".join(f"{n} ({c['reason']})" for n, c in moved[:5]) + ("; …" if len(moved) > 5 else "")
     unmeasured = ", ".join(n for n, c in report.columns.items() if not c["judged"])
-    text = f"{len(moved)} of {len(report.columns)} columns drifted, volume {report.volume:.2f}×" + (
-        f": {named}" if named else ""
-    )
+    text = f"{len(moved)} of {len(report.columns)} columns drifted"
+    text += f" with {report.importance_share:.0%} of the model's gain" if report.weighted and moved else ""
+    text += f", volume {report.volume:.2f}×{' (drifted)' if report.volume_drifted else ''}"
+    text += f": {named}" if named else ""
+    text += f"; new columns: {', '.join(report.new_columns)}" if report.new_columns else ""
     return text + (f"; not measured: {unmeasured}" if unmeasured else "")
 
 
-def _page(
-    columns: dict[str, dict[str, Any]],
-    share: float,
-    drifted: bool,
-    volume: float,
-    rows: tuple[int, int],
-    spec: DriftSpec,
-) -> str:
-    def worst_first(item: tuple[str, dict[str, Any]]) -> tuple[bool, float]:
-        return not item[1]["drifted"], -(item[1]["distance"] or 0.0) / (item[1]["threshold"] or 1.0)
+def _page(title: str, found: Findings, rows: tuple[int, int], said: Mapping[str, Any], spec: DriftSpec) -> str:
+    def worst_first(item: tuple[str, dict[str, Any]]) -> tuple[bool, bool, float]:
+        entry = item[1]
+        return not entry["grave"], not entry["drifted"], -(entry["distance"] or 0.0) / (entry["threshold"] or 1.0)
 
-    rest = ("distance", "threshold", "method", "null_share_current", "null_share_reference", "new_categories")
+    rest = (
+        "distance", "threshold", "chance", "method", "importance", "null_share_current", "null_share_reference",
+        "new_categories", "vanished_categories", "rare_moved",
+    )  # fmt: skip
     body: list[tuple[str, list[Any]]] = []
-    for name, found in sorted(columns.items(), key=worst_first):
-        state, word = ("good", "stable") if found["judged"] else ("warn", "not measured")
-        if found["drifted"]:
+    for name, entry in sorted(found.entries.items(), key=worst_first):
+        state, word = ("good", "stable") if entry["judged"] else ("warn", "not measured")
+        if entry["drifted"]:
             state, word = "bad", "drifted"
-        body.append((state, [word, name, *(found[k] for k in (*rest, "vanished_categories", "reason"))]))
-    verdict = "DRIFTED" if drifted else "Stable"
+        body.append((state, [word, name, *(entry[k] for k in rest), entry["reason"]]))
+    lead = [
+        f"{'DRIFTED' if found.spoke else 'Stable'}: {found.share:.0%} of the columns drifted; from {spec.share:.0%} the day "
+        f"speaks, and {spec.k} of {spec.m} days must speak before drift is found.",
+        f"{rows[0]} rows beside {rows[1]} of the reference; a mean day has {found.volume:.2f} times its rows"
+        + (", more than its days vary." if found.volume_drifted else "."),
+    ]
+    if found.weighted:
+        lead.append(
+            f"The drifted columns carry {found.importance_share:.0%} of the champion's gain; from "
+            f"{spec.importance_share:.0%} the day speaks."
+        )
+    if found.grave:
+        lead.append(f"Cannot wait for a second day: {'; '.join(found.grave)}.")
+    if found.new_columns:
+        lead.append(f"Columns that the reference does not have: {', '.join(found.new_columns)}.")
+    if said:
+        lead.append("Reference: " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in said.items()) + ".")
+    lead.append(
+        "Distances as Evidently measures them: Wasserstein in standard deviations for numbers, Jensen-Shannon for categories."
+        " The threshold is the floor or what resampled days of the reference pass by chance, whichever is larger, corrected"
+        " over all columns. Plots are in the Evidently UI."
+    )
     return page(
-        "Drift of the features",
-        [
-            f"{verdict}: {share:.0%} of the columns drifted; from {spec.share:.0%} the day counts as drifted.",
-            f"{rows[0]} rows beside {rows[1]} of the reference, {volume:.2f} times a mean day of it.",
-            "Distances by Evidently: Wasserstein in standard deviations for numbers, Jensen-Shannon for categories."
-            " The threshold holds what chance alone gives at this number of rows. Plots are in the Evidently UI.",
-        ],
-        ["", "column", *(k.replace("_", " ") for k in rest), "vanished categories", "remark"],
+        title,
+        lead,
+        ["", "column", *(k.replace("_", " ") for k in rest), "remark"],
         body,
     )
 
@@ -406,7 +910,7 @@ def save(
     """Put a report's snapshot into an Evidently workspace; returns the ids of its project and of itself.
 
     One snapshot a project and day (of ``timestamp``): saving again replaces it. A new project gets panels of the share
-    of drifted columns and of every column's distance over time. In the UI a snapshot lies under
+    of drifted columns and of every column's distance, null share, and of the volume, over time. In the UI a snapshot lies under
     ``/projects/<project>/reports/<snapshot>``.
     """
     _evidently()
@@ -429,6 +933,11 @@ def save(
                 [PanelMetric(legend="share", metric="DriftedColumnsCount", metric_labels={"value_type": "share"})],
             ),
             line_plot_panel("Distance of each column", [PanelMetric(metric="ValueDrift")]),
+            line_plot_panel("Rows of a mean day", [PanelMetric(legend="rows", metric="RowCount")]),
+            line_plot_panel(
+                "Share of nulls in each column",
+                [PanelMetric(metric="MissingValueCount", metric_labels={"value_type": "share"})],
+            ),
         ]
         for panel in panels:
             panel.id = uuid5(project, panel.title)
@@ -436,10 +945,27 @@ def save(
         workspace.save_dashboard(project, DashboardModel(tabs=[tab], panels=panels))
     model = report.snapshot.to_snapshot_model()
     model.name, model.timestamp, model.tags = f"{project_name} {timestamp:%Y-%m-%d}", timestamp, list(tags)
-    model.metadata = {"share_drifted": f"{report.share_drifted:.4f}", "volume": f"{report.volume:.4f}"}
-    # The UI starts another line wherever a parameter differs, and thresholds move with the number of rows.
+    model.metadata = {
+        "share_drifted": f"{report.share_drifted:.4f}",
+        "importance_share": f"{report.importance_share:.4f}",
+        "volume": f"{report.volume:.4f}",
+        **{f"reference_{k}": str(v) for k, v in report.reference.items()},
+    }
     for result in model.metric_results.values():
+        params = result.metric_value_location.metric.params
+        # The UI starts another line wherever a parameter differs, and thresholds move with the number of rows.
         for moving in ("threshold", "per_column_threshold"):
-            result.metric_value_location.metric.params.pop(moving, None)
+            params.pop(moving, None)
+        # Evidently saw the compressed rows: what every row says takes the place of what it counted there.
+        if params["type"].endswith(":RowCount"):
+            result.value = report.daily_rows
+        elif params["type"].endswith(":MissingValueCount"):
+            share = report.columns[params["column"]]["null_share_current"]
+            result.count.value, result.share.value = float(round(share * report.rows[0])), share
+        elif params["type"].endswith(":ValueDrift"):
+            result.value = report.columns[params["column"]]["distance"]
+        elif params["type"].endswith(":DriftedColumnsCount"):
+            result.share.value = report.share_drifted
+            result.count.value = float(sum(c["drifted"] for c in report.columns.values()))
     workspace.state.write_snapshot(project, snapshot, model)
     return str(project), str(snapshot)

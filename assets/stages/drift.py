@@ -1,105 +1,351 @@
-"""Stage 8, ``drift``: how far a day's features lie from the days before, as a report for people and figures for a sensor.
+"""Stage 8, ``drift``: how far a day's features and scores lie from a named reference, as a report for people and figures for a sensor.
 
-Belongs here: choosing the two windows, and the asset. Does not: the distances (``data_checks.drift``) or the decision to
-retrain (``orchestration.automation``, which reads what is stored here).
+Belongs here: choosing the windows, what is recorded of them, and the asset. Does not: the distances (``data_checks.drift``) or
+the decision to retrain (``assets.retraining``, which reads what is stored here).
 """
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date, datetime, timedelta
+from functools import lru_cache
+from typing import Any
 
 import dagster as dg
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from assets.resources import LakeResource, ReportsResource
+from assets.lake import Lake
+from assets.resources import LakeResource, RegistryResource, ReportsResource
 from assets.stages.common import days, folded, stage
 from assets.workflow import Workflow
+from models.registry import ModelMissing, ModelUnreadable, Registry, Version
+
+LEAST_SCORED_DAYS = 8
+"""Days scored by one version before its scores are judged: a window of two beside six."""
+SCHEMA = pa.schema(
+    {
+        "day": pa.date32(),
+        "judged": pa.bool_(),
+        "drifted": pa.bool_(),
+        "spoke": pa.bool_(),
+        "scores_drifted": pa.bool_(),
+        "scores_spoke": pa.bool_(),
+        "share": pa.float64(),
+        "importance_share": pa.float64(),
+        "volume": pa.float64(),
+        "columns": pa.string(),
+        "scores": pa.string(),
+        "reference": pa.string(),
+        "page": pa.string(),
+        "text": pa.string(),
+    }
+)
+
+
+class ReferenceMissing(LookupError):
+    """The reference that a workflow asks for is not there yet; the message says what it waits for."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The days that a window is compared with, and everything that names them for the record (JSON-ready)."""
+
+    days: tuple[date, ...]
+    said: dict[str, Any]
 
 
 def windows(workflow: Workflow, day: date) -> tuple[list[date], list[date]]:
-    """The days judged together at ``day``, and the days that they are compared with."""
+    """The days judged together at ``day``, and the days before them that `trailing` compares with."""
     spec = workflow.drift
     window = [day - timedelta(days=n) for n in range(spec.window_days)]
     return window, [window[-1] - timedelta(days=n) for n in range(1, spec.reference_days + 1)]
 
 
+def reference(workflow: Workflow, lake: Lake, champion: Version | None, day: date, version: int | None) -> Reference:
+    """The reference that ``drift.reference`` names for ``day``, without the days of its window.
+
+    ``version``: the features' Delta version that both windows are read at. Raises ReferenceMissing for `training` without
+    a champion or without the days that it was trained on.
+    """
+    spec = workflow.drift
+    window, trailing = windows(workflow, day)
+    said: dict[str, Any] = {"name": spec.reference, "features_version": version}
+    if spec.reference == "pinned":
+        assert spec.pinned_from is not None and spec.pinned_to is not None, "the spec refuses that"
+        chosen = [spec.pinned_from + timedelta(days=n) for n in range((spec.pinned_to - spec.pinned_from).days + 1)]
+    elif spec.reference == "training":
+        table = workflow.table("training_set")
+        if champion is None or not lake.exists(table):
+            raise ReferenceMissing(f"no champion for {day} whose training days could be the reference")
+        at = lake.version(table)
+        rows = lake.read(table, version=at, where=pc.field("as_of") == pa.scalar(champion.trained_day), columns=["day"])
+        chosen = pc.unique(rows["day"]).to_pylist()
+        if not chosen:
+            raise ReferenceMissing(
+                f"training set of {champion.trained_day} (version {champion.number}) is not in the lake"
+            )
+        said |= {"model_version": champion.number, "trained_day": str(champion.trained_day), "training_set_version": at}
+    else:
+        chosen = trailing
+    kept = tuple(sorted(set(chosen) - set(window)))
+    if not kept:
+        raise ReferenceMissing(f"every day of the reference {spec.reference!r} lies in the window that is judged")
+    said |= {"first_day": str(kept[0]), "last_day": str(kept[-1]), "days": len(kept)}
+    return Reference(kept, said)
+
+
+@lru_cache(maxsize=8)
+def _gains(registry: Registry, version: Version) -> tuple[tuple[str, float], ...]:
+    """Each feature's share of the gain in a version's Boosters (the mean over them)."""
+    import lightgbm
+
+    files = registry.load(version)
+    summed: dict[str, float] = {}
+    boosters = [lightgbm.Booster(model_str=files[f].decode()) for f in sorted(files) if f.endswith(".txt")]
+    for booster in boosters:
+        gains = booster.feature_importance("gain")
+        whole = float(gains.sum())
+        if not whole:
+            continue
+        for name, gain in zip(booster.feature_name(), gains, strict=True):
+            summed[name] = summed.get(name, 0.0) + float(gain) / whole / len(boosters)
+    return tuple(summed.items())
+
+
+def importances(
+    workflow: Workflow, registry: Registry, day: date
+) -> tuple[Version | None, dict[str, float] | None, str]:
+    """The champion of ``day``, the share of its gain in each feature, and a sentence where that is not known."""
+    from lightgbm.basic import LightGBMError
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    champion: Version | None = None
+    try:
+        counted = registry.as_of(workflow.name, day)
+        if not counted:
+            return None, None, f"columns weigh alike: no champion for {day}"
+        champion = counted[0]
+        return champion, dict(_gains(registry, champion)), ""
+    except (
+        ModelMissing,
+        ModelUnreadable,
+        MlflowException,
+        SQLAlchemyError,
+        LightGBMError,
+        OSError,
+        ValueError,
+    ) as error:
+        why = type(error).__name__
+        which = f"version {champion.number}" if champion else "the registry"
+        return champion, None, f"columns weigh alike: {which} cannot be read ({why})"
+
+
+def _earlier(
+    lake: Lake, table: str, day: date, m: int, fresh: Mapping[date, Mapping[str, Any]], what: str
+) -> list[bool]:
+    """What the m − 1 days before said of themselves, oldest first; a day that was not judged said nothing."""
+    before = [day - timedelta(days=n) for n in range(m - 1, 0, -1)]
+    stored: dict[date, Any] = {}
+    asked = [d for d in before if d not in fresh]
+    if asked and lake.exists(table):
+        rows = lake.read(table, days=asked)
+        if what in rows.schema.names:
+            stored = dict(zip(rows["day"].to_pylist(), rows[what].to_pylist(), strict=True))
+    return [bool(fresh[d][what] if d in fresh else stored.get(d)) for d in before]
+
+
+def _scored_days(workflow: Workflow, lake: Lake, day: date) -> tuple[list[date], list[date], str]:
+    """Days scored by the day's own version, as window and reference (both empty with the reason why)."""
+    scoring, spec = workflow.table("scoring"), workflow.drift
+    if not lake.exists(scoring) or not lake.exists(workflow.table("scores")):
+        return [], [], "no day has been scored"
+    far = [day - timedelta(days=n) for n in range(spec.window_days + spec.reference_days)]
+    rows = lake.read(scoring, days=far, columns=["day", "model_version", "model_digest"])
+    by_day = {r["day"]: (r["model_version"], r["model_digest"]) for r in rows.to_pylist()}
+    mine = by_day.get(day)
+    if mine is None or mine[1] is None:
+        return [], [], f"no model scored {day}"
+    same = [d for d in far if by_day.get(d) == mine]
+    if len(same) < LEAST_SCORED_DAYS:
+        return [], [], f"version {mine[0]} has scored {len(same)} days, {LEAST_SCORED_DAYS} are needed"
+    length = min(spec.window_days, len(same) // 4)
+    return same[:length], same[length:], f"version {mine[0]}"
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What became of the scores' judgement; ``spoke`` None: not judged."""
+
+    spoke: bool | None
+    grave: bool
+    found: str
+    page: str
+    text: str
+
+
+def _judge_scores(workflow: Workflow, lake: Lake, day: date) -> _Scores:
+    from data_checks import drift
+
+    window, before, why = _scored_days(workflow, lake, day)
+    if not window:
+        return _Scores(None, False, "{}", "", f"scores not judged: {why}")
+    table = workflow.table("scores")
+    version = lake.version(table)
+    schema = lake.read(table, version=version, days=[day]).schema
+    numeric = [f.name for f in schema if _is_number(f.type)]
+    skipped = [f.name for f in schema if f.name not in (*numeric, "day", "entity_id", "moment")]
+    left_out = f"; not judged: {', '.join(skipped)} (no plain numbers)" if skipped else ""
+    columns = ["day", *numeric]
+    current, past = (lake.read(table, version=version, days=d, columns=columns) for d in (window, before))
+    if not numeric or min(current.num_rows, past.num_rows) < workflow.drift.min_rows:
+        return _Scores(
+            None, False, "{}", "", f"scores not judged: {current.num_rows} rows beside {past.num_rows}{left_out}"
+        )
+    said = {
+        "name": f"days scored by {why}", "scores_version": version, "first_day": str(min(before)),
+        "last_day": str(max(before)), "days": len(before),
+    }  # fmt: skip
+    baseline = drift.Baseline(past, numeric=numeric, categorical=(), block=len(window), said=said)
+    try:
+        report = drift.drift(
+            current,
+            baseline,
+            numeric=numeric,
+            categorical=(),
+            spec=workflow.drift,
+            title="Drift of the scores",
+            plots=False,
+        )
+    except drift.DriftImpossible as error:
+        return _Scores(None, False, "{}", "", f"scores not judged: {error}{left_out}")
+    text = f"scores beside {said['name']}: {drift.sentence(report)}{left_out}"
+    return _Scores(report.drifted, bool(report.grave), json.dumps(report.json, sort_keys=True), report.html, text)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind))
+
+
 def build(workflow: Workflow) -> dg.AssetsDefinition:
     """The asset [workflow, drift]."""
     spec = workflow.drift
+    against = {
+        "trailing": f"those of the {spec.reference_days} days before",
+        "training": "those that the champion was trained on",
+        "pinned": f"those of {spec.pinned_from} to {spec.pinned_to}",
+    }[spec.reference]
 
     @stage(
         workflow,
         "drift",
-        deps=["features"],
-        description=f"The features of the last {spec.window_days} days beside those of the {spec.reference_days} days before, by Evidently.",
+        deps=["features", "scores"],
+        description=f"The features of the last {spec.window_days} days beside {against}, and the scores beside the same "
+        f"version's before; found when {spec.k} of {spec.m} days speak, or at once when it cannot wait.",
         kinds={"evidently"},
-        checks={"stable": (False, "The share of drifted columns is below the limit")},
+        checks={"stable": (False, "No drift has been found: neither of the features nor of the scores")},
     )
-    def drift(context: dg.AssetExecutionContext, lake: LakeResource, reports: ReportsResource) -> dg.MaterializeResult:
-        from data_checks import drift as evidently
+    def drift(
+        context: dg.AssetExecutionContext, lake: LakeResource, registry: RegistryResource, reports: ReportsResource
+    ) -> dg.MaterializeResult:
+        from data_checks import drift as drifts
 
         judged: dict[date, tuple[bool, str]] = {}
-        stored, links = [], {}
+        stored: dict[date, dict[str, Any]] = {}
+        links: dict[str, Any] = {}
         span = days(context)
-        table = workflow.table("features")
+        table, verdicts = workflow.table("features"), workflow.table("drift")
         numeric, categorical = workflow.drift_columns
         columns = ["day", *numeric, *categorical]
+        version = lake.lake.version(table)
+        known: dict[tuple[date, ...], drifts.Baseline] = {}
         for day in span:
-            window, before = windows(workflow, day)
-            current = lake.lake.read(table, days=window, columns=columns)
-            reference = lake.lake.read(table, days=before, columns=columns)
-            if current.num_rows < spec.min_rows or reference.num_rows < spec.min_rows:
-                text = f"not judged: {current.num_rows} rows beside {reference.num_rows}, {spec.min_rows} of each are needed"
-                judged[day] = (True, text)
-                stored.append(
-                    {
-                        "day": day,
-                        "judged": False,
-                        "drifted": False,
-                        "share": None,
-                        "columns": "{}",
-                        "page": "",
-                        "text": text,
-                    }
-                )
+            champion, gains, unknown = importances(workflow, registry.registry, day)
+            scores = _judge_scores(workflow, lake.lake, day)
+            scores_page = reports.write(workflow.name, day, "drift_scores.html", scores.page)[1] if scores.page else ""
+            scores_drifted = None
+            if scores.spoke is not None:
+                spoke = _earlier(lake.lake, verdicts, day, spec.m, stored, "scores_spoke")
+                scores_drifted = drifts.settled([*spoke, scores.spoke], scores.grave, spec)
+            row: dict[str, Any] = {
+                "day": day, "judged": False, "drifted": False, "spoke": False, "scores_drifted": scores_drifted,
+                "scores_spoke": scores.spoke, "share": None, "importance_share": None, "volume": None, "columns": "{}",
+                "scores": scores.found, "reference": "{}", "page": "",
+            }  # fmt: skip
+            stored[day] = row
+            window, _ = windows(workflow, day)
+            try:
+                beside = reference(workflow, lake.lake, champion, day, version)
+            except ReferenceMissing as error:
+                row["text"] = f"not judged: {error}; {scores.text}"
+                judged[day] = (not scores_drifted, row["text"])
                 continue
-            report = evidently.drift(
-                current,
-                reference,
-                numeric=numeric,
-                categorical=categorical,
-                spec=spec,
+            row["reference"] = json.dumps(beside.said, sort_keys=True)
+            current = lake.lake.read(table, version=version, days=window, columns=columns)
+            if beside.days not in known:
+                past = lake.lake.read(table, version=version, days=beside.days, columns=columns)
+                known.clear()  # a trailing reference is never met again
+                if past.num_rows:
+                    known[beside.days] = drifts.Baseline(
+                        past, numeric=numeric, categorical=categorical, block=spec.window_days, said=beside.said
+                    )
+            baseline = known.get(beside.days)
+            past_rows = baseline.rows if baseline else 0
+            if baseline is None or min(current.num_rows, past_rows) < spec.min_rows:
+                few = f"{current.num_rows} rows beside {past_rows}, {spec.min_rows} of each are needed"
+                row["text"] = f"not judged: {few}; {scores.text}"
+                judged[day] = (not scores_drifted, row["text"])
+                continue
+            report = drifts.drift(
+                current, baseline, numeric=numeric, categorical=categorical, spec=spec, importances=gains
             )
+            spoke = [*_earlier(lake.lake, verdicts, day, spec.m, stored, "spoke"), report.drifted]
+            drifted = drifts.settled(spoke, bool(report.grave), spec)
             _, page = reports.write(workflow.name, day, "drift.html", report.html)
-            project, snapshot = evidently.save(
+            reports.write(workflow.name, day, "drift.json", json.dumps(report.json, sort_keys=True, indent=1))
+            project, snapshot = drifts.save(
                 reports.evidently_workspace,
                 workflow.name,
                 report,
                 timestamp=datetime.combine(day, datetime.min.time()),
                 tags=[f"day:{day}"],
             )
-            text = evidently.sentence(report)
-            judged[day] = (not report.drifted, text)
-            stored.append(
-                {"day": day, "judged": True, "drifted": report.drifted, "share": report.share_drifted,
-                 "columns": json.dumps(report.columns, sort_keys=True), "page": page, "text": text}
-            )  # fmt: skip
+            row |= {
+                "judged": True, "drifted": drifted, "spoke": report.drifted, "share": report.share_drifted,
+                "importance_share": report.importance_share, "volume": report.volume, "page": page,
+                "columns": json.dumps(report.columns, sort_keys=True),
+                "text": _said(drifts.sentence(report), report.drifted, drifted, spoke, unknown, scores),
+            }  # fmt: skip
+            judged[day] = (not drifted and not scores_drifted, row["text"])
             links = {
                 "report": dg.MetadataValue.url(page),
+                **({"report of the scores": dg.MetadataValue.url(scores_page)} if scores_page else {}),
                 "in Evidently": dg.MetadataValue.url(f"{reports.evidently_ui}/projects/{project}/reports/{snapshot}"),
                 "columns": dg.MetadataValue.json(report.columns),
+                "reference": dg.MetadataValue.json(beside.said),
             }
             context.add_asset_metadata(
-                {"share drifted": report.share_drifted, "report": dg.MetadataValue.url(page)},
+                {
+                    "share drifted": report.share_drifted,
+                    "importance drifted": report.importance_share,
+                    "volume": report.volume,
+                    "report": dg.MetadataValue.url(page),
+                },
                 partition_key=day.isoformat(),
             )
-        schema = pa.schema(
-            {"day": pa.date32(), "judged": pa.bool_(), "drifted": pa.bool_(), "share": pa.float64(),
-             "columns": pa.string(), "page": pa.string(), "text": pa.string()}
-        )  # fmt: skip
-        lake.lake.replace_days(workflow.table("drift"), pa.Table.from_pylist(stored, schema=schema), span)
+        lake.lake.replace_days(verdicts, pa.Table.from_pylist(list(stored.values()), schema=SCHEMA), span)
         return dg.MaterializeResult(
-            metadata={"days judged": sum(s["judged"] is True for s in stored), **links},
+            metadata={"days judged": sum(s["judged"] is True for s in stored.values()), **links},
             check_results=[folded("stable", judged, warn=True)],
         )
 
     return drift
+
+
+def _said(text: str, own: bool, drifted: bool, spoke: Sequence[bool], unknown: str, scores: _Scores) -> str:
+    """The day in a few clauses: what it says, how many days say so, and what could not be known."""
+    parts = [text]
+    if own and not drifted:
+        parts.append(f"not yet found: {sum(spoke)} of the last {len(spoke)} days spoke")
+    return "; ".join([*parts, *([unknown] if unknown else []), scores.text])

@@ -1,0 +1,285 @@
+"""Measures drift: all rows at least 20 times faster than Evidently on them, distances equal; false alarms and shifts found by size.
+
+Belongs here: columns of many shapes, the comparison with Evidently as it comes, the counts. Does not: anything that the product
+imports.
+
+Run: ``python -m benchmarks.drift [--rows 1000000] [--days 30] [--sizes 200 2000 200000] [--preset-days 10] [--only speed|alarms]``.
+Asked: 20 times faster with every distance within 0.002 and at most 2 GB; at most 1 false alarm in the days at each size; every
+shift found within two days at 2,000 rows a day and more. Evidently's preset (``DataDriftPreset()``, nothing set) judges the same days.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from datetime import date, timedelta
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from assets.lake import Lake
+from data_checks import drift
+
+START = date(2026, 1, 5)
+REFERENCE_DAYS = 28
+CATEGORIES = (2, 3, 5, 8, 10, 12, 20, 30, 40, 6, 4, 50)
+NUMERIC = (
+    *(f"normal_{n}" for n in range(14)),
+    *(f"lognormal_{n}" for n in range(10)),
+    *(f"pareto_{n}" for n in range(5)),
+    *(f"zeros_{n}" for n in range(8)),
+    "poisson_0",
+)
+CATEGORICAL = tuple(f"category_{k}" for k in CATEGORIES)
+IMPORTANT = "normal_3"
+IMPORTANCES = {**dict.fromkeys((*NUMERIC, *CATEGORICAL), 0.75 / 49), IMPORTANT: 0.25}
+FASTER, CLOSE, MEMORY_GB = 20.0, 0.002, 2.0
+Change = Callable[[str, np.ndarray], np.ndarray]
+
+
+def column(name: str, rows: int, draw: np.random.Generator) -> np.ndarray:
+    """Values of one of the fifty columns: bell-shaped, heavy-tailed (Pareto 2.5), zero-inflated, counts, 2 to 50 categories."""
+    kind, _, number = name.rpartition("_")
+    n = int(number)
+    if kind == "normal":
+        return draw.normal(5 * n, 1 + n, rows)
+    if kind == "lognormal":
+        return draw.lognormal(1, 0.5 + n / 10, rows)
+    if kind == "pareto":
+        return draw.pareto(2.5, rows)
+    if kind == "zeros":
+        return np.where(draw.random(rows) < 0.7 + 0.03 * n, 0.0, draw.lognormal(2, 1, rows))
+    if kind == "poisson":
+        return draw.poisson(3, rows).astype(float)
+    shares = np.ones(n) if n == 50 else 1 / np.arange(1, n + 1)
+    return draw.choice(n, rows, p=shares / shares.sum()).astype(np.int8)
+
+
+def day(
+    number: int, rows: int, seed: int, change: Change | None = None, names: tuple[str, ...] = (*NUMERIC, *CATEGORICAL)
+) -> pa.Table:
+    """A day of the fifty columns; ``change`` may alter a column's values (NaN: null)."""
+    draw = np.random.default_rng([seed, number])
+    said = pa.array([START + timedelta(days=number)], pa.date32())
+    columns: dict[str, Any] = {"day": said.take(pa.array(np.zeros(rows, np.int8)))}
+    for name in names:
+        values = column(name, rows, draw)
+        values = values if change is None else change(name, values)
+        columns[name] = pa.array(values, pa.float32() if name in NUMERIC else pa.int8(), from_pandas=True)
+    return pa.table(columns)
+
+
+def _nulled(name: str, values: np.ndarray) -> np.ndarray:
+    return np.where(np.arange(len(values)) % 10 == 0, values, np.nan) if name == "lognormal_2" else values
+
+
+def _unit(name: str, values: np.ndarray) -> np.ndarray:
+    return values * 100 if name == "lognormal_4" else values
+
+
+def _vanished(name: str, values: np.ndarray) -> np.ndarray:
+    # the tenth of ten categories, 3.4% of the rows
+    return np.where(values == 9, 0, values).astype(np.int8) if name == "category_10" else values
+
+
+def _shifted(name: str, values: np.ndarray) -> np.ndarray:
+    return values + 0.2 * 4 if name == IMPORTANT else values
+
+
+SHIFTS: Mapping[str, tuple[str, Change]] = {
+    "0.2 sd in one important column": (IMPORTANT, _shifted),
+    "a vanished category (3.4%)": ("category_10", _vanished),
+    "a column 90% null": ("lognormal_2", _nulled),
+    "a unit change (x100)": ("lognormal_4", _unit),
+}
+SPEC = drift.DriftSpec(window_days=1)  # a day by itself; every floor as it comes
+
+
+def judge(current: pa.Table, baseline: drift.Baseline) -> drift.Findings:
+    """A day beside the reference, without Evidently's pictures."""
+    return drift.measure(
+        current, baseline, numeric=NUMERIC, categorical=CATEGORICAL, spec=SPEC, importances=IMPORTANCES
+    )
+
+
+def reference(rows: int, seed: int) -> drift.Baseline:
+    """28 days, compressed."""
+    table = pa.concat_tables([day(n, rows, seed) for n in range(REFERENCE_DAYS)])
+    return drift.Baseline(table, numeric=NUMERIC, categorical=CATEGORICAL)
+
+
+def clean_days(baseline: drift.Baseline, rows: int, seed: int, days: int) -> tuple[int, int, int]:
+    """Nothing changes: alarms (days on which drift was found), days that spoke, columns flagged on any day."""
+    spoke: list[bool] = []
+    alarms = flagged = 0
+    for n in range(REFERENCE_DAYS, REFERENCE_DAYS + days):
+        found = judge(day(n, rows, seed), baseline)
+        spoke.append(found.spoke)
+        alarms += drift.settled(spoke, bool(found.grave), SPEC)
+        flagged += sum(e["drifted"] for e in found.entries.values())
+    return alarms, sum(spoke), flagged
+
+
+def found_after(
+    baseline: drift.Baseline, rows: int, seed: int, name: str, change: Change, within: int = 2
+) -> int | None:
+    """How many days of a shift it takes until drift is found and the column named; None: not within that many."""
+    spoke: list[bool] = []
+    for n in range(within):
+        found = judge(day(REFERENCE_DAYS + n, rows, seed, change), baseline)
+        spoke.append(found.spoke)
+        if found.entries[name]["drifted"] and drift.settled(spoke, bool(found.grave), SPEC):
+            return n + 1
+    return None
+
+
+def preset(before: pa.Table, now: pa.Table) -> tuple[int, bool]:
+    """Evidently's preset as it comes: how many columns it calls drifted, and whether it calls the day drifted."""
+    drift._evidently()
+    import evidently
+    from evidently.presets import DataDriftPreset
+
+    numeric, categorical = _columns(now)
+    definition = evidently.DataDefinition(numerical_columns=numeric, categorical_columns=categorical)
+    sides = [evidently.Dataset.from_pandas(t.drop_columns(["day"]).to_pandas(), definition) for t in (now, before)]
+    with np.errstate(all="ignore"):
+        said = evidently.Report([DataDriftPreset()]).run(*sides).dict()
+    value = said["metrics"][0]["value"]
+    return int(value["count"]), bool(value["share"] >= 0.5)
+
+
+def _wide(rows: int, seed: int, days: int, lake: str, table: str, shift: float) -> None:
+    """``rows`` × 20 columns over ``days`` days, into Delta."""
+    names = ("normal_0", "normal_5", "normal_9", "lognormal_0", "lognormal_2", "lognormal_4", "lognormal_6", "pareto_0", "zeros_0",
+             "zeros_3", "zeros_6", "poisson_0", "normal_2", "normal_7", *CATEGORICAL[:5], "category_50")  # fmt: skip
+    for n in range(days):
+        size = rows // days + (n < rows % days)
+        made = day(n + seed, size, seed, lambda name, v: v + shift * 2 if name in NUMERIC else v, names)
+        typed = [f.with_type(pa.float64()) if f.name in NUMERIC else f for f in made.schema]
+        made = made.cast(pa.schema([f.with_type(pa.string()) if f.name in CATEGORICAL else f for f in typed]))
+        Lake(lake).replace_days(table, made, [START + timedelta(days=n + seed)])
+
+
+def _columns(table: pa.Table) -> tuple[list[str], list[str]]:
+    return [c for c in table.schema.names if c in NUMERIC], [c for c in table.schema.names if c in CATEGORICAL]
+
+
+def _warm() -> None:
+    numbers, texts = np.arange(99.0), np.array(["a", "b", "c"] * 33, dtype=object)
+    drift._run(
+        {"x": ("numeric", drift._Pair(numbers, numbers, 0.1)), "y": ("categorical", drift._Pair(texts, texts, 0.1))},
+        0.5,
+    )
+
+
+def _ours(lake: str, answer: Any) -> None:
+    """From the tables to the page, with Evidently's plots; ((seconds, CPU seconds), peak memory in GB, distances)."""
+    _warm()  # imports, for both alike
+    now, before = (Lake(lake).read(t) for t in ("current", "reference"))
+    began, busy = time.perf_counter(), time.process_time()
+    numeric, categorical = _columns(now)
+    report = drift.drift(now, before, numeric=numeric, categorical=categorical, spec=drift.DriftSpec())
+    took = time.perf_counter() - began, time.process_time() - busy
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    answer.send((took, peak, {n: c["distance"] for n, c in report.columns.items()}))
+
+
+def _theirs(lake: str, answer: Any) -> None:
+    """The same report by Evidently, given every row."""
+    _warm()
+    sides = [Lake(lake).read(t) for t in ("current", "reference")]
+    began, busy = time.perf_counter(), time.process_time()
+    numeric, _ = _columns(sides[0])
+    now, before = (t.drop_columns(["day"]).to_pandas() for t in sides)
+    whole = {
+        n: ("numeric" if n in numeric else "categorical", drift._Pair(now[n], before[n], 0.1)) for n in now.columns
+    }
+    _, found = drift._run(whole, 0.5)
+    took = time.perf_counter() - began, time.process_time() - busy
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    answer.send((took, peak, found))
+
+
+def speed(rows: int) -> bool:
+    """Both on the same tables, one process each; whether what was asked is met."""
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as lake:
+        _wide(rows, 100, 7, lake, "current", 0.1)
+        _wide(rows, 1, 28, lake, "reference", 0.0)
+        answers = []
+        for one in (_ours, _theirs):
+            mine, other = spawn.Pipe()
+            process = spawn.Process(target=one, args=(lake, other))
+            process.start()
+            answers.append(mine.recv())
+            process.join()
+    ((ours, our_cpu), peak, distances), ((theirs, their_cpu), their_peak, whole) = answers
+    farthest = max(distances, key=lambda n: abs(distances[n] - whole[n]))
+    apart = abs(distances[farthest] - whole[farthest])
+    ok = bool(theirs / ours >= FASTER and apart <= CLOSE and peak <= MEMORY_GB)
+    print(
+        f"{rows:,} x {len(distances)} beside {rows:,} x {len(distances)}, from Arrow tables read from Delta to the report (memory: reading too)"
+    )
+    print(f"here                {ours:6.1f} s {our_cpu:6.1f} CPU s  {peak:.2f} GB")
+    print(f"Evidently, all rows {theirs:6.1f} s {their_cpu:6.1f} CPU s  {their_peak:.2f} GB")
+    said = f"{theirs / ours:.1f} times faster ({their_cpu / our_cpu:.1f} by CPU; asked {FASTER:.0f})"
+    print(f"{said}, farthest distance {apart:.5f} ({farthest}; asked {CLOSE}), memory asked {MEMORY_GB:.0f} GB: "
+          f"{'met' if ok else 'NOT met'}")  # fmt: skip
+    return ok
+
+
+def alarms(sizes: list[int], days: int, preset_days: int, seed: int) -> bool:
+    """Counts with nothing changed, and with each shift, by rows a day."""
+    ok = True
+    for rows in sizes:
+        began = time.perf_counter()
+        before = pa.concat_tables([day(n, rows, seed) for n in range(REFERENCE_DAYS)])
+        baseline = drift.Baseline(before, numeric=NUMERIC, categorical=CATEGORICAL)
+        false, spoke, flagged = clean_days(baseline, rows, seed, days)
+        ok &= false <= 1
+        print(
+            f"{rows:>7,} rows a day, seed {seed}: {false} false alarms in {days} clean days of 50 columns; {spoke} days spoke, "
+            f"{flagged} of {50 * days} columns flagged; {time.perf_counter() - began:.0f} s",
+            flush=True,
+        )
+        for what, (name, change) in SHIFTS.items():
+            took = found_after(baseline, rows, seed + 1, name, change)
+            ok &= rows < 2_000 or took is not None
+            print(f"        {what}: {f'found on day {took}' if took else 'not found within two days'}", flush=True)
+        if rows > 2_000:
+            print("        Evidently's preset: not run at this size")
+            continue
+        theirs = [preset(before, day(REFERENCE_DAYS + n, rows, seed)) for n in range(preset_days)]
+        print(
+            f"        Evidently's preset: {sum(c > 0 for c, _ in theirs)} of {preset_days} clean days with a drifted column, "
+            f"{sum(c for c, _ in theirs)} of {50 * preset_days} columns, {sum(d for _, d in theirs)} days drifted",
+            flush=True,
+        )
+    return ok
+
+
+def main() -> int:
+    """Print both parts; 1 where something asked for is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--days", type=int, default=30)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[200, 2_000, 200_000])
+    parser.add_argument("--preset-days", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=5)
+    parser.add_argument("--only", choices=("speed", "alarms"))
+    args = parser.parse_args()
+    ok = True
+    if args.only != "alarms":
+        ok &= speed(args.rows)
+    if args.only != "speed":
+        ok &= alarms(args.sizes, args.days, args.preset_days, args.seed)
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
