@@ -169,7 +169,9 @@ def draw(
         size = np.bincount(stratum, minlength=len(labels))
         rank = np.empty(len(order), dtype=np.int64)
         rank[order] = np.arange(len(order)) - (np.cumsum(size) - size)[stratum[order]]
-        start = _uniform(_hashes([workflow, epoch, "stratum"], labels.tolist()))
+        # units that enter an epoch later start elsewhere, or each that comes alone would get the arm of the first
+        later = sorted(names[fresh].tolist()) if not fresh.all() else []
+        start = _uniform(_hashes([workflow, epoch, "stratum", *later], labels.tolist()))
         position = ((rank + start[stratum]) / size[stratum]) % 1.0
     arms = np.array(list(weights), dtype=object)
     edges = np.cumsum(list(weights.values()))[:-1]

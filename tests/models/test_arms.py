@@ -182,3 +182,16 @@ def test_the_signs_are_fair_coins_and_uncorrelated_over_days():
     assert abs(up.sum() - n * days / 2) == 0  # one up for one down
     assert np.abs(up.mean(axis=0) - 0.5).max() < 4.5 * 0.5 / np.sqrt(days)
     assert np.abs(np.mean(up[1:] == up[:-1]) - 0.5) < 4.5 * 0.5 / np.sqrt((days - 1) * n / 2)
+
+
+def test_units_that_enter_an_epoch_one_by_one_do_not_all_get_the_arm_of_the_first():
+    first = [f"unit-{i}" for i in range(20)]
+    arms, kept = drawn(first, strata=[""] * 20)
+    late = [f"late-{i}" for i in range(60)]
+    for unit in late:
+        everybody = [*kept["unit"].to_pylist(), unit]
+        found, kept = drawn(everybody, strata=[""] * len(everybody), keep=kept)
+        assert {u: found[u] for u in arms} == arms
+        arms = found
+    counts = {arm: sum(arms[u] == arm for u in late) for arm in SHARES}
+    assert all(abs(counts[arm] - share * 60) < 4 * np.sqrt(60 * share) for arm, share in SHARES.items()), counts

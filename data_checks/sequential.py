@@ -1,0 +1,109 @@
+"""Boundaries for a comparison that is looked at every day, with a known chance of a false alarm over all looks together.
+
+Belongs here: the asymptotic confidence sequence, spending of α, the boundary of a randomisation test. Does not: outcomes,
+arms, verdicts (``data_checks/regression.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+Bools = np.ndarray[Any, np.dtype[np.bool_]]
+
+
+def rho(n: float, alpha: float) -> float:
+    """The parameter ρ with which a one-sided confidence sequence at level ``alpha`` is narrowest after ``n`` observations.
+
+    The minimum over nρ² of the width solves -W₋₁(-(2α)²/e) - 1 (Waudby-Smith et al. 2024, appendix B.2; 2α for one side).
+    """
+    from scipy.special import lambertw
+
+    return math.sqrt((-lambertw(-((2 * alpha) ** 2) / math.e, -1).real - 1) / n)
+
+
+def sequence_bound(n: Any, alpha: float, rho: float) -> Floats:
+    """How many standard errors a one-sided asymptotic confidence sequence reaches after ``n`` observations.
+
+    The half-width is σ̂·√(2(nρ²+1)/(n²ρ²)·log(√(nρ²+1)/(2α))); divided by the standard error σ̂/√n. All looks together,
+    however many, miss on this side with probability at most ``alpha`` as n grows (Waudby-Smith, Arbour, Sinha, Kennedy,
+    Ramdas, Annals of Statistics 2024, theorem 2.2 and its one-sided form).
+    """
+    information = np.asarray(n, dtype=np.float64) * rho**2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        bound: Floats = np.sqrt(2 * (1 + 1 / information) * np.log(np.sqrt(information + 1) / (2 * alpha)))
+    return np.where(information > 0, bound, np.inf)
+
+
+def spent(fraction: Any, alpha: float) -> Floats:
+    """How much of a one-sided ``alpha`` is spent by a fraction of the horizon, little at first.
+
+    Lan and DeMets (Biometrika 1983), the form that resembles O'Brien and Fleming: 2(1 - Φ(z_{α/2}/√t)).
+    """
+    from scipy.special import ndtr, ndtri
+
+    t = np.clip(np.asarray(fraction, dtype=np.float64), 0, 1)
+    with np.errstate(divide="ignore"):
+        return np.asarray(2 * ndtr(ndtri(alpha / 2) / np.sqrt(t)))
+
+
+def permuted_bounds(paths: Floats, spending: Floats) -> tuple[Floats, Bools]:
+    """Bounds for every look from paths under permuted arms; row 0 is the path that was observed.
+
+    At each look those paths cross which lie highest among the ones that never crossed, as many as the spending allows for
+    all looks so far. Under the null hypothesis the observed path is exchangeable with the others, so that it ever
+    crosses with probability at most the last of ``spending``: exactly, for any number of paths, any dependence between looks.
+
+    Args:
+        paths: Statistics, shape (1 + permutations, looks); not a number counts as the smallest.
+        spending: Cumulative α by look, shape (looks,), not decreasing.
+
+    Returns:
+        The bound of each look (infinite while nothing may be spent; a path crosses when strictly above), and
+        whether the observed path lies above it.
+    """
+    alive = np.ones(len(paths), dtype=bool)
+    bounds = np.full(paths.shape[1], np.inf)
+    above = np.zeros(paths.shape[1], dtype=bool)
+    values = np.nan_to_num(paths, nan=-np.inf)
+    for k in range(paths.shape[1]):
+        room = math.floor(spending[k] * len(paths) + 1e-9) - int((~alive).sum())
+        living = values[alive, k]
+        if room < 1 or len(living) <= room:
+            continue
+        bounds[k] = np.partition(living, len(living) - room - 1)[len(living) - room - 1]
+        # arms that are permuted onto themselves differ in the last bits at most, and are no evidence
+        just = bounds[k] + 1e-9 * max(1.0, abs(bounds[k])) if np.isfinite(bounds[k]) else bounds[k]
+        above[k] = values[0, k] > just
+        alive &= values[:, k] <= just
+    return bounds, above
+
+
+def constant(looks: int, alpha: float, shape: str) -> float:
+    """The constant of a one-sided group-sequential boundary with equally spaced looks, by integration.
+
+    ``pocock``: cross when z > c at any look; ``obrien-fleming``: when z·√(k/looks) > c. The density of the paths that have not
+    crossed is carried from look to look at the nodes of a
+    Gauss quadrature (Armitage, McPherson, Rowe 1969).
+    """
+    from scipy.optimize import brentq
+    from scipy.special import ndtr
+
+    if shape not in ("pocock", "obrien-fleming"):
+        raise ValueError(f"shape: {shape!r} is unknown (allowed here: pocock, obrien-fleming)")
+    nodes, weights = np.polynomial.legendre.leggauss(160)
+
+    def excess(c: float) -> float:
+        crossed, grid, density = 0.0, np.zeros(1), np.ones(1)
+        for k in range(1, looks + 1):
+            top, low = c * math.sqrt(k if shape == "pocock" else looks), -6 * math.sqrt(k)
+            crossed += float(np.sum(density * ndtr(grid - top)))
+            step = low + (nodes + 1) * (top - low) / 2
+            kernel = np.exp(-((step[:, None] - grid[None, :]) ** 2) / 2) / math.sqrt(2 * math.pi)
+            grid, density = step, (kernel @ density) * weights * (top - low) / 2
+        return crossed - alpha
+
+    return float(brentq(excess, 0.5, 6.0, xtol=1e-4))
