@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from functools import cache
@@ -21,11 +20,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake.exceptions import DeltaError
+from pydantic import ValidationError
 
-from assets import code, point_in_time
+from assets import code, point_in_time, promoting
 from assets.lake import Lake, TableMissing, content_digest
 from assets.workflow import Workflow
 from data_checks import guardrails
+from delivery.ledger import Ledger
 from models import arms, budget, catalog, priority
 from models.registry import ModelMissing, ModelUnreadable, Registry, Version
 
@@ -42,6 +43,19 @@ class ReplayImpossible(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Beside:
+    """What the challenger made of a day beside the champion."""
+
+    version: Version
+    stage: str
+    """shadow: acted on by nobody; canary: the arm challenger is decided by it."""
+    table: pa.Table | None
+    """Its scores; None where it could not score."""
+    reason: str
+    """Why it could not; empty where it did."""
+
+
+@dataclass(frozen=True)
 class Scored:
     """The scores of a day with the step of the bad-day ladder that gave them and why."""
 
@@ -53,6 +67,10 @@ class Scored:
     outcomes_version: int | None
     late: bool = False
     """The deadline had passed when scoring began."""
+    beside: Beside | None = None
+    """The challenger, where there is one and the day is no backfill."""
+    moved: str = ""
+    """Aliases that stand elsewhere than the ledger says, and so decide nothing."""
 
 
 @dataclass(frozen=True)
@@ -124,18 +142,22 @@ def read_model(workflow: Workflow, registry: Registry, version: Version) -> Any:
         raise ModelUnreadable(f"model {version.name!r} version {version.number}: {error}") from error
 
 
-def score_day(workflow: Workflow, lake: Lake, registry: Registry, day: date, *, now: datetime) -> Scored:
+def score_day(
+    workflow: Workflow, lake: Lake, registry: Registry, day: date, *, now: datetime, ledger: Ledger | None = None
+) -> Scored:
     """Score a day by the best step that is to be had: champion → previous champion → rule → no change.
+
+    Who champion and previous champion are, the ``ledger`` says (``promoting.lineup``); without one, the registry's aliases.
+    A challenger scores beside them; its failure is written down and touches nothing else.
 
     After the deadline of a day that is still to take effect the models are skipped (the next step that is sure to be
     quick); a day whose effect is past is a backfill and has no deadline. Raises FeaturesMissing before the deadline:
     there is time to repair what holds them up.
     """
     from lightgbm.basic import LightGBMError
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
 
-    unreachable = (MlflowException, SQLAlchemyError, OSError)
+    unreachable = promoting.unreachable()
+    unusable: tuple[type[Exception], ...] = (ModelMissing, ModelUnreadable, *unreachable)
     reasons: list[str] = []
     deadline = workflow.deadline_of(day)
     backfill = now >= datetime.combine(day + timedelta(days=2), datetime.min.time())
@@ -154,6 +176,7 @@ def score_day(workflow: Workflow, lake: Lake, registry: Registry, day: date, *, 
         reasons.append(f"features of {day} were not there by the deadline {deadline:%H:%M} UTC")
         return Scored(pa.table({}), "no_change", tuple(reasons), None, features_version, outcomes_version, late=True)
     rows = point_in_time.ordered(rows)
+    found, beside = promoting.Lineup(()), None
     late = now > deadline and not backfill
     if late:
         reasons.append(
@@ -161,31 +184,49 @@ def score_day(workflow: Workflow, lake: Lake, registry: Registry, day: date, *, 
         )
     else:
         try:
-            candidates = registry.as_of(workflow.name, day)
+            found = promoting.lineup(registry, ledger, workflow.name, day)
         except unreachable as error:
-            candidates = []
-            reasons.append(f"the registry cannot be read: {type(error).__name__}: {_said(error)}")
-        if not candidates and not reasons:
+            reasons.append(f"the registry cannot be read: {type(error).__name__}: {promoting.first_line(error)}")
+        if not found.versions and not reasons:
             reasons.append(f"no version of {workflow.name!r} had passed its gate by {day}")
-        for step, version in zip(STEPS[:2], candidates, strict=False):
+        for step, version, why in found.versions:
+            if version is None:
+                reasons.append(why)
+                continue
             try:
                 table = read_model(workflow, registry, version).score(rows)
-                return Scored(table, step, tuple(reasons), version, features_version, outcomes_version)
-            except (ModelMissing, ModelUnreadable, *unreachable) as error:
-                reasons.append(f"{step} (version {version.number}) cannot be used: {_said(error)}")
+                if found.challenger is not None and not backfill:
+                    beside = _beside(workflow, registry, rows, *found.challenger)
+                return Scored(
+                    table,
+                    step,
+                    tuple(reasons),
+                    version,
+                    features_version,
+                    outcomes_version,
+                    beside=beside,
+                    moved=found.moved,
+                )
+            except unusable as error:
+                reasons.append(f"{step} (version {version.number}) cannot be used: {promoting.first_line(error)}")
             except (KeyError, TypeError, ValueError, LightGBMError) as error:
-                reasons.append(f"{step} (version {version.number}) cannot score the day's features: {_said(error)}")
+                reasons.append(
+                    f"{step} (version {version.number}) cannot score the day's features: {promoting.first_line(error)}"
+                )
     try:
         table = fit_rule(workflow, lake, day, features_version, outcomes_version).score(rows)
         return Scored(table, "rule", tuple(reasons), None, features_version, outcomes_version, late)
     except (TableMissing, KeyError, ValueError) as error:
-        reasons.append(f"the rule has nothing to go by: {_said(error)}")
+        reasons.append(f"the rule has nothing to go by: {promoting.first_line(error)}")
     return Scored(pa.table({}), "no_change", tuple(reasons), None, features_version, outcomes_version, late)
 
 
-def _said(error: Exception) -> str:
-    """The first line of an error, without the user and password of an address in it."""
-    return re.sub(r"://[^/@\s]*@", "://…@", str(error).partition("\n")[0])
+def _beside(workflow: Workflow, registry: Registry, rows: pa.Table, version: Version, stage: str) -> Beside:
+    """What the challenger makes of the day's rows. Whatever goes wrong with it is its own affair, never the day's."""
+    try:
+        return Beside(version, stage, read_model(workflow, registry, version).score(rows), "")
+    except Exception as error:
+        return Beside(version, stage, None, f"{type(error).__name__}: {promoting.first_line(error)}")
 
 
 def decide(
@@ -209,6 +250,19 @@ def decide(
         chosen, scores, drawn, spec, explore=workflow.arms.explore, key=f"{workflow.name} {day}"
     )
     return decided.sort_by("entity_id"), certificates
+
+
+def mixed(workflow: Workflow, features: pa.Table, drawn: pa.Table, scores: pa.Table, challenger: pa.Table) -> pa.Table:
+    """The scores that a day with a canary is decided by: the challenger's for entities whose unit is in its arm, the
+    champion's for all others. Columns are the champion's; raises KeyError where the challenger lacks one."""
+    units = drawn.filter(pc.equal(drawn["arm"], "challenger"))["unit"]
+    chosen = of_policy(workflow, features)
+    mine = chosen.filter(pc.is_in(chosen["unit"], value_set=units.combine_chunks()))["entity_id"].combine_chunks()
+    if len(mine) == 0:
+        return scores
+    kept = scores.filter(pc.invert(pc.is_in(scores["entity_id"], value_set=mine)))
+    theirs = challenger.filter(pc.is_in(challenger["entity_id"], value_set=mine))
+    return pa.concat_tables([kept, theirs.select(scores.schema.names).cast(scores.schema)])
 
 
 def of_policy(workflow: Workflow, features: pa.Table) -> pa.Table:
@@ -294,6 +348,8 @@ RECORD = pa.schema(
         "step": pa.string(),
         "model_version": pa.int64(),
         "model_digest": pa.string(),
+        "challenger_version": pa.int64(),
+        "challenger_digest": pa.string(),
         "features_version": pa.int64(),
         "outcomes_version": pa.int64(),
         "arms_version": pa.int64(),
@@ -314,6 +370,10 @@ _SCORING = pa.schema(
         "features_version": pa.int64(),
         "outcomes_version": pa.int64(),
         "late": pa.bool_(),
+        "challenger_version": pa.int64(),
+        "challenger_digest": pa.string(),
+        "challenger_stage": pa.string(),
+        "challenger_reason": pa.string(),
     }
 )
 
@@ -325,6 +385,12 @@ def write_scores(workflow: Workflow, lake: Lake, day: date, scored: Scored) -> N
         if scored.table.num_rows == 0:
             dated = lake.read(workflow.table("scores"), days=[]).slice(0, 0)
         lake.replace_days(workflow.table("scores"), dated, [day])
+    beside = scored.beside
+    if beside is not None and beside.table is not None:
+        n = beside.table.num_rows
+        stamped = beside.table.append_column("version", pa.array([beside.version.number] * n, pa.int64()))
+        dated = stamped.append_column("day", pa.array([day] * n, pa.date32()))
+        lake.replace_days(workflow.table("shadow_scores"), dated, [day])
     record = {
         "day": day,
         "step": scored.step,
@@ -334,8 +400,22 @@ def write_scores(workflow: Workflow, lake: Lake, day: date, scored: Scored) -> N
         "features_version": scored.features_version,
         "outcomes_version": scored.outcomes_version,
         "late": scored.late,
+        "challenger_version": beside.version.number if beside else None,
+        "challenger_digest": beside.version.digest if beside else None,
+        "challenger_stage": beside.stage if beside else None,
+        "challenger_reason": beside.reason if beside else None,
     }
     lake.replace_days(workflow.table("scoring"), pa.Table.from_pylist([record], schema=_SCORING), [day])
+
+
+def challenger_scores(workflow: Workflow, lake: Lake, day: date, made: Mapping[str, Any]) -> pa.Table | None:
+    """What the challenger of a day's scoring (``made``, its row) said of each entity; None where there was none or it failed."""
+    # a row from before there were challengers lacks the columns
+    number = made.get("challenger_version")
+    if number is None or made.get("challenger_reason"):
+        return None
+    mine = pc.field("version") == number
+    return lake.read(workflow.table("shadow_scores"), days=[day], where=mine).drop_columns(["day", "version"])
 
 
 def record_spec(workflow: Workflow, lake: Lake) -> str:
@@ -368,7 +448,19 @@ def decide_day(workflow: Workflow, lake: Lake, day: date) -> Batch:
     )
     features = _features(workflow, lake, day, made["features_version"])
     arms_version, drawn = _arms(workflow, lake, day, features)
-    decisions, certificates = decide(workflow, day, features, scores, drawn, made["step"])
+    reasons, decided = list(made["reasons"]), None
+    if made["step"] == "champion" and made.get("challenger_stage") == "canary":
+        theirs = challenger_scores(workflow, lake, day, made)
+        try:
+            if theirs is None:
+                raise ValueError(made["challenger_reason"])
+            both = mixed(workflow, features, drawn, scores, theirs)
+            decided = decide(workflow, day, features, both, drawn, made["step"])
+        except (KeyError, TypeError, ValueError) as error:
+            # it is the challenger's failure, and never the day's
+            reasons.append(f"the arm challenger is decided by the champion: {promoting.first_line(error)}")
+    acts = decided is not None
+    decisions, certificates = decided or decide(workflow, day, features, scores, drawn, made["step"])
     epoch, in_washout = arms.epoch_of(day, workflow.start, workflow.arms.epoch, workflow.arms.washout)
     record = {
         "workflow": workflow.name,
@@ -377,6 +469,8 @@ def decide_day(workflow: Workflow, lake: Lake, day: date) -> Batch:
         "step": made["step"],
         "model_version": made["model_version"],
         "model_digest": made["model_digest"],
+        "challenger_version": made["challenger_version"] if acts else None,
+        "challenger_digest": made["challenger_digest"] if acts else None,
         "features_version": made["features_version"],
         "outcomes_version": made["outcomes_version"],
         "arms_version": arms_version,
@@ -395,7 +489,7 @@ def decide_day(workflow: Workflow, lake: Lake, day: date) -> Batch:
         batch_id=batch_id,
         digest=digest,
         step=made["step"],
-        reasons=tuple(made["reasons"]),
+        reasons=tuple(reasons),
         late=made["late"],
         status=result.status,
         findings=tuple(result.findings),
@@ -578,7 +672,22 @@ def spec_of(name: str, lake: Lake, digest: str) -> Workflow:
         raise ReplayImpossible(
             f"{name}: no workflow.yaml with digest {digest[:12]}… is kept; the table {name}/specs was cut"
         )
-    return Workflow.model_validate({**json.loads(found["said"][0].as_py()), "folder": Path()})
+    said = {**json.loads(found["said"][0].as_py()), "folder": Path()}
+    try:
+        return Workflow.model_validate(said)
+    except ValidationError as error:
+        # what a later release took out of the format decides nothing any more; the replay shows whether that matters
+        for problem in error.errors():
+            if problem["type"] != "extra_forbidden":
+                raise ReplayImpossible(
+                    f"{name}: its workflow.yaml of then is not understood any more: {error}"
+                ) from error
+            place: Any = said
+            for part in problem["loc"][:-1]:
+                # the tag of a union stands in the path and not in the text
+                place = place[part] if not isinstance(place, dict) or part in place else place
+            place.pop(problem["loc"][-1])
+    return Workflow.model_validate(said)
 
 
 def replay(name: str, lake: Lake, registry: Registry, decision_id: str) -> Replayed:
@@ -605,7 +714,9 @@ class MadeFrom:
     scores: pa.Table
     drawn: pa.Table
     learner: Any
-    """What scored: a learner, the rule, or None for the step ``no_change``."""
+    """What scored the row: a learner, the rule, or None for the step ``no_change``."""
+    scores_in: Callable[[pa.Table], pa.Table] | None = None
+    """In a batch with a canary: the scores that count with other arms drawn."""
 
 
 def made_from(row: Mapping[str, Any], lake: Lake, registry: Registry) -> MadeFrom:
@@ -622,15 +733,29 @@ def made_from(row: Mapping[str, Any], lake: Lake, registry: Registry) -> MadeFro
         with _kept(f"{name}/outcomes version {row['outcomes_version']}"):
             learner = fit_rule(workflow, lake, day, row["features_version"], row["outcomes_version"])
     elif row["step"] != "no_change":
-        with _kept(f"model {name!r} version {row['model_version']}"):
-            version = registry.by_number(name, row["model_version"])
-        if version.digest != row["model_digest"]:
-            raise ReplayImpossible(
-                f"model {name!r} version {version.number} is not the one that decided (digest differs)"
-            )
-        learner = read_model(workflow, registry, version)
+        learner = _decided_by(workflow, registry, row["model_version"], row["model_digest"])
     scores = learner.score(features) if learner is not None else pa.table({})
-    return MadeFrom(workflow, day, row["step"], features, scores, drawn, learner)
+    if row.get("challenger_version") is None:
+        return MadeFrom(workflow, day, row["step"], features, scores, drawn, learner)
+    challenger = _decided_by(workflow, registry, row["challenger_version"], row["challenger_digest"])
+    theirs = challenger.score(features)
+
+    def scores_in(arms_drawn: pa.Table) -> pa.Table:
+        return mixed(workflow, features, arms_drawn, scores, theirs)
+
+    mine = challenger if row.get("arm") == "challenger" else learner
+    return MadeFrom(workflow, day, row["step"], features, scores_in(drawn), drawn, mine, scores_in)
+
+
+def _decided_by(workflow: Workflow, registry: Registry, number: int, digest: str) -> Any:
+    """The learner of a version that took part in a batch, if it is still the one that did."""
+    with _kept(f"model {workflow.name!r} version {number}"):
+        version = registry.by_number(workflow.name, number)
+    if version.digest != digest:
+        raise ReplayImpossible(
+            f"model {workflow.name!r} version {version.number} is not the one that decided (digest differs)"
+        )
+    return read_model(workflow, registry, version)
 
 
 def replay_row(row: Mapping[str, Any], lake: Lake, registry: Registry) -> Replayed:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from assets import deciding
+from assets import deciding, promoting
 from assets.lake import Lake
 from assets.workflow import FOLDER, Workflow, load
 from delivery import guards, rollback
@@ -244,15 +244,18 @@ def roll_back(
 ) -> rollback.RollbackReport:
     """Push the prior values of the chosen batches; of a model version, also block it and give its aliases back.
 
-    The model goes first: while values are being restored nobody should decide by it. Rerunnable until the report is
-    complete. Raises what ``delivery.rollback`` and the registry raise.
+    The model goes first: while values are being restored nobody should decide by it. A challenger that has decided nothing
+    yet is blocked, and nothing is taken back. Rerunnable until the report is complete. Raises what ``delivery.rollback``
+    and the registry raise.
     """
     if isinstance(which, rollback.Model):
-        heir = registry.step_back(which.workflow, which.version, reason)
-        evidence = {"reason": reason, "trigger": trigger, "champion now": heir.number if heir else None}
-        known = [p for p in ledger.promotions(which.workflow) if p.version == which.version]
-        if not known or known[-1].action != "rolled back":
-            ledger.promotion(which.workflow, which.version, "rolled back", actor, evidence)
+        promoting.step_back(
+            which.workflow, registry, ledger, which.version, actor=actor, reason=reason, trigger=trigger
+        )
+        if not ledger.batches(which.workflow, model_version=which.version, kind="decision") and any(
+            p.version == which.version and p.action in ("shadow", "canary") for p in ledger.promotions(which.workflow)
+        ):
+            return rollback.RollbackReport(())
     name = ledger.batch(which.batch_id).workflow if isinstance(which, rollback.Batch) else which.workflow
     assert name is not None, "a selection names its workflow"
     workflow = load(FOLDER / name)

@@ -322,8 +322,9 @@ def _inputs(row: Mapping[str, Any], lake: Lake, registry: Registry) -> what_if.I
     found = deciding.made_from(row, lake, registry)
     recorded = {c: row[c] for c in deciding.DECISIONS.names}
     return what_if.Inputs(
-        recorded, found.workflow, found.day, found.features, found.scores, found.drawn, found.step, found.learner
-    )
+        recorded, found.workflow, found.day, found.features, found.scores, found.drawn, found.step, found.learner,
+        found.scores_in,
+    )  # fmt: skip
 
 
 def _score(inputs: what_if.Inputs) -> tuple[dict[str, Any], Because | None]:
@@ -367,14 +368,18 @@ def _model(row: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
             "says": "No model: the rule decided, made again from the features (version "
             f"{row['features_version']}) and outcomes (version {row['outcomes_version']}) known at the cut-off."
         }
-    name, number = row["workflow"], row["model_version"]
-    out: dict[str, Any] = {"name": name, "version": number, "digest": row["model_digest"]}
+    canary = row.get("challenger_version") is not None and row.get("arm") == "challenger"
+    name, who = row["workflow"], "challenger" if canary else "model"
+    number, digest = row[f"{who}_version"], row[f"{who}_digest"]
+    out: dict[str, Any] = {"name": name, "version": number, "digest": digest}
+    if canary:
+        out["arm"] = "The arm challenger was decided by the challenger (canary), the others by the champion."
     try:
         version = registry.by_number(name, number)
     except _lost() as error:
         return {**out, "gone": _said(error)}
     out |= {"trained_day": version.trained_day, "passed_gate": version.passed, "run_id": version.run_id}
-    out["same_digest"] = version.digest == row["model_digest"]
+    out["same_digest"] = version.digest == digest
     try:
         run = registry.client.get_run(version.run_id)
     except _lost() as error:
@@ -666,6 +671,8 @@ def _model_lines(said: Mapping[str, Any]) -> Iterator[str]:
     if not said["same_digest"]:
         yield "the registry now holds another digest under this number"
     yield f"trained on what was known on {said['trained_day']}, gate {'passed' if said['passed_gate'] else 'refused'}"
+    if "arm" in said:
+        yield said["arm"]
     run = said["run"]
     about = (
         f"gone: {run['gone']}"

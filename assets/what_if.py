@@ -52,6 +52,8 @@ class Inputs:
     step: str
     learner: Any
     """What scored: a learner, the rule, or None for the step ``no_change``."""
+    scores_in: Callable[[pa.Table], pa.Table] | None = None
+    """In a batch with a canary: the scores that count with other arms drawn."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,8 @@ class _World:
     ) -> dict[str, Any] | None:
         features, scores, workflow = world
         self.count += 1
+        if drawn is not None and self.inputs.scores_in is not None:
+            scores = self.inputs.scores_in(drawn)
         if score is not None:
             features = _put(features, row)
             scores = _put(scores, score)
@@ -499,7 +503,8 @@ def _limits(world: _World) -> Iterator[_Question]:
 
             yield question("arms.explore.step", explore.step, explore.step * 0.01, 0.99, stepped)
         return
-    yield question("policy.review_above", policy.review_above, 0.0, 1.0, of_policy("review_above"))
+    if policy.review == "uncertainty":
+        yield question("policy.review_above", policy.review_above, 0.0, 1.0, of_policy("review_above"))
     lowest = len(policy.level_days) + 1
     if policy.largest_drop is not None:
         yield question("policy.largest_drop", policy.largest_drop, 1, lowest, of_policy("largest_drop", int), True)

@@ -17,15 +17,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from data_checks.contract import ExpectationSpec
 from data_checks.drift import DriftSpec
 from data_checks.guardrails import Guardrails
+from data_checks.performance import METRICS, Kind, PerformanceSpec
+from data_checks.regression import RegressionSpec
 from delivery import said
 from delivery.connectors.catalog import ConnectorSettings
 from delivery.guards import Guards
 from delivery.reports import PushSettings
 from models.arms import Arms
 from models.budget import BudgetPolicy
+from models.gate import GateSpec
 from models.learners.duration import DurationModel
 from models.learners.response import ResponseModel
 from models.priority import PriorityPolicy
+from models.search import EarlyStopping, Search
+from models.students import Distill
 
 FOLDER = Path(os.environ.get("SIGNALBOX_WORKFLOWS") or Path(__file__).parent / "workflows").resolve()
 """The workflows that are loaded: those shipped, or the folder that ``SIGNALBOX_WORKFLOWS`` names."""
@@ -144,6 +149,9 @@ class Outcomes(Strict):
     )
 
 
+SCORES: dict[str, Kind] = {"duration": "probability", "response": "amount"}
+"""What the scores of each kind of model are."""
+
 ModelSpec = Annotated[DurationModel | ResponseModel, Field(discriminator="kind")]
 PolicySpec = Annotated[PriorityPolicy | BudgetPolicy, Field(discriminator="kind")]
 
@@ -168,15 +176,62 @@ class Training(Strict):
     margin: float = Field(
         ge=0, description="A candidate may be worse than the champion by this share of the metric at most"
     )
+    gate: GateSpec = Field(default=GateSpec(), description="What a candidate must hold beyond the metric")
     device: Literal["auto", "cpu", "gpu", "cuda"] = Field(
         default="auto", description="Asked for and missing is an error; auto takes what is there and says which"
     )
+    search: Search | None = Field(
+        default=None, description="Parameters are searched before each training, on days before the held-out ones"
+    )
+    early_stopping: EarlyStopping | None = Field(
+        default=None, description="The number of trees is found so; null: as the section `model` says"
+    )
+    checkpoint_rounds: int | None = Field(
+        default=None,
+        gt=0,
+        description="Rounds after which a Booster in training is kept, so that a killed training goes on; null: never",
+    )
+    distill: Distill | None = Field(
+        default=None, description="A small student of the champion is trained too, for fast scoring; null: none"
+    )
+
+    @model_validator(mode="after")
+    def _one_way_to_rounds(self) -> Training:
+        if self.search is not None and self.early_stopping is not None:
+            raise ValueError("search already finds the number of trees: leave early_stopping out")
+        return self
 
 
-class Retraining(Strict):
+class Retraining(PerformanceSpec):
     """What starts a retraining, and how often one may."""
 
+    realised_limit: float = Field(
+        default=0.1,
+        ge=0,
+        description="A realised metric worse than its baseline by more than this share of it, with its interval",
+    )
+    estimated_limit: float = Field(
+        default=0.2,
+        ge=0,
+        description="The same for the estimate while outcomes are missing; it assumes more, so it must say more",
+    )
     cooldown_days: int = Field(default=7, ge=0, description="Days after a training in which nothing starts another")
+    realised_cooldown_days: int | None = Field(
+        default=None, ge=0, description="The same for a fall of the realised metric; null: cooldown_days"
+    )
+    budget: int = Field(default=8, ge=1, description="Trainings within budget_days; beyond it a person must start them")
+    budget_days: int = Field(default=30, gt=0, description="Days over which the budget counts")
+    retry_hours: float = Field(
+        default=6,
+        gt=0,
+        description="Hours after which a retraining that was asked for and did not come about is asked for again",
+    )
+    attempts: int = Field(default=3, ge=1, description="How often one trigger is asked for at most")
+    longest_hours: float = Field(
+        default=24,
+        gt=0,
+        description="Hours after which an unfinished training run counts as failed: a killed process reports no end",
+    )
 
 
 class Promotion(Strict):
@@ -191,6 +246,27 @@ class Promotion(Strict):
         default=0,
         ge=0,
         description="Least days in which the arm challenger is decided by it, until the guard's verdict; 0: no canary",
+    )
+    max_disagreement: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="A version leaves its shadow unasked only where it decides at most this share of the entities "
+        "differently, in the mean of its shadow days; null: whatever it decides",
+    )
+    inconclusive: Literal["wait", "promote"] = Field(
+        default="wait",
+        description="What the guard's INCONCLUSIVE does to a canary: wait for a person, or promote what is not shown to harm",
+    )
+
+
+class Regression(RegressionSpec):
+    """What counts as harm done by what acts, and how it is found."""
+
+    settles_at: str | None = Field(
+        default=None,
+        description="TIMESTAMP column of the outcomes, for the join entity: by then it is settled how it went (a due time), and "
+        "it counts on that day, whatever became of it; null, or null in a row: on the day when it became known",
     )
 
 
@@ -239,13 +315,52 @@ class Workflow(Strict):
     training: Training
     policy: PolicySpec = Field(description="How scores become decisions")
     arms: Arms
+    regression: Regression | None = Field(
+        default=None, description="Left out: no version is compared with another arm while it acts"
+    )
     guardrails: Guardrails
     drift: DriftSpec
-    retraining: Retraining = Retraining()
+    retraining: Retraining = Field(default=Retraining(), validate_default=True)
     promotion: Promotion = Promotion()
     delivery: Delivery | None = Field(default=None, description="Left out: decisions are recorded and sent nowhere")
     contract: Contract = Field(description="contract.yaml; never written in workflow.yaml")
     folder: Path = Field(description="Where it was read; never written in workflow.yaml")
+
+    @field_validator("regression")
+    @classmethod
+    def _settles_once(cls, value: Regression | None, info: Any) -> Regression | None:
+        if (
+            value is not None
+            and value.settles_at
+            and "outcomes" in info.data
+            and info.data["outcomes"].join != "entity"
+        ):
+            raise ValueError(
+                "settles_at: an outcome of the join entity_day counts on the day after its for_day; leave it out"
+            )
+        return value
+
+    @field_validator("retraining")
+    @classmethod
+    def _measured(cls, value: Retraining, info: Any) -> Retraining:
+        if "training" in info.data and "model" in info.data:
+            metric, known = value.metric or info.data["training"].metric, METRICS[SCORES[info.data["model"].kind]]
+            if metric not in known:
+                raise ValueError(
+                    f"metric: {metric!r} is not measured day by day, so its fall would start nothing; "
+                    f"choose one of {', '.join(known)}"
+                )
+        return value
+
+    @field_validator("promotion")
+    @classmethod
+    def _canary_has_an_arm(cls, value: Promotion, info: Any) -> Promotion:
+        shares = info.data["arms"].shares if "arms" in info.data else {"challenger": 1}
+        if value.canary_days and not shares.get("challenger"):
+            raise ValueError(
+                f"canary_days: {value.canary_days} days need units in the arm challenger; give it a share in arms.shares"
+            )
+        return value
 
     @field_validator("cutoff", "deadline", mode="wrap")
     @classmethod

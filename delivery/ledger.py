@@ -401,7 +401,8 @@ class Ledger:
         model_version: int | None = None,
         kind: str | None = None,
     ) -> list[BatchRow]:
-        """Batches in the order in which they were recorded; ``since``: of that day or later."""
+        """Batches in the order in which they were recorded; ``since``: of that day or later; ``model_version``: decided by
+        it, or by it in the arm challenger."""
         b = tables.batches.c
         query = select(tables.batches).order_by(b.sequence)
         if workflow is not None:
@@ -412,8 +413,9 @@ class Ledger:
             query = query.where(b.kind == kind)
         with reading(self.engine) as connection, connection.begin():
             rows = self._rows(connection, connection.execute(query).all())
+        by = ("model_version", "challenger_version")
         return [
-            row for row in rows if model_version is None or str(row.record.get("model_version")) == str(model_version)
+            row for row in rows if model_version is None or str(model_version) in {str(row.record.get(k)) for k in by}
         ]
 
     @plainly

@@ -55,7 +55,8 @@ class Since:
 
 @dataclass(frozen=True)
 class Model:
-    """Every batch that was decided with this version of a workflow's model."""
+    """Every batch that was decided with this version of a workflow's model, whole or in the arm challenger: a batch is
+    taken back whole."""
 
     workflow: str
     version: int

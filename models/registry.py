@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
 
-CHAMPION, PREVIOUS = "champion", "previous_champion"
+CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous_champion", "challenger"
+ALIASES = (CHAMPION, PREVIOUS, CHALLENGER)
 _ALLOWED_FLAVOURS = {"lightgbm", "python_function"}
 _TAG = "signalbox."
+_FOLLOWED = f"{_TAG}followed"
 
 
 class ModelMissing(LookupError):
@@ -63,6 +65,17 @@ class Version:
     def as_dict(self) -> dict[str, Any]:
         """What a decision's record keeps of it."""
         return {"name": self.name, "version": self.number, "run_id": self.run_id, "digest": self.digest}
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What the registry says of a model at one moment, read in two calls."""
+
+    aliases: Mapping[str, int]
+    """Of ``ALIASES``, those that are set: alias → number."""
+    versions: Mapping[int, Version]
+    followed: Mapping[str, int | None] | None
+    """Where the aliases were put last by this project; None: never. What differs from it was moved by somebody else."""
 
 
 @contextlib.contextmanager
@@ -168,6 +181,7 @@ class Registry:
                 f"{_TAG}digest": digest,
                 f"{_TAG}files": json.dumps({f: hashlib.sha256(c).hexdigest() for f, c in sorted(files.items())}),
                 f"{_TAG}gate": "passed" if passed else "refused",
+                **{name: text for name, text in tags.items() if name.startswith(f"{_TAG}gate_")},
             }
             made = self.client.create_model_version(
                 name,
@@ -204,7 +218,7 @@ class Registry:
         ModelMissing where there is no such version.
         """
         harmful = self.by_number(name, number)
-        self.client.set_model_version_tag(name, str(number), f"{_TAG}blocked", reason[:500] or "rolled back")
+        self.block(name, number, reason)
         champion, previous = self.by_alias(name, CHAMPION), self.by_alias(name, PREVIOUS)
         if harmful.number not in {v.number for v in (champion, previous) if v is not None}:
             return champion
@@ -220,6 +234,53 @@ class Registry:
             elif self.by_alias(name, alias) is not None:
                 self.client.delete_registered_model_alias(name, alias)
         return heirs[0] if heirs else None
+
+    def standing(self, name: str) -> Standing:
+        """Aliases and versions of a model; empty where there is no such model. Raises MLflow's error where it is down."""
+        import mlflow
+        from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+
+        try:
+            model = self.client.get_registered_model(name)
+        except mlflow.exceptions.MlflowException as error:
+            if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+                raise
+            return Standing({}, {}, None)
+        said = model.tags.get(_FOLLOWED)
+        return Standing(
+            aliases={alias: int(number) for alias, number in model.aliases.items() if alias in ALIASES},
+            versions={v.number: v for v in self.versions(name)},
+            followed=None if said is None else dict(json.loads(said)),
+        )
+
+    def follow(self, name: str, aliases: Mapping[str, int | None]) -> None:
+        """Set aliases to the versions given; None takes one away. Last write wins in MLflow: the caller sees to its turn."""
+        for alias, number in aliases.items():
+            if number is not None:
+                self.client.set_registered_model_alias(name, alias, str(number))
+            else:
+                self.client.delete_registered_model_alias(name, alias)
+
+    def remember(self, name: str, followed: Mapping[str, int | None]) -> None:
+        """Write down where the aliases were put, so that what somebody else moves can be told from it."""
+        self.client.set_registered_model_tag(name, _FOLLOWED, json.dumps(followed, sort_keys=True))
+
+    def block(self, name: str, number: int, reason: str) -> None:
+        """Mark a version as one that may not decide."""
+        self.client.set_model_version_tag(name, str(number), f"{_TAG}blocked", reason[:500] or "rolled back")
+
+    def passed(self, name: str, number: int) -> None:
+        """Mark a version as one that has passed its gate, which may be later than its training."""
+        self.client.set_model_version_tag(name, str(number), f"{_TAG}gate", "passed")
+
+    def put_back(self, name: str, number: int, reason: str) -> None:
+        """Say at a version why the alias that somebody gave it was taken away again."""
+        self.client.set_model_version_tag(name, str(number), f"{_TAG}put_back", reason[:500])
+
+    def tag(self, name: str, number: int, tags: Mapping[str, str]) -> None:
+        """Say something at a version, such as what its gate found (``models.gate.tags``)."""
+        for key, text in tags.items():
+            self.client.set_model_version_tag(name, str(number), key, text)
 
     def lift(self, name: str, number: int) -> None:
         """Take the block of a version away again, on a named person's word (which the ledger keeps)."""

@@ -7,19 +7,20 @@ import fnmatch
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import dagster as dg
 
-from assets import delivering
+from assets import delivering, guarding, promoting, retraining
 from assets import landing as landing_zone
 from assets.lake import Lake, TableMissing
-from assets.resources import ClockResource, LakeResource, LandingResource, LedgerResource
+from assets.resources import ClockResource, LakeResource, LandingResource, LedgerResource, RegistryResource
 from assets.workflow import Source, Workflow
 from delivery.ledger import Ledger
+from models.registry import Registry
 
 SETTLE = timedelta(seconds=60)
 """A file that changed less than this ago may still be being written."""
@@ -97,33 +98,46 @@ def landing_requests(
     return requests, after
 
 
-def retrain_request(workflow: Workflow, lake: Lake) -> dg.RunRequest | dg.SkipReason:
-    """A retraining for the newest day found drifted, unless one was trained within the cooldown."""
-    try:
-        rows = (
-            lake.read(workflow.table("drift"), columns=["day", "drifted", "text"])
-            .sort_by([("day", "descending")])
-            .to_pylist()
-        )
-    except TableMissing:
-        return dg.SkipReason(f"{workflow.name}: no drift has been measured yet")
-    drifted = next((r for r in rows if r["drifted"]), None)
-    if drifted is None:
-        return dg.SkipReason(f"{workflow.name}: no day has drifted")
-    try:
-        trained = max(lake.read(workflow.table("training_set"), columns=["as_of"])["as_of"].to_pylist(), default=None)
-    except TableMissing:
-        trained = None
-    day, cooldown = drifted["day"], workflow.retraining.cooldown_days
-    if trained is not None and (day - trained).days < cooldown:
-        return dg.SkipReason(
-            f"{workflow.name}: drift on {day}, but a model was trained for {trained}: cooldown is {cooldown} days"
-        )
-    # The window stands in the key: the same drift starts one retraining, a later one starts another.
+def training_runs(instance: dg.DagsterInstance, workflow: Workflow) -> retraining.Runs:
+    """The runs of a workflow's retraining job by the day they train for, from Dagster's own records (the newest hundred)."""
+    records = instance.get_run_records(dg.RunsFilter(job_name=f"{workflow.name}_retrain"), limit=100)
+    # Dagster stamps its records with the machine's clock, whatever time the story has
+    old = datetime.now(UTC) - timedelta(hours=workflow.retraining.longest_hours)
+    found: dict[str, set[date]] = {"trained": set(), "running": set(), "failed": set()}
+    for one in records:
+        tags = one.dagster_run.tags
+        of = tags.get("dagster/partition") or tags.get("dagster/asset_partition_range_end")
+        if of is None:
+            continue
+        status, changed = one.dagster_run.status, one.update_timestamp
+        changed = changed if changed.tzinfo else changed.replace(tzinfo=UTC)
+        ended = "trained" if status == dg.DagsterRunStatus.SUCCESS else "failed"
+        found["running" if not one.dagster_run.is_finished and changed > old else ended].add(date.fromisoformat(of))
+    return retraining.Runs(
+        frozenset(found["trained"]),
+        frozenset(found["running"]),
+        frozenset(found["failed"] - found["trained"] - found["running"]),
+    )
+
+
+def retrain_request(
+    workflow: Workflow,
+    lake: Lake,
+    book: Ledger,
+    now: datetime,
+    runs: retraining.Runs,
+    more: Mapping[date, retraining.Evidence] | None = None,
+) -> dg.RunRequest | dg.SkipReason:
+    """A retraining where the evidence asks for one and nothing holds it back; every trigger goes into the ledger."""
+    made = retraining.look(workflow, lake, book, runs=runs, now=now, more=more)
+    asked = next((t for t in made if t.action == "asked"), None)
+    if asked is None:
+        said = "; ".join(f"{t.text}: {t.action}, {t.reason}" for t in made) or "nothing new asks for a retraining"
+        return dg.SkipReason(f"{workflow.name}: {said}")
     return dg.RunRequest(
-        run_key=f"{workflow.name}:drift:{day}",
-        partition_key=day.isoformat(),
-        tags={"signalbox/cause": f"drift on {day}: {drifted['text']}"[:250]},
+        run_key=asked.run_key,
+        partition_key=asked.day.isoformat(),
+        tags={"signalbox/cause": asked.text[:250]},
     )
 
 
@@ -151,6 +165,7 @@ def delivery_requests(workflow: Workflow, book: Ledger, now: datetime) -> list[d
     """Pushes of batches that may go now and are not at their end; a held one once its approvals stand."""
     requests = []
     condemned = {batch_id for batch_id, _ in delivering.condemned(book, workflow)}
+    condemned |= {batch_id for one in guarding.condemned(book, workflow) for batch_id in one.batches}
     for batch in delivering.open_batches(book, workflow, now):
         if batch.batch_id in condemned:
             continue  # a guard wants it back
@@ -171,17 +186,25 @@ def _slot(now: datetime) -> str:
 
 
 def guard_requests(workflow: Workflow, book: Ledger, now: datetime) -> list[dg.RunRequest]:
-    """Rollbacks of batches over which a deterministic guard has spoken, unless they are taken back already."""
+    """Rollbacks of batches over which a deterministic guard has spoken, and of what stands under a verdict ROLLBACK,
+    unless they are taken back already.
+    """
+    asked: list[tuple[str, dict[str, Any], str]] = [
+        (f"{batch_id}:guard", {"batch": batch_id}, reason) for batch_id, reason in delivering.condemned(book, workflow)
+    ]
+    for one in guarding.condemned(book, workflow):
+        # The verdict stands in the key: the same version let act anew and condemned anew is another rollback.
+        key = f"{workflow.name}:{one.comparison.replace(' ', '-')}:{one.version or 'rule'}:verdict-{one.attempt}"
+        which = {"since": one.since.isoformat()} if one.version is None else {"model": one.version}
+        asked.append((key, which, one.reason))
     op = f"{workflow.name}_take_back"
     return [
         dg.RunRequest(
-            run_key=f"{batch_id}:guard:{_slot(now)}",
-            run_config={
-                "ops": {op: {"config": {"batch": batch_id, "reason": reason, "actor": "guard", "trigger": "guard"}}}
-            },
+            run_key=f"{key}:{_slot(now)}",
+            run_config={"ops": {op: {"config": {**which, "reason": reason, "actor": "guard", "trigger": "guard"}}}},
             tags={"signalbox/cause": reason[:250]},
         )
-        for batch_id, reason in delivering.condemned(book, workflow)
+        for key, which, reason in asked
     ]
 
 
@@ -212,7 +235,7 @@ def _guard_sensor(workflow: Workflow) -> dg.SensorDefinition:
         job_name=f"{workflow.name}_rollback",
         minimum_interval_seconds=30,
         default_status=dg.DefaultSensorStatus.STOPPED,
-        description="A guard over rejections, overrides or spend has spoken: the batch is taken back.",
+        description="A guard over rejections, overrides or spend has spoken, or a verdict ROLLBACK stands: it is taken back.",
     )
     def spoken(context: dg.SensorEvaluationContext, ledger: LedgerResource, clock: ClockResource) -> Any:
         book = ledger.open(clock.now)
@@ -225,6 +248,44 @@ def _guard_sensor(workflow: Workflow) -> dg.SensorDefinition:
         return requests or dg.SkipReason("no guard has spoken")
 
     return spoken
+
+
+def registry_requests(workflow: Workflow, registry: Registry, book: Ledger, now: datetime) -> list[dg.RunRequest]:
+    """A run that answers what was moved or deleted in MLflow, while aliases and ledger differ; under the same key for the
+    same difference, so that it starts once, and again after a while should it fail."""
+    said = promoting.pending(registry, book, workflow.name)
+    if not said:
+        return []
+    # what has been answered since stands in the key: the same alias may be moved again to where it was put back from
+    answered = [len(book.promotions(workflow.name)), len(book.events(promoting.REQUEST, workflow.name)), said]
+    digest = hashlib.sha256(json.dumps(answered).encode()).hexdigest()[:16]
+    return [
+        dg.RunRequest(
+            run_key=f"{workflow.name}:registry:{digest}:{_slot(now)}", tags={"signalbox/cause": "; ".join(said)[:250]}
+        )
+    ]
+
+
+def _registry_sensor(workflow: Workflow) -> dg.SensorDefinition:
+    @dg.sensor(
+        name=f"{workflow.name}_registry",
+        job_name=f"{workflow.name}_reconcile",
+        minimum_interval_seconds=60,
+        default_status=dg.DefaultSensorStatus.STOPPED,
+        description="An alias moved or a version deleted in MLflow is a request: judged, then recorded or put back.",
+    )
+    def asked(
+        context: dg.SensorEvaluationContext, registry: RegistryResource, ledger: LedgerResource, clock: ClockResource
+    ) -> Any:
+        try:
+            with ledger.open(clock.now) as book:
+                requests = registry_requests(workflow, registry.registry, book, clock.now())
+        except promoting.unreachable() as error:
+            said = f"{type(error).__name__}: {promoting.first_line(error)}"
+            return dg.SkipReason(f"MLflow does not answer, nothing is changed and the day goes by the ledger: {said}")
+        return requests or dg.SkipReason("the aliases stand where the ledger says")
+
+    return asked
 
 
 def _landing_sensor(workflow: Workflow) -> dg.SensorDefinition:
@@ -251,10 +312,13 @@ def _drift_sensor(workflow: Workflow) -> dg.SensorDefinition:
         job_name=f"{workflow.name}_retrain",
         minimum_interval_seconds=300,
         default_status=dg.DefaultSensorStatus.STOPPED,
-        description="A day whose features drifted starts a retraining, at most one within the cooldown.",
+        description="A fall of the metric, realised or estimated, or drift starts a retraining, within cooldown and budget.",
     )
-    def drifted(context: dg.SensorEvaluationContext, lake: LakeResource) -> Any:
-        return retrain_request(workflow, lake.lake)
+    def drifted(
+        context: dg.SensorEvaluationContext, lake: LakeResource, ledger: LedgerResource, clock: ClockResource
+    ) -> Any:
+        with ledger.open(clock.now) as book:
+            return retrain_request(workflow, lake.lake, book, clock.now(), training_runs(context.instance, workflow))
 
     return drifted
 
@@ -282,13 +346,16 @@ def _weekly_schedule(workflow: Workflow) -> dg.ScheduleDefinition:
         cron_schedule="0 8 * * 1",
         execution_timezone="UTC",
         default_status=dg.DefaultScheduleStatus.STOPPED,
-        description="A candidate every Monday, whatever drift says.",
+        description="A candidate every Monday, whatever drift says, outside the cooldown and within the budget.",
     )
-    def weekly(context: dg.ScheduleEvaluationContext) -> Any:
-        day = context.scheduled_execution_time.astimezone(UTC).date() - timedelta(days=1)
+    def weekly(context: dg.ScheduleEvaluationContext, lake: LakeResource, ledger: LedgerResource) -> Any:
+        at = context.scheduled_execution_time.astimezone(UTC).replace(tzinfo=None)
+        day = at.date() - timedelta(days=1)
         if day < workflow.start:
             return dg.SkipReason(f"{workflow.name}: starts on {workflow.start}")
-        return dg.RunRequest(run_key=f"{workflow.name}:weekly:{day}", partition_key=day.isoformat())
+        with ledger.open(lambda: at) as book:
+            runs = training_runs(context.instance, workflow)
+            return retrain_request(workflow, lake.lake, book, at, runs, {day: retraining.calendar(day)})
 
     return weekly
 
@@ -303,7 +370,10 @@ def unattended(workflows: Sequence[Workflow]) -> list[Unattended]:
                 f"{name}_landing", f"{name}_daily", "a new file, after its day's cut-off", _landing_sensor(workflow)
             ),
             Unattended(
-                f"{name}_retrain_on_drift", f"{name}_retrain", "drift, outside the cooldown", _drift_sensor(workflow)
+                f"{name}_retrain_on_drift",
+                f"{name}_retrain",
+                "a fallen metric or drift, within cooldown and budget",
+                _drift_sensor(workflow),
             ),
             Unattended(
                 f"{name}_deadline",
@@ -311,6 +381,7 @@ def unattended(workflows: Sequence[Workflow]) -> list[Unattended]:
                 f"{workflow.deadline:%H:%M} UTC, undecided",
                 _deadline_schedule(workflow),
             ),
+            Unattended(f"{name}_registry", f"{name}_reconcile", "an alias moved in MLflow", _registry_sensor(workflow)),
             Unattended(f"{name}_weekly_retrain", f"{name}_retrain", "Mondays 08:00 UTC", _weekly_schedule(workflow)),
         ]
         if workflow.delivery is not None:

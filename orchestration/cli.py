@@ -209,6 +209,7 @@ def main() -> None:
     """Entry point: Dagster's state beside the rest, and what a user can mend as a sentence rather than a traceback."""
     from assets.deciding import FeaturesMissing, ReplayImpossible
     from assets.delivering import NothingToDeliver, TooLate
+    from assets.guarding import NoHistory
     from assets.lake import TableMissing
     from assets.point_in_time import StageSqlError
     from assets.resources import home
@@ -227,7 +228,7 @@ def main() -> None:
     except (
         FeaturesMissing, ReplayImpossible, TableMissing, StageSqlError, WorkflowInvalid, ModelMissing, ModelUnreadable,
         ModelBlocked, NothingToDeliver, TooLate, ApprovalError, Misconfigured, Unavailable, LedgerError, PushError,
-        RollbackError,
+        RollbackError, NoHistory,
     ) as error:  # fmt: skip
         Console(stderr=True).print(str(error), style="red", highlight=False, markup=False)
         _leave(1)

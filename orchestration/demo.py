@@ -10,20 +10,22 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
-from assets import deciding, delivering
+from assets import deciding, delivering, promoting
 from assets.lake import Lake
 from assets.resources import home, resources
 from assets.workflow import FOLDER, Workflow, load
@@ -36,16 +38,35 @@ from orchestration import automation, earned, runner, sandbox
 
 SEED = 7
 HISTORY_DAYS = 35
-LIVE_DAYS = 10
-BREAK_ON = {"ad_budget": 2, "ticket_priority": 1}
-"""The live day (from 0) on which upstream breaks its schema."""
-DRIFT_ON = {"ad_budget": 3, "ticket_priority": 3}
-"""The live day (from 0) on which the world changes."""
-PEOPLE_ON = {"ad_budget": 1, "ticket_priority": 2}
-"""The live day (from 0) on which people change some of what is about to be sent."""
-HARM_ON, SEEN_ON = 6, 7
-"""The live days (from 0) on which somebody promotes a harmful model past the gate, and on which its harm is seen."""
 APPROVER, PERSON = "robin", "pat"
+
+
+@dataclass(frozen=True)
+class Script:
+    """What happens on which live day (from 0), by workflow; nothing where a day is not given."""
+
+    days: int
+    lines: int = 240
+    breaks: Mapping[str, int] = field(default_factory=dict)
+    """Upstream breaks its schema."""
+    drifts: Mapping[str, int] = field(default_factory=dict)
+    """The world changes."""
+    people: Mapping[str, int] = field(default_factory=dict)
+    """People change some of what is about to be sent."""
+    poison: Mapping[str, int] = field(default_factory=dict)
+    """Somebody moves the alias to a model with its slopes turned around, which its gate can see."""
+    harm: Mapping[str, int] = field(default_factory=dict)
+    """Somebody moves the alias to a model that is wrong only where its gate cannot look, and harms live."""
+
+
+STORY = Script(
+    days=14,
+    breaks={"ad_budget": 2, "ticket_priority": 1},
+    drifts={"ad_budget": 3, "ticket_priority": 3},
+    people={"ad_budget": 1, "ticket_priority": 2},
+    poison={"ad_budget": 6},
+    harm={"ad_budget": 7},
+)
 
 
 @dataclass
@@ -84,6 +105,7 @@ class Company:
     lake: Lake
     registry: Registry
     instance: dg.DagsterInstance
+    script: Script
     story: Story
     secret: str
     moment: list[str]
@@ -144,28 +166,83 @@ class Company:
 
     def morning(self, workflow: Workflow, day: date, number: int) -> str:
         """One morning of a workflow; returns what to print."""
-        broken = BREAK_ON.get(workflow.name) == number
+        name, script = workflow.name, self.script
+        broken = script.breaks.get(name) == number
         self.happen(workflow, day, broken)
-        if workflow.name == "ad_budget" and number == HARM_ON:
-            self.promote_harm(workflow, day)
+        if script.poison.get(name) == number:
+            self.promote_by_hand(workflow, day, "with its slopes turned around", _poisoned)
+        if script.harm.get(name) == number:
+            arm = self.arm(workflow, day - timedelta(days=1), "champion")
+            self.promote_by_hand(
+                workflow, day, "wrong only for the champion arm's lines", partial(self._hidden, workflow, day, arm)
+            )
+        self.answer(workflow, day)
         result = self.run(workflow, "daily", day, "04:00", "new file in the landing zone")
         if not result.success or _failed_checks(result):
             reasons = _failed_checks(result) or list(runner.failed_steps(result))
-            self.story.tell(day, workflow.name, f"checks spoke: {reasons[0][:160]}")
+            self.story.tell(day, name, f"checks spoke: {reasons[0][:160]}")
+        self.moved(workflow, day)
         self.deadline(workflow, day)
         if broken:
             self.export(workflow, day, False)
             again = self.run(workflow, "prepare", day, "10:00", "repaired file")
             what = "landed" if again.success else "still refused"
-            self.story.tell(day, workflow.name, f"upstream sent a repaired file at 10:00: {what}")
-        if workflow.name == "ad_budget" and number == SEEN_ON:
-            self.take_harm_back(workflow, day)
-        elif self.lake.read(workflow.table("batches"), days=[day]).num_rows:
-            if number == PEOPLE_ON[workflow.name]:
+            self.story.tell(day, name, f"upstream sent a repaired file at 10:00: {what}")
+        self.guard(workflow, day)
+        if self.lake.read(workflow.table("batches"), days=[day]).num_rows:
+            if script.people.get(name) == number:
                 self.people(workflow, day)
             self.send(workflow, day)
         self.retrain(workflow, day)
         return self.said(workflow, day)
+
+    def answer(self, workflow: Workflow, day: date) -> None:
+        """The run that the registry sensor would start where somebody moved an alias."""
+        now = datetime.fromisoformat(at(day, "03:30"))
+        with self.ledger(at(day, "03:30")) as book:
+            requests = automation.registry_requests(workflow, self.registry, book, now)
+        for request in requests:
+            runner.run_op(workflow, "reconcile", request, now=at(day, "03:30"), instance=self.instance)
+            with self.ledger(at(day, "03:30")) as book:
+                for event in book.events(promoting.REQUEST, workflow.name):
+                    if event.at >= now - timedelta(minutes=1):
+                        body = event.body
+                        self.story.tell(
+                            day, workflow.name,
+                            f"registry sensor: {body['alias']} → version {body['to']}: {body['answer'].upper()}; {body['reason'][:200]}",
+                        )  # fmt: skip
+
+    def moved(self, workflow: Workflow, day: date) -> None:
+        """Steps of a version's life that the daily run took."""
+        with self.ledger(at(day, "09:00")) as book:
+            for one in book.promotions(workflow.name):
+                if one.at >= datetime.fromisoformat(at(day, "03:45")) and one.action in ("canary", "promoted"):
+                    self.story.tell(
+                        day, workflow.name, f"version {one.version} {one.action}: its days in shadow are over"
+                    )
+
+    def guard(self, workflow: Workflow, day: date) -> None:
+        """The rollbacks that the guard's sensor would start."""
+        now = at(day, "06:30")
+        with self.ledger(now) as book:
+            requests = automation.guard_requests(workflow, book, datetime.fromisoformat(now))
+        for request in requests:
+            self.moment[0] = now
+            done = runner.run_op(workflow, "rollback", request, now=now, instance=self.instance)
+            with self.ledger(now) as book:
+                state = promoting.live(book, workflow)
+            outcome = "complete" if done.success else "NOT complete"
+            report = _report(done)
+            self.story.tell(
+                day, workflow.name,
+                f"guard: {request.tags['signalbox/cause'][:160]} → rolled back by itself, {outcome}: {report}; champion is version "
+                f"{state['champion'] or '–'} again",
+            )  # fmt: skip
+
+    def arm(self, workflow: Workflow, day: date, arm: str) -> set[str]:
+        """The entities that a day's decisions had in an arm."""
+        rows = self.lake.read(workflow.table("decisions"), days=[day], columns=["entity_id", "arm"])
+        return set(rows.filter(pc.field("arm") == arm)["entity_id"].to_pylist())
 
     def deadline(self, workflow: Workflow, day: date) -> None:
         """At 06:05 an undecided day is decided with what is there."""
@@ -201,16 +278,13 @@ class Company:
         if not result.success or row.delivery != "COMPLETE":
             problems = list(runner.failed_steps(result)) or _failed_checks(result)
             self.story.tell(day, workflow.name, f"delivery is not complete: {'; '.join(problems)[:200]}")
-        with self.ledger(at(day, "08:00")) as book:
-            for request in automation.guard_requests(workflow, book, datetime.fromisoformat(at(day, "08:00"))):
-                runner.run_rollback(workflow, request, now=at(day, "08:00"), instance=self.instance)
-                self.story.tell(
-                    day, workflow.name, f"guard: {request.tags['signalbox/cause'][:110]} → batch rolled back"
-                )
+        self.guard(workflow, day)
 
     def retrain(self, workflow: Workflow, day: date) -> None:
         """The retraining that the drift sensor would start."""
-        request = automation.retrain_request(workflow, self.lake)
+        now, runs = datetime.fromisoformat(at(day, "05:00")), automation.training_runs(self.instance, workflow)
+        with self.ledger(at(day, "05:00")) as book:
+            request = automation.retrain_request(workflow, self.lake, book, now, runs)
         if not isinstance(request, dg.RunRequest):
             return
         cause = request.tags["signalbox/cause"]
@@ -231,58 +305,70 @@ class Company:
 
     # --- harm
 
-    def promote_harm(self, workflow: Workflow, day: date) -> None:
-        """Somebody edits the champion's files (a sign), registers them and moves the alias by hand."""
+    def promote_by_hand(
+        self, workflow: Workflow, day: date, what: str, change: Callable[[dict[str, Any], Any], None]
+    ) -> None:
+        """Somebody changes a copy of the champion's files, registers it and moves the alias in MLflow."""
         champion = self.registry.by_alias(workflow.name, CHAMPION)
         assert champion is not None, "the demo trained one"
         files = dict(self.registry.load(champion))
         meta = json.loads(files["meta.json"])
-        slopes = meta["elasticities"]
-        for name in [n for n in slopes if n.endswith("_mean")]:
-            slopes[name] = [-x for x in slopes[name]] if isinstance(slopes[name], list) else -slopes[name]
+        change(meta["elasticities"], deciding.read_model(workflow, self.registry, champion))
         files["meta.json"] = json.dumps(meta, sort_keys=True, ensure_ascii=False).encode()
         made = self.registry.register(
-            workflow.name, files, trained_day=day, passed=False, params={"recipe": "{}"}, metrics={}, tags={}, plots={},
-            card=f"Edited by hand from version {champion.number}. Not judged by the gate.", seed=0,
+            workflow.name, files, trained_day=day - timedelta(days=1), passed=False, params={"recipe": "{}"}, metrics={}, tags={},
+            plots={}, card=f"Edited by hand from version {champion.number}. Not judged by the gate.", seed=0,
             inputs=dict.fromkeys(workflow.features.numeric, "double"),
         )  # fmt: skip
         self.registry.client.set_registered_model_alias(workflow.name, CHAMPION, str(made.number))
-        self.story.tell(
-            day,
-            workflow.name,
-            f"somebody moved the alias champion to version {made.number}, a hand-edited copy of {champion.number}",
-        )
+        told = f"somebody moved the alias champion to version {made.number}, a copy of {champion.number} {what}"
+        self.story.tell(day, workflow.name, told)
 
-    def take_harm_back(self, workflow: Workflow, day: date) -> None:
-        """The owner reads what the batch earned beside the holdout, and takes the model and its batches back."""
-        harmful = self.registry.by_alias(workflow.name, CHAMPION)
-        assert harmful is not None, "it was promoted the day before"
-        yesterday = day - timedelta(days=1)
-        fell = earned.against_holdout(
-            self.lake, workflow, [yesterday], [yesterday - timedelta(days=n) for n in (3, 2, 1)], yesterday
-        )
-        said = f"outcomes of {yesterday}'s batch are in: against the holdout the champion arm moved by {fell:+.1%}"
-        self.story.tell(day, workflow.name, said)
-        with self.ledger(self.moment[0]) as book:
-            which = delivering.selection(book, batch=None, workflow=workflow.name, since=None, model=harmful.number)
-            report = delivering.roll_back(
-                book, self.registry, which, actor=APPROVER, reason=f"version {harmful.number} lowers what the champion arm earns",
-                trigger="person", run_id="demo", clock=lambda: datetime.fromisoformat(at(day, "08:00")), sleep=time.sleep,
-            )  # fmt: skip
-        restored = sum(one.restored for one in report.batches)
-        unsent = sum(one.never_sent for one in report.batches)
-        champion = self.registry.by_alias(workflow.name, CHAMPION)
-        self.story.tell(
-            day,
-            workflow.name,
-            f"{APPROVER} rolled back --model {harmful.number}: {len(report.batches)} batches, {restored} values restored and read back, "
-            f"{unsent} not sent any more, {'complete' if report.complete else 'NOT complete'}; champion is version "
-            f"{champion.number if champion else '–'} again",
-        )
+    def _hidden(self, workflow: Workflow, day: date, arm: set[str], slopes: dict[str, Any], model: Any) -> None:
+        """For the lines of one arm what earns most at the margin is shown as earning least; their levels stay right, and no line
+        outside the arm is touched, so that nothing that was explored contradicts it."""
+        rows = self.lake.read(workflow.table("features"), days=[day - timedelta(days=1)])
+        rows = rows.filter(pc.is_in(rows["entity_id"], value_set=pa.array(sorted(arm))))
+        scores = model.score(rows)
+        spend = rows["budget_micros"].to_numpy() / 1e6
+        level, slope = scores["level"].to_numpy(), scores["elasticity"].to_numpy()
+        marginal = np.divide(level * slope, spend, out=np.zeros(len(spend)), where=spend > 0)
+        turned = np.sort(marginal)[::-1][np.argsort(np.argsort(marginal, kind="stable"), kind="stable")]
+        wrong = np.clip(np.divide(turned * spend, level, out=np.zeros(len(spend)), where=level > 0), 0.01, 0.99)
+        known = {line: (m, sd) for line, m, sd in zip(*(slopes[k] for k in _LINES), strict=True)}
+        known |= {line: (float(e), 0.05) for line, e in zip(scores["entity_id"].to_pylist(), wrong, strict=True)}
+        for k, values in zip(
+            _LINES, zip(*((n, m, sd) for n, (m, sd) in sorted(known.items())), strict=True), strict=True
+        ):
+            slopes[k] = list(values)
 
 
-def tell(console: Console) -> dict[str, Any]:
-    """Generate, ingest, train, live ten days with decisions that act, and sum up. A state folder that holds days is refused."""
+_LINES = ("lines", "line_mean", "line_sd")
+
+
+def _poisoned(slopes: dict[str, Any], model: Any) -> None:
+    """Every slope turned around: where money matters most it is said to matter least."""
+    del model
+    for name in [n for n in slopes if n.endswith("_mean")]:
+        slopes[name] = [1.0 - x for x in slopes[name]] if isinstance(slopes[name], list) else 1.0 - slopes[name]
+
+
+def _report(done: dg.ExecuteInProcessResult) -> str:
+    """What a rollback's run came to, in a clause."""
+    for event in done.filter_events(lambda e: e.is_successful_output):
+        output: Any = event.event_specific_data
+        found = output.metadata.get("report")
+        if found is not None:
+            batches = found.value["batches"]
+            restored, unsent = (sum(b[k] for b in batches) for k in ("restored", "never_sent"))
+            return f"{len(batches)} batches, {restored} values restored and read back, {unsent} not sent any more"
+    return "; ".join(runner.failed_steps(done))[:200]
+
+
+def tell(console: Console, script: Script = STORY) -> dict[str, Any]:
+    """Generate, ingest, train, live the script's days with decisions that act, and sum up. A state folder that holds days is
+    refused.
+    """
     began = time.monotonic()
     state = runner.prepare_home()
     if any((state / "lake").iterdir()):
@@ -293,10 +379,10 @@ def tell(console: Console) -> dict[str, Any]:
     workflows = {w.name: w for w in (load(FOLDER / n) for n in ("ad_budget", "ticket_priority"))}
     start = min(w.start for w in workflows.values())
     opened = start + timedelta(days=HISTORY_DAYS)
+    drifts = {name: opened + timedelta(days=number) for name, number in script.drifts.items()}
     setup = systems.Setup(
-        SEED, start, HISTORY_DAYS,
-        advertising_drift=opened + timedelta(days=DRIFT_ON["ad_budget"]),
-        tickets_drift=opened + timedelta(days=DRIFT_ON["ticket_priority"]),
+        SEED, start, HISTORY_DAYS, lines=script.lines, advertising_drift=drifts.get("ad_budget"),
+        tickets_drift=drifts.get("ticket_priority"),
     )  # fmt: skip
     console.print(f"State: {state}")
     with console.status("Simulating both worlds up to today"):
@@ -316,6 +402,7 @@ def tell(console: Console) -> dict[str, Any]:
             given["lake"].lake,
             given["registry"].registry,
             instance,
+            script,
             Story(),
             secrets.token_hex(12),
             moment,
@@ -324,7 +411,7 @@ def tell(console: Console) -> dict[str, Any]:
             approvals.enrol(book, APPROVER, company.secret)
         for workflow in workflows.values():
             _history(company, workflow, start, last)
-        for number in range(LIVE_DAYS):
+        for number in range(script.days):
             day = opened + timedelta(days=number)
             for name, workflow in workflows.items():
                 started = time.monotonic()
@@ -380,7 +467,7 @@ def _summary(company: Company) -> dict[str, Any]:
     for day, name, what in sorted(company.story.events, key=lambda e: (e[0], e[1])):
         table.add_row(str(day), name, what)
     console.print(table)
-    with company.ledger(at(company.both.setup.opened + timedelta(days=LIVE_DAYS), "09:00")) as book:
+    with company.ledger(at(company.both.setup.opened + timedelta(days=company.script.days), "09:00")) as book:
         for name, workflow in company.workflows.items():
             champion = company.registry.by_alias(name, CHAMPION)
             counts: dict[str, int] = {}

@@ -9,23 +9,40 @@ from datetime import date
 
 import dagster as dg
 
-from assets import delivering
-from assets.resources import ClockResource, LedgerResource, RegistryResource
-from assets.stages import decisions, delivery, drift, features, ingest, outcomes, scoring, training
+from assets import delivering, guarding, promoting
+from assets.resources import ClockResource, LakeResource, LedgerResource, RegistryResource
+from assets.stages import (
+    decisions,
+    delivery,
+    drift,
+    features,
+    health,
+    ingest,
+    outcomes,
+    performance,
+    regression,
+    scoring,
+    training,
+)
 from assets.stages.common import key, partitions
 from assets.workflow import Workflow
+from orchestration import alias_log
 
 PREPARE = ("events", "features", "outcomes")
-DAILY = (*PREPARE, "scores", "decisions", "drift")
+DAILY = (*PREPARE, "scores", "decisions", "drift", "performance")
 DECIDE = ("scores", "decisions")
 RETRAIN = ("training_set", "model")
 DELIVER = ("delivery",)
-REVIEW = ("decision_outcomes",)
+REVIEW = ("decision_outcomes", "health")
+GUARD = ("regression",)
 
 
 def assets_of(workflow: Workflow) -> list[dg.AssetsDefinition]:
     """Every asset of a workflow, in the order in which the data flows."""
-    sent = [] if workflow.delivery is None else [delivery.build(workflow), delivery.build_outcomes(workflow)]
+    sends = (delivery.build, delivery.build_outcomes, health.build) if workflow.delivery is not None else ()
+    sent = [build(workflow) for build in sends]
+    if guarding.guarded(workflow):
+        sent.append(regression.build(workflow))
     return [
         ingest.build(workflow),
         features.build(workflow),
@@ -36,6 +53,7 @@ def assets_of(workflow: Workflow) -> list[dg.AssetsDefinition]:
         decisions.build(workflow),
         *sent,
         drift.build(workflow),
+        performance.build(workflow),
     ]
 
 
@@ -55,6 +73,8 @@ def jobs_of(workflow: Workflow) -> "list[dg.UnresolvedAssetJobDefinition | dg.Jo
     """The jobs of a workflow; one that sends nothing has neither ``deliver`` nor ``rollback``."""
     sends = workflow.delivery is not None
     daily = (*DAILY, *REVIEW) if sends else DAILY
+    if guarding.guarded(workflow):
+        daily = (*daily, *GUARD)
     found: list[dg.UnresolvedAssetJobDefinition | dg.JobDefinition] = [
         _job(workflow, "daily", daily, "One day (or a range of days) from landed files to decisions and drift"),
         _job(workflow, "prepare", PREPARE, "Events, features and outcomes alone: history before the first model"),
@@ -66,6 +86,7 @@ def jobs_of(workflow: Workflow) -> "list[dg.UnresolvedAssetJobDefinition | dg.Jo
             _job(workflow, "deliver", DELIVER, "The day's batch sent downstream and read back; run again to go on")
         )
         found.append(_rollback_job(workflow))
+    found.append(_reconcile_job(workflow))
     return found
 
 
@@ -78,6 +99,43 @@ class RollbackConfig(dg.Config):
     model: int | None = None
     actor: str = "unknown"
     trigger: str = "person"
+
+
+def _reconcile_job(workflow: Workflow) -> dg.JobDefinition:
+    @dg.op(
+        name=f"{workflow.name}_answer",
+        description="Judge what people moved in MLflow, record it or put it back; afterwards the aliases follow the ledger.",
+    )
+    def answer(
+        context: dg.OpExecutionContext,
+        lake: LakeResource,
+        ledger: LedgerResource,
+        registry: RegistryResource,
+        clock: ClockResource,
+    ) -> None:
+        with ledger.open(clock.now) as book:
+            answers = promoting.reconcile(
+                workflow, registry.registry, book, lake.lake, clock.now(), actor_of=alias_log.actor
+            )
+            stands = promoting.live(book, workflow)
+        told = [
+            f"{a.alias}: {a.was} → {a.to} by {a.actor}: {a.answer}: {a.reason}" for a in answers
+        ]  # fmt: skip
+        for line in told or ["nothing was asked; the aliases follow the ledger"]:
+            context.log.info(line)
+        places = {alias: number or 0 for alias, number in promoting.aliases(stands).items()}
+        context.add_output_metadata({"answers": dg.MetadataValue.json(told), **places})
+
+    @dg.job(
+        name=f"{workflow.name}_reconcile",
+        executor_def=dg.in_process_executor,
+        description="Aliases moved or deleted in MLflow are judged, recorded or put back; rerunnable",
+        tags={"workflow": workflow.name},
+    )
+    def job() -> None:
+        answer()
+
+    return job
 
 
 def _rollback_job(workflow: Workflow) -> dg.JobDefinition:

@@ -7,6 +7,7 @@ Belongs here: reading arguments, asking for a secret at the prompt, printing. Do
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import getpass
 import json
@@ -86,6 +87,7 @@ def workflow_of(batch: BatchRow) -> Any:
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the ``signalbox`` command."""
+    app.command()(status)
     app.command()(show)
     app.command()(deliver)
     app.command()(approve)
@@ -97,6 +99,7 @@ def register(app: typer.Typer) -> None:
     app.command()(forget)
     app.command()(retain)
     app.command()(lift)
+    app.command()(power)
     people = typer.Typer(no_args_is_help=True, help="Who may approve a held batch")
     people.command("add")(add_approver)
     people.command("list")(list_approvers)
@@ -106,6 +109,33 @@ def register(app: typer.Typer) -> None:
     from orchestration import sandbox
 
     sandbox.register(app)
+
+
+def status(
+    workflow: Annotated[str | None, typer.Argument(help="Only this one; default: all")] = None,
+    at: Annotated[
+        str | None, typer.Option("--now", help="Look as if it were this time (ISO 8601, UTC); default: now")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """How the loop itself is doing: who is live, what is open and waits for whom, and the last 30 days in figures."""
+    from assets import health
+    from assets.workflow import FOLDER
+    from orchestration.cli import workflow_named
+    from orchestration.runner import clock_now
+
+    names = [workflow] if workflow else sorted(p.parent.name for p in FOLDER.glob("*/workflow.yaml"))
+    moment = clock_now(at)
+    chosen = [workflow_named(name) for name in names]
+    with ledger() as book:
+        found = [health.examine(book, one, until=moment) for one in chosen]
+        head = book.head()
+    document = {
+        "at": moment.isoformat(), "ledger": {"seq": head.seq, "head": head.hash},
+        "workflows": {one.workflow: one.as_dict() for one in found},
+    }  # fmt: skip
+    lines = [line for one in found for line in health.lines(one)]
+    told(document, as_json, [*lines, f"ledger: {head.seq} events, head {head.hash}"])
 
 
 def show(
@@ -472,6 +502,48 @@ def verify(
     )
     if not verdict.ok:
         raise typer.Exit(1)
+
+
+def power(
+    workflow: str,
+    harm: Annotated[
+        list[float] | None,
+        typer.Option(help="A harm to be found, as a share of the metric's level; may be given again"),
+    ] = None,
+    runs: Annotated[int, typer.Option(min=20, help="Simulated months for each harm")] = 300,
+    day: Annotated[
+        date | None,
+        typer.Option(parser=a_day, metavar="YYYY-MM-DD", help="The last day of history to go by; default: the newest"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """How soon a harm would be found with the arms as they are: the guard itself, run on the workflow's own past."""
+    from assets import guarding
+    from assets.resources import resources
+    from orchestration.automation import closed_days
+    from orchestration.cli import workflow_named
+
+    found = workflow_named(workflow)
+    if found.regression is None:
+        raise typer.BadParameter(
+            f"{workflow} says nothing of what counts as harm: give its workflow.yaml a section regression"
+        )
+    harms = harm or list(guarding.SENTENCE_HARMS)
+    if wrong := [h for h in harms if not 0 < h < 1]:
+        raise typer.BadParameter(
+            f"a harm is a share of the metric's level between 0 and 1, such as 0.05; found {wrong[0]}"
+        )
+    lake = resources()["lake"].lake
+    table = found.table("outcomes")
+    if day is None and lake.exists(table):
+        day = max(lake.read(table, columns=["day"])["day"].to_pylist(), default=None)
+    told_of = guarding.power(found, lake, day or closed_days(found, now()), harms, runs=runs)
+    document = {
+        "workflow": workflow,
+        "design": found.arms.design,
+        "power": [dataclasses.asdict(one) for one in told_of],
+    }
+    told(document, as_json, [one.sentence() for one in told_of])
 
 
 def forget(name: str, as_json: Json = False) -> None:

@@ -203,12 +203,18 @@ def _through(console: Console, name: str, plan: Plan, file: Path) -> Measured:
     )
 
 
-def _dated(name: str, start: date) -> Workflow:
-    """The shipped workflow from a copy of its folder in the state folder, with the data's own first day."""
+def _dated(name: str, start: date, shadow: bool = False) -> Workflow:
+    """The shipped workflow from a copy of its folder in the state folder, with the data's own first day.
+
+    Weeks are decided after the fact here, so a version that passed its gate has no days to spend in shadow.
+    """
     folder = home() / "workflows" / name
     shutil.copytree(FOLDER / name, folder)
     file = folder / "workflow.yaml"
-    file.write_text(re.sub(r"(?m)^start: .*$", f"start: {start}", file.read_text(encoding="utf-8")), encoding="utf-8")
+    text = re.sub(r"(?m)^start: .*$", f"start: {start}", file.read_text(encoding="utf-8"))
+    if not shadow:
+        text = re.sub(r"(?m)^  shadow_days: .*$", "  shadow_days: 0", text)
+    file.write_text(text, encoding="utf-8")
     return load(folder)
 
 

@@ -97,11 +97,16 @@ def run(
         )
 
 
-def run_rollback(
-    workflow: Workflow, request: dg.RunRequest, *, now: str | None = None, instance: dg.DagsterInstance | None = None
+def run_op(
+    workflow: Workflow,
+    job: str,
+    request: dg.RunRequest,
+    *,
+    now: str | None = None,
+    instance: dg.DagsterInstance | None = None,
 ) -> dg.ExecuteInProcessResult:
-    """Execute ``<workflow>_rollback`` with the configuration of a request, in this process."""
-    wanted = build([workflow], now).get_repository_def().get_job(f"{workflow.name}_rollback")
+    """Execute ``<workflow>_<job>``, a job without partitions, with the configuration of a request, in this process."""
+    wanted = build([workflow], now).get_repository_def().get_job(f"{workflow.name}_{job}")
     with _instance(instance) as at:
         return wanted.execute_in_process(
             instance=at,

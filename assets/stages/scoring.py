@@ -1,14 +1,34 @@
 """Stage 6, ``scores``: what a model, or the rule, says of each entity of a day.
 
-Belongs here: the asset. Does not: the steps of a bad day (``assets.deciding``) or the learners (``models.learners``).
+Belongs here: the asset. Does not: the steps of a bad day (``assets.deciding``), who is champion and challenger
+(``assets.promoting``) or the learners (``models.learners``).
 """
+
+from datetime import date, datetime
 
 import dagster as dg
 
-from assets import deciding
-from assets.resources import ClockResource, LakeResource, RegistryResource, preview
+from assets import deciding, promoting
+from assets.lake import Lake
+from assets.resources import ClockResource, LakeResource, LedgerResource, RegistryResource, preview
 from assets.stages.common import days, folded, stage
 from assets.workflow import Workflow
+from delivery.ledger import Busy, Ledger
+from models.registry import Registry
+
+
+def moved_on(
+    workflow: Workflow, registry: Registry, ledger: Ledger, lake: Lake, day: date, now: datetime
+) -> tuple[str, str]:
+    """Move the challenger on before the day is scored, if it is due; what came of it and why. Never in the day's way."""
+    if now > workflow.deadline_of(day):
+        return "waits", "the deadline has passed, or the day is a backfill"
+    later: tuple[type[Exception], ...] = (*promoting.unreachable(), Busy)
+    try:
+        why = promoting.due(workflow, ledger, lake, day)[1]
+        return promoting.advance(workflow, registry, ledger, lake, day, now), why
+    except later as error:
+        return "waits", f"{type(error).__name__}: {promoting.first_line(error)}"
 
 
 def build(workflow: Workflow) -> dg.AssetsDefinition:
@@ -18,18 +38,32 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         workflow,
         "scores",
         deps=["features"],
-        description="Scores by the champion; on a bad day by the previous champion or the rule, or none. The step is recorded.",
+        description="Scores by the champion (the ledger says who that is); on a bad day by the previous champion or the rule, or "
+        "none. The step is recorded. A challenger scores beside it.",
         kinds={"lightgbm", "deltalake"},
         checks={"step": (False, "The champion scored the day")},
     )
     def scores(
-        context: dg.AssetExecutionContext, lake: LakeResource, registry: RegistryResource, clock: ClockResource
+        context: dg.AssetExecutionContext,
+        lake: LakeResource,
+        registry: RegistryResource,
+        ledger: LedgerResource,
+        clock: ClockResource,
     ) -> dg.MaterializeResult:
         steps = {}
         last = None
+        moves: dict[str, str] = {}
         for day in days(context):
-            scored = deciding.score_day(workflow, lake.lake, registry.registry, day, now=clock.now())
+            with ledger.open(clock.now) as book:
+                move, why = moved_on(workflow, registry.registry, book, lake.lake, day, clock.now())
+                scored = deciding.score_day(workflow, lake.lake, registry.registry, day, now=clock.now(), ledger=book)
             deciding.write_scores(workflow, lake.lake, day, scored)
+            if move != "none":
+                moves[str(day)] = f"{move}: {why}"
+                context.log.info(f"challenger, {day}: {move}: {why}")
+            beside = scored.beside
+            if beside is not None and beside.reason:
+                context.log.warning(f"challenger version {beside.version.number} did not score {day}: {beside.reason}")
             steps[day] = (scored.step == "champion", f"{scored.step}: {'; '.join(scored.reasons) or 'as it should be'}")
             context.add_asset_metadata(
                 {"dagster/partition_row_count": scored.table.num_rows, "step": scored.step},
@@ -43,6 +77,8 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
                 "step": last.step,
                 "why": "; ".join(last.reasons) or "the champion scored",
                 "first rows": preview(last.table.slice(0, 5)),
+                **({"challenger": dg.MetadataValue.json(moves)} if moves else {}),
+                **({"moved in MLflow": last.moved} if last.moved else {}),
                 **(
                     {"model": dg.MetadataValue.url(registry.version_url(version.name, version.number))}
                     if version

@@ -409,7 +409,7 @@ def test_a_ticket_left_to_people_says_where_the_review_line_would_have_to_lie(
     monkeypatch.setattr(what_if, "FEATURES_TRIED", 0)
     bench = queue.copy(tmp_path / "queue")
     pressed(bench)
-    policy = bench.workflow.policy.model_copy(update={"review_above": 0.22})
+    policy = bench.workflow.policy.model_copy(update={"review_above": 0.22, "review": "uncertainty"})
     object.__setattr__(bench, "workflow", bench.workflow.model_copy(update={"policy": policy}))
     rows = [r for r in decided(bench, registry, ledger) if r["review"]]
     found = [explain(ledger, bench.lake, registry, r["decision_id"]).as_dict() for r in rows[:4]]

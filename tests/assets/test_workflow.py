@@ -65,7 +65,7 @@ def test_every_folder_with_a_workflow_is_loaded() -> None:
         ("workflow.yaml", "arms.epochs", "epoch", "washout"),
         ("workflow.yaml", "arms.explore.steps", "step", "step"),
         ("workflow.yaml", "guardrails.max_row", "max_rows", "levels"),
-        ("workflow.yaml", "drift.reference", "reference_days", "window_days"),
+        ("workflow.yaml", "drift.reference_day", "reference_days", "window_days"),
         ("contract.yaml", "event", "events", "features"),
         ("contract.yaml", "events.columns.cost.minimum", "min", "required"),
         ("contract.yaml", "events.max_quarantine_share", "max_quarantined_share", "unique"),

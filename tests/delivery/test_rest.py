@@ -19,8 +19,8 @@ from pydantic import BaseModel
 from delivery.connectors.base import Misconfigured, Unavailable, Write
 from delivery.connectors.rest import RestConnector, RestSettings, connect, load
 from delivery.connectors.rest_spec import RestSystem, Test, Values
-from delivery.said import models_of
 from delivery.connectors.template import ABSENT, at, fill, fill_path, placeholders
+from delivery.said import models_of
 from tests.support.rest_servers import Reply, Request, Scripted, serving, talking
 
 NOW = datetime(2026, 3, 1, 12)

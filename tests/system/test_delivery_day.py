@@ -252,7 +252,7 @@ def _take_back(morning: Morning) -> None:
     batch, now = morning.batch(), morning.bench.morning(morning.day, 6)
     with morning.ledger(6) as book:
         (request,) = automation.guard_requests(morning.workflow, book, now)
-    result = runner.run_rollback(morning.workflow, request, now=now.isoformat(), instance=morning.instance)
+    result = runner.run_op(morning.workflow, "rollback", request, now=now.isoformat(), instance=morning.instance)
     assert result.success, runner.failed_steps(result)
     with morning.ledger(6) as book:
         assert automation.guard_requests(morning.workflow, book, now) == []

@@ -434,7 +434,7 @@ def test_a_full_run_leaves_no_secret_anywhere(
             "ops": {"ticket_priority_take_back": {"config": {"batch": sent.batch_id, "reason": "it does harm"}}}
         }
     )
-    assert runner.run_rollback(desk.workflow, request, now=desk.bench.morning(desk.day, 6).isoformat()).success
+    assert runner.run_op(desk.workflow, "rollback", request, now=desk.bench.morning(desk.day, 6).isoformat()).success
 
     ads.system.now, batch = None, ads.batch().batch_id
     right, wrong = MARKS["approver's secret"], MARKS["secret typed by mistake"]

@@ -2,6 +2,8 @@
 -- missed: as judged by then, NULL until it is. handling_hours: from opening to the last time it was resolved, NULL while
 -- it is worked on. open_hours: while it is worked on, how long that has been (a lower bound on handling_hours, without
 -- which a model learns from quick tickets only), told on each of the first eight days and then weekly.
+-- late: the same as missed, and known sooner: a ticket resolved by its due time is in time before it is closed.
+-- settles_at: when that was decided, its due time (NULL where the source knows none).
 WITH
 latest AS (
     SELECT ticket_id,
@@ -10,6 +12,7 @@ latest AS (
         max(event_at) FILTER (state = 'resolved') AS resolved_at,
         max(event_at) FILTER (state = 'closed') AS closed_at,
         bool_or(missed) AS missed,
+        arg_max(due_at, (known_at, updates, source_file_id, source_row)) AS due_at,
         max(effort_hours) AS effort_hours,
         min(known_at) > $previous_cutoff::TIMESTAMP AS is_new,
         max(known_at) FILTER (
@@ -26,6 +29,8 @@ SELECT
     NULL::DATE AS for_day,
     CASE WHEN ended THEN told_at ELSE $cutoff::TIMESTAMP END AS known_at,
     missed,
+    coalesce(missed, CASE WHEN ended AND resolved_at <= due_at THEN false END)::DOUBLE AS late,
+    due_at AS settles_at,
     CASE
         WHEN ended THEN date_diff('second', opened_at, coalesce(resolved_at, closed_at)) / 3600.0
     END AS handling_hours,
