@@ -25,7 +25,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from assets.workflow import FOLDER, Workflow, load
+from assets.workflow import FOLDER, Workflow
+from assets.workflow import load as load_workflow
 from benchmarks.priority_policy import Known, daily_priorities
 from data_checks import regression
 from delivery.sandbox.worlds import advertising, tickets
@@ -45,7 +46,8 @@ class Month:
     """What the guard said of one month, and what the month really was.
 
     ``rolled_back_on``: live day (from 1) of the first ROLLBACK, None: none. ``effect``: what the champion arm's units earned
-    (ads) or missed (tickets) beside the same units and the same luck left alone, relative; negative is worse.
+    (ads) or missed (tickets) beside the same units and the same luck left alone: relative for money, in shares of tickets for
+    misses; negative is worse. ``harm``: the same as the power calculator asks for it, relative to the level left alone.
     """
 
     seed: int
@@ -53,6 +55,7 @@ class Month:
     verdict: str
     rolled_back_on: int | None
     effect: float
+    harm: float
 
 
 def _drawn(workflow: Workflow, units: Sequence[str], day: date, seed: int) -> pa.Table:
@@ -75,6 +78,7 @@ def _judged(
     before: list[pa.Table],
     drawn: pa.Table,
     effect: float,
+    harm: float,
 ) -> Month:
     assert workflow.regression is not None, "both shipped workflows are guarded"
     start = START + timedelta(days=BEFORE)
@@ -85,7 +89,7 @@ def _judged(
     )  # fmt: skip
     crossed = found.looks.filter(pc.field("verdict") == "ROLLBACK")["day"]
     on = (pc.min(crossed).as_py() - start).days + 1 if len(crossed) and found.verdict == "ROLLBACK" else None
-    return Month(seed, kind, found.verdict, on, effect)
+    return Month(seed, kind, found.verdict, on, effect, harm)
 
 
 # --- advertising: budgets persist, campaigns compete within themselves
@@ -122,7 +126,7 @@ def advertising_month(seed: int, kind: Kind, workflow: Workflow, lines: int = LI
         earned += float(world.expected_value(stood, day)[mine].sum())
         alone += float(world.expected_value(status_quo, day)[mine].sum())
     effect = earned / alone - 1 if alone else 0.0
-    return _judged(workflow, seed, kind, rows, before, drawn, effect)
+    return _judged(workflow, seed, kind, rows, before, drawn, effect, max(-effect, 0.0))
 
 
 def _planned(
@@ -209,7 +213,16 @@ def tickets_month(seed: int, kind: Kind, workflow: Workflow, teams: int = TEAMS,
     )
     missed, otherwise = (pc.sum(t["late"]).as_py() / pc.sum(t["n"]).as_py() for t in (treated_rows, left))
     epochs = {t["epoch"][0].as_py(): t for t in arms_by_day.values()}
-    return _judged(workflow, seed, kind, rows, before, pa.concat_tables(epochs.values()), otherwise - missed)
+    return _judged(
+        workflow,
+        seed,
+        kind,
+        rows,
+        before,
+        pa.concat_tables(epochs.values()),
+        otherwise - missed,
+        max(missed / otherwise - 1, 0.0),
+    )
 
 
 def _priorities(
@@ -252,13 +265,12 @@ def _ticket_rows(world: tickets.World, day: date, drawn: pa.Table | None) -> pa.
     })  # fmt: skip
 
 
-MONTHS = {"ad_budget": advertising_month, "ticket_priority": tickets_month}
-
-
-def play(name: str, kind: Kind, months: int) -> list[Month]:
-    """Months of one world, each with its own seed."""
-    workflow = load(FOLDER / name)
-    return [MONTHS[name](FIRST_SEED + n, kind, workflow) for n in range(months)]
+CASES: tuple[tuple[str, tuple[Kind, ...], int, bool], ...] = (
+    ("ad_budget", ("clean", "nothing", "slight", "harmful"), 0, False),
+    ("ticket_priority", ("clean", "nothing", "slight", "harmful"), TEAMS, False),
+    ("ticket_priority", ("nothing", "harmful"), 2 * TEAMS, True),
+)
+"""Workflow, kinds of months, teams, whether with a larger holdout than shipped."""
 
 
 def told(months: Sequence[Month]) -> str:
@@ -273,19 +285,59 @@ def told(months: Sequence[Month]) -> str:
     )
 
 
+def promised(name: str, workflow: Workflow, harm: float, teams: int) -> regression.Power:
+    """What the power calculator says before a month begins: from eight weeks of one world left alone, a harm from the first
+    day on."""
+    assert workflow.regression is not None, "both shipped workflows are guarded"
+    days, spec = [START + timedelta(days=n) for n in range(2 * BEFORE)], workflow.arms
+    if name == "ad_budget":
+        world = advertising.World(FIRST_SEED - 1, "easy", LINES, origin=START, return_spread=1.0)
+        budgets, arm = world.incumbent_budgets(START), np.full(LINES, "")
+        rows = [_ad_rows(world.step(day, budgets), arm, "", False) for day in days]
+    else:
+        queue = tickets.World(FIRST_SEED - 1, load=LOAD, teams=teams)
+        for day in days:
+            queue.advance(day)
+        rows = [_ticket_rows(queue, day, None) for day in days[7:]]
+    return regression.power(
+        pa.concat_tables(rows), spec=workflow.regression, design=spec.design, treated="champion", control="holdout",
+        shares=arms.normalised(spec.shares), harm=harm, epoch_days=spec.epoch, washout_days=spec.washout, seed=FIRST_SEED,
+    )  # fmt: skip
+
+
+def half_of_the_teams(workflow: Workflow) -> Workflow:
+    """The ticket workflow with a larger holdout, for which a month is long enough."""
+    return workflow.model_copy(
+        update={"arms": workflow.arms.model_copy(update={"shares": {"holdout": 0.4, "champion": 0.6}})}
+    )
+
+
 def main() -> int:
     """Prints a line for each world and kind of month; 1 where clean months are rolled back too often."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--months", type=int, default=100, help="months of each kind (default 100)")
     months = parser.parse_args().months
     short = False
-    for name in MONTHS:
-        for kind in ("clean", "nothing", "slight", "harmful"):
+    for name, kinds, teams, larger in CASES:
+        workflow = load_workflow(FOLDER / name)
+        workflow = half_of_the_teams(workflow) if larger else workflow
+        units = f"{teams} teams by week" if name == "ticket_priority" else f"{LINES // 8} campaigns"
+        print(f"{name}, {units}, holdout {arms.normalised(workflow.arms.shares)['holdout']:.0%}")
+        for kind in kinds:
             began = time.perf_counter()
-            played = play(name, kind, months)  # type: ignore[arg-type]
-            print(f"{name:16s} {kind:8s} {told(played)}; {time.perf_counter() - began:.0f} s", flush=True)
+            played = [
+                advertising_month(FIRST_SEED + n, kind, workflow) if name == "ad_budget"
+                else tickets_month(FIRST_SEED + n, kind, workflow, teams)
+                for n in range(months)
+            ]  # fmt: skip
+            print(f"  {kind:8s} {told(played)}; {time.perf_counter() - began:.0f} s", flush=True)
             false = sum(m.rolled_back_on is not None for m in played)
             short |= kind in ("clean", "nothing") and false > MOST_FALSE * months / 100
+            if kind in ("slight", "harmful"):
+                harm = float(np.mean([m.harm for m in played]))
+                print(
+                    f"           promised for a harm of {harm:.0%}: {promised(name, workflow, harm, teams).sentence()}"
+                )
     return int(short)
 
 

@@ -6,10 +6,10 @@ triggers (``assets.retraining``), drift, figures or gates (``data_checks``, ``mo
 Run: ``python -m benchmarks.uci_learning [--data ../shared/data] [--state FOLDER] [--plot FILE]``; about half an hour on two
 cores. A state folder that stands is gone on with: what was prepared and trained for ``every day`` is kept there by day.
 
-Every day D from 21 March on is scored, its drift and performance are judged, and a retraining runs where one is asked for, with
+Every day D from 1 April on is scored, its drift and performance are judged, and a retraining runs where one is asked for, with
 what was known at D's cut-off; a version passes its gate and its days in shadow as in production. Judged are the tickets opened
-from 1 April to 31 May, at their first event, by what became of them in the end. ``once`` is the model trained for 31 March;
-``every day`` is trained for every day's cut-off and scores the next day, with no gate.
+from 1 April to 31 May, at their first event, by what became of them in the end. ``once`` is the model trained for 31 March, with
+which the other two begin; ``every day`` is trained for every day's cut-off and scores the next day, with no gate.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-FIRST_TRAINING, LAST = date(2016, 3, 20), date(2016, 5, 31)
-ONCE = date(2016, 3, 31)
+FIRST_TRAINING, LAST = date(2016, 3, 31), date(2016, 5, 31)
 JUDGED_FROM = date(2016, 4, 1)
 
 
@@ -161,7 +160,7 @@ def foreseen(workflow: Any, models: dict[date, Any]) -> pa.Table:
                 "day": pa.array([day] * rows.num_rows, pa.date32()),
                 "entity_id": rows["entity_id"],
                 "triggers": scores["p_miss"].take(place).combine_chunks(),
-                "once": models[ONCE].p_miss(rows),
+                "once": models[FIRST_TRAINING].p_miss(rows),
                 "every day": models[day - timedelta(days=1)].p_miss(rows),
             })
         )  # fmt: skip

@@ -75,6 +75,11 @@ class RegressionSpec(BaseModel):
         lt=0.5,
         description="Chance of a false ROLLBACK over all looks and metrics together, at most",
     )
+    spending: sequential.Spending = Field(
+        default="early",
+        description="How α is spent over the looks (cohort, switchback): early finds a large harm within days; late finds a small "
+        "one somewhat more surely by the end, and nothing in the first third",
+    )
     horizon_days: int = Field(
         default=30, gt=0, description="Days after which a comparison ends, with or without a verdict"
     )
@@ -306,9 +311,9 @@ def randomised(clusters: Clusters, elapsed: Ints, *, metric: Metric, spec: Regre
         judged[at] = (size >= spec.min_clusters) & (np.minimum(n_treated[at], n_control[at]) >= 2)
     paths[:, ~judged] = np.nan
     fraction = elapsed / spec.horizon_days
-    spending = sequential.spent(fraction, spec.alpha_of(metric))
+    spending = sequential.spent(fraction, spec.alpha_of(metric), spec.spending)
     bound, harmful = sequential.permuted_bounds(paths, spending)
-    promote, harmless = sequential.permuted_bounds(-paths, sequential.spent(fraction, spec.alpha))
+    promote, harmless = sequential.permuted_bounds(-paths, sequential.spent(fraction, spec.alpha, spec.spending))
     return Path(
         effect, error, level, paths[0], bound, promote, spending, harmful, harmless, n_treated, n_control
     )  # fmt: skip

@@ -7,10 +7,11 @@ arms, verdicts (``data_checks/regression.py``).
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+Spending = Literal["early", "late"]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
 
@@ -38,14 +39,17 @@ def sequence_bound(n: Any, alpha: float, rho: float) -> Floats:
     return np.where(information > 0, bound, np.inf)
 
 
-def spent(fraction: Any, alpha: float) -> Floats:
-    """How much of a one-sided ``alpha`` is spent by a fraction of the horizon, little at first.
+def spent(fraction: Any, alpha: float, shape: Spending = "late") -> Floats:
+    """How much of a one-sided ``alpha`` is spent by a fraction of the horizon.
 
-    Lan and DeMets (Biometrika 1983), the form that resembles O'Brien and Fleming: 2(1 - Φ(z_{α/2}/√t)).
+    Lan and DeMets (Biometrika 1983). ``late``: little at first, the form that resembles O'Brien and Fleming, 2(1 - Φ(z_{α/2}/√t)).
+    ``early``: nearly in proportion to time, the form that resembles Pocock, α·ln(1 + (e - 1)t).
     """
     from scipy.special import ndtr, ndtri
 
     t = np.clip(np.asarray(fraction, dtype=np.float64), 0, 1)
+    if shape == "early":
+        return np.asarray(alpha * np.log1p((math.e - 1) * t))
     with np.errstate(divide="ignore"):
         return np.asarray(2 * ndtr(ndtri(alpha / 2) / np.sqrt(t)))
 

@@ -125,8 +125,8 @@ def jobs(_: str) -> list[list[str]]:
     from orchestration import jobs as wiring
 
     stages = {
-        "daily": (*wiring.DAILY, *wiring.REVIEW), "prepare": wiring.PREPARE, "decide": wiring.DECIDE,
-        "retrain": wiring.RETRAIN, "deliver": wiring.DELIVER, "rollback": ("–",),
+        "daily": (*wiring.DAILY, *wiring.REVIEW, *wiring.GUARD), "prepare": wiring.PREPARE, "decide": wiring.DECIDE,
+        "retrain": wiring.RETRAIN, "deliver": wiring.DELIVER, "rollback": ("–",), "reconcile": ("–",),
     }  # fmt: skip
     rows = [["job", "assets, in order", "for"]]
     for job in wiring.jobs_of(load(FOLDER / "ad_budget")):
@@ -181,7 +181,8 @@ def test_every_section_of_a_workflow_has_its_fields_in_the_docs() -> None:
     }
     wanted = {
         "Workflow", "Source", "Features", "Outcomes", "Training", "DurationModel", "ResponseModel", "PriorityPolicy", "BudgetPolicy",
-        "Arms", "Explore", "Guardrails", "DriftSpec", "EventsContract", "Column", "RowRule", "FeaturesContract", "ExpectationSpec",
+        "Arms", "Explore", "GateSpec", "Search", "EarlyStopping", "Distill", "Retraining", "Promotion", "Regression", "Metric",
+        "Guardrails", "DriftSpec", "EventsContract", "Column", "RowRule", "FeaturesContract", "ExpectationSpec",
         "Delivery", "Approval", "PushSettings", "Guards", "GoogleAdsSettings", "HelpdeskSettings", "RestSettings",
         "SqlTableSettings", "Version", "Closed", "FileDropSettings",
     }  # fmt: skip
