@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-ORDER = ("daily_run", "budget_policy", "advertising_world", "priority_policy", "ledger", "push")
+ORDER = (
+    "daily_run", "budget_policy", "advertising_world", "priority_policy", "ledger", "push", "regression", "drift",
+    "conformal", "students", "training_memory",
+)  # fmt: skip
 
 
 def main() -> int:

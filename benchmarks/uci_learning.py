@@ -74,13 +74,13 @@ def live(workflow: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
     from assets import retraining
     from assets.resources import resources
-    from assets.stages import drift, performance, scoring, training
+    from assets.stages import decisions, drift, performance, scoring, training
     from orchestration.automation import retrain_request
 
     given = resources()
     lake = given["lake"].lake
     train = [training.build_training_set(workflow), training.build_model(workflow)]
-    daily = [scoring.build(workflow), drift.build(workflow), performance.build(workflow)]
+    daily = [stage.build(workflow) for stage in (scoring, decisions, drift, performance)]
     with dg.DagsterInstance.ephemeral() as instance:
         _materialise(train, FIRST_TRAINING, f"{FIRST_TRAINING + timedelta(days=1)}T05:00:00", instance)
         day = FIRST_TRAINING + timedelta(days=1)
@@ -249,7 +249,17 @@ def main() -> int:
     for name in ("ledger.db", "mlflow.db", "mlflow-artifacts", "lived.json"):
         gone = state / "home" / name
         shutil.rmtree(gone) if gone.is_dir() else gone.unlink(missing_ok=True)
-    for table in ("scores", "scoring", "drift", "performance", "training_set", "shadow", "shadow_scores"):
+    for table in (
+        "scores",
+        "scoring",
+        "drift",
+        "performance",
+        "training_set",
+        "shadow",
+        "shadow_scores",
+        "decisions",
+        "batches",
+    ):
         shutil.rmtree(state / "home" / "lake" / workflow.name / table, ignore_errors=True)
     triggers, lives = live(workflow)
     asked = [t for t in triggers if t["action"] == "asked"]

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date, datetime
-from typing import Any, Literal, Self
+from functools import cached_property, partial
+from typing import Any, Literal, Self, TypeVar
 from uuid import UUID, uuid5
 
 import numpy as np
@@ -41,12 +43,15 @@ from data_checks.drift_calibration import (
     counts_in,
     jensen_shannon,
     means_of,
+    standard_deviation,
     volume_null,
     wasserstein,
 )
 
-# Above this many rows a column is compressed before Evidently sees it; below, it sees the rows themselves.
+# Above this many rows a column of numbers is compressed before distances are taken.
 FULL_ROWS = 5_000
+# Above this many rows Evidently draws compressed ones; below, it sees the rows themselves.
+DRAWN_ROWS = 2_000
 # Beyond these, the rarest categories are one: Evidently takes milliseconds for each.
 MAX_CATEGORIES = 200
 OTHERS = "(all others)"
@@ -65,6 +70,11 @@ _NAMESPACE = UUID("6f1c1f0e-6b8e-5a53-9f0e-2f5d1a0c7b11")
 _METHODS = {"numeric": "wasserstein", "categorical": "jensenshannon"}
 _SHOWN = 20
 MANY_RUNS = 10_000
+# From so many rows columns are compressed several at once.
+THREADED_ROWS = 100_000
+MOST_THREADS = 4
+_Asked = TypeVar("_Asked")
+_Made = TypeVar("_Made")
 
 
 class DriftImpossible(ValueError):
@@ -207,7 +217,7 @@ def _evidently() -> Any:
 
 
 def _numbers(column: pa.ChunkedArray, name: str) -> Floats:
-    """Finite values are numbers, everything else is missing (NaN)."""
+    """The column as float64; what is not finite is missing."""
     kind = column.type
     if pa.types.is_boolean(kind):
         column = column.cast(pa.int8())
@@ -218,7 +228,7 @@ def _numbers(column: pa.ChunkedArray, name: str) -> Floats:
         raise DriftImpossible(f"column {name!r} is {kind}, not a number; {way_out}")
     # A nullable whole number would be dropped by Evidently unjudged.
     values: Floats = column.cast(pa.float64()).to_numpy()
-    return np.where(np.isfinite(values), values, np.nan)
+    return values
 
 
 def _texts(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
@@ -261,42 +271,60 @@ class _Side:
     def column(self, name: str) -> pa.ChunkedArray:
         return self.table[name]
 
-    def newest(self) -> pa.Table:
+    def newest(self) -> Self:
         """The rows of the last day alone."""
-        return self.table.slice(int(self.starts[-2]))
+        return type(self)(self.table.slice(int(self.starts[-2])))
+
+
+def _each(judge: Callable[[_Asked], _Made], asked: Iterable[_Asked], rows: int) -> list[_Made]:
+    """``judge`` of every column, in their order; of many rows several columns at once (sorting and counting let others run)."""
+    if rows < THREADED_ROWS:
+        return [judge(one) for one in asked]
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
+        return list(pool.map(judge, asked))
+
+
+def _sorted(side: _Side, name: str, *, by_day: bool) -> tuple[Floats, list[Floats], Counts]:
+    """A column's values in order, those of each day in order (only ``by_day``), and how many are missing on each day."""
+    values = _numbers(side.column(name), name)
+    held, nulls = np.isfinite(values), np.zeros(side.days, np.int64)
+    if not held.all():
+        nulls = side.by_day - np.add.reduceat(held, side.starts[:-1], dtype=np.int64)
+        values = values[held]
+    elif not values.flags.writeable:  # the table's own memory
+        values = values.copy()
+    slices = np.split(values, np.cumsum(side.by_day - nulls)[:-1]) if by_day else []
+    for one in slices:
+        one.sort()
+    ordered = values.copy() if by_day else values
+    ordered.sort()
+    return ordered, slices, nulls
 
 
 @dataclass(frozen=True)
 class _Numbers:
-    """A column of numbers in one window: the sorted values (compressed where they are many), their standard deviation over
-    every row, and the counts of nulls a day."""
+    """A column of numbers in one window: the sorted values (compressed where they are many), how many there are, and their
+    standard deviation, over every row, and the counts of nulls a day."""
 
     values: Floats
-    slices: tuple[Floats, ...]
     count: int
     nulls: Counts
     deviation: float
 
     @classmethod
-    def of(cls, side: _Side, name: str, *, by_day: bool = False) -> _Numbers:
-        values = _numbers(side.column(name), name)
-        missing = np.isnan(values)
-        nulls = np.add.reduceat(missing, side.starts[:-1], dtype=np.int64)
-        slices: tuple[Floats, ...] = ()
-        if by_day:
-            pieces = [values[a:b] for a, b in zip(side.starts[:-1], side.starts[1:], strict=True)]
-            slices = tuple(np.sort(p[~np.isnan(p)]) for p in pieces)
-        ordered = np.sort(values)[: len(values) - int(nulls.sum())]  # NaN sorts last
-        rows = max(1, round(FULL_ROWS * len(ordered) / len(values)))
-        small = compress_numbers(ordered, rows) if len(values) > FULL_ROWS and len(ordered) > rows else ordered
-        deviation = float(np.std(ordered)) if len(ordered) else 0.0
-        return cls(small, slices or (ordered,), len(ordered), nulls, deviation)
+    def of(cls, side: _Side, ordered: Floats, nulls: Counts) -> _Numbers:
+        rows = max(1, round(FULL_ROWS * len(ordered) / side.rows))
+        small = ordered
+        if side.rows > FULL_ROWS and len(ordered) > rows:
+            small = compress_numbers(ordered, rows)
+        return cls(small, len(ordered), nulls, standard_deviation(ordered))
 
     def filled(self, rows: int) -> Floats:
-        """The column as Evidently gets it: at most FULL_ROWS rows, missing ones among them."""
-        whole = np.concatenate([self.values, np.full(min(rows, FULL_ROWS) - len(self.values), np.nan)])
-        # Evidently also plots along the row number: sorted values would look like a trend.
-        return np.random.default_rng(0).permutation(whole)
+        """The column as Evidently gets it: at most DRAWN_ROWS rows in order, missing ones (NaN) last."""
+        whole = min(rows, DRAWN_ROWS)
+        held = min(self.count, max(1, round(whole * self.count / rows)))
+        values = compress_numbers(self.values, held) if len(self.values) > held else self.values
+        return np.concatenate([values, np.full(whole - held, np.nan)])
 
 
 @dataclass(frozen=True)
@@ -309,12 +337,12 @@ class _Texts:
 
     @classmethod
     def of(cls, side: _Side, name: str) -> _Texts:
-        encoded = _texts(side.column(name), name).combine_chunks().dictionary_encode()
-        encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
+        encoded = _texts(side.column(name), name).dictionary_encode().combine_chunks()
+        encoded = encoded if isinstance(encoded, pa.DictionaryArray) else encoded.chunk(0)
         names = encoded.dictionary.to_pylist()
-        codes = pc.fill_null(encoded.indices, len(names)).to_numpy(zero_copy_only=False).astype(np.int64)
-        place = np.repeat(np.arange(side.days) * (len(names) + 1), side.by_day) + codes
-        wide = np.bincount(place, minlength=side.days * (len(names) + 1)).reshape(side.days, len(names) + 1)
+        codes = pc.fill_null(encoded.indices, len(names)).to_numpy(zero_copy_only=False)
+        by_day = np.split(codes, side.starts[1:-1])
+        wide = np.stack([np.bincount(one, minlength=len(names) + 1) for one in by_day])
         total = wide[:, :-1].sum(axis=0)
         order = sorted(range(len(names)), key=lambda n: (-int(total[n]), names[n]))
         return cls(tuple(names[n] for n in order), wide[:, order].astype(np.int64), wide[:, -1].astype(np.int64))
@@ -341,19 +369,14 @@ class _Reference:
 
 
 def _numeric_reference(side: _Side, name: str) -> _Reference:
-    found = _Numbers.of(side, name, by_day=True)
+    ordered, slices, nulls = _sorted(side, name, by_day=True)
+    found = _Numbers.of(side, ordered, nulls)
     counted, norm = None, 1.0
     if found.count:
-        ordered = np.sort(np.concatenate(found.slices)) if len(found.slices) > 1 else found.slices[0]
         norm = max(found.deviation, LEAST_DEVIATION)
         bounds = cells(ordered)
-        counted = Counted(name, counts_in(found.slices, bounds), np.diff(means_of(ordered, bounds)) / norm)
-    return _Reference("numeric", _lean(found), counted, _null_counts(name, side, found.nulls), norm)
-
-
-def _lean(found: _Numbers) -> _Numbers:
-    """Without the rows themselves: what is kept of a reference is small."""
-    return _Numbers(found.values, (), found.count, found.nulls, found.deviation)
+        counted = Counted(name, counts_in(slices, bounds), np.diff(means_of(ordered, bounds)) / norm)
+    return _Reference("numeric", found, counted, _null_counts(name, side, nulls), norm)
 
 
 def _null_counts(name: str, side: _Side, nulls: Counts) -> Counted:
@@ -397,29 +420,37 @@ class Baseline:
         self.said = dict(said or {})
         self.rows, self.days, self.dated = side.rows, side.days, side.dated
         self.by_day, self.names = side.by_day, tuple(table.schema.names)
-        self.columns: dict[str, _Reference] = {}
-        for name in numeric:
-            if name in self.names:
-                self.columns[name] = _numeric_reference(side, name)
-        for name in categorical:
-            if name in self.names:
-                self.columns[name] = _categorical_reference(side, name, block)
+        numbers = [n for n in numeric if n in self.names]
+        here = [*numbers, *(n for n in categorical if n in self.names)]
+
+        def compressed(name: str) -> _Reference:
+            return _numeric_reference(side, name) if name in numbers else _categorical_reference(side, name, block)
+
+        self.columns = dict(zip(here, _each(compressed, here, side.rows), strict=True))
 
 
 @dataclass(frozen=True)
 class _Signal:
-    """One thing judged of a column: how large it is, its floor, and the chance of that with nothing changed."""
+    """One thing judged of a column: how large it is, its floor, and the chance of that with nothing changed (``chance`` itself,
+    or asked of ``null`` when it is needed: resampling takes longer than everything else)."""
 
     column: str
     what: str
     effect: float
     floor: float
-    chance: float
+    known: float | None
     moved: float
     text: str
-    null: Null | None = None
+    null: Callable[[], Null] | None = None
     cannot_wait: bool = False
     of_share: bool = True
+
+    @cached_property
+    def chance(self) -> float:
+        if self.known is None:
+            assert self.null is not None
+            return self.null().chance(self.effect)
+        return self.known
 
     @property
     def large(self) -> bool:
@@ -446,9 +477,9 @@ def _nulls(name: str, now: Counts, rows: int, before: _Reference, block: int, sp
     if share == usual:
         return []
     gap = abs(share - usual)
-    null = before.nulls.null(rows, block)
     text = f"nulls {usual:.0%} → {share:.0%}"
-    return [_Signal(name, "nulls", gap, spec.null_share_change, null.chance(gap), gap * rows, text, null)]
+    null = partial(before.nulls.null, rows, block)
+    return [_Signal(name, "nulls", gap, spec.null_share_change, None, gap * rows, text, null)]
 
 
 def _numeric(
@@ -456,7 +487,7 @@ def _numeric(
 ) -> list[_Signal]:
     assert before.counted is not None and isinstance(before.side, _Numbers)
     distance, apart = wasserstein(now.values, before.side.values, before.norm)
-    null = before.counted.null(now.count, block)
+    null = partial(before.counted.null, now.count, block)
     entry["distance"] = distance
     return [
         _Signal(
@@ -464,7 +495,7 @@ def _numeric(
             "distance",
             distance,
             spec.numeric_threshold,
-            null.chance(distance),
+            None,
             apart * now.count,
             "",
             null,
@@ -500,10 +531,10 @@ def _categorical(
     mine, theirs, _ = _aligned(now, there, before.kept)
     shares = [c / c.sum() for c in (mine, theirs)]
     distance = float(jensen_shannon(*shares))
-    null = before.counted.null(now.count, block)
+    null = partial(before.counted.null, now.count, block)
     entry["distance"] = distance
     moved = float(np.abs(shares[0] - shares[1]).sum()) / 2 * now.count
-    signals = [_Signal(name, "distance", distance, spec.categorical_threshold, null.chance(distance), moved, "", null)]
+    signals = [_Signal(name, "distance", distance, spec.categorical_threshold, None, moved, "", null)]
     raw = dict(zip(now.names, now.total().tolist(), strict=True))
     usual = there.total()
     # vanished: present on every day of the reference, and now not once
@@ -557,48 +588,56 @@ def _rare(now: _Texts, before: _Texts, raw: Mapping[str, int], level: float) -> 
     return [f"{names[n]}: {there[n]} of {rows[1]} → {here[n]} of {rows[0]}" for n in found]
 
 
-def _beside(table: pa.Table, baseline: Baseline, names: Mapping[str, str], block: int, spec: DriftSpec) -> _Judged:
+def _beside(side: _Side, baseline: Baseline, names: Mapping[str, str], block: int, spec: DriftSpec) -> _Judged:
     """Every column of one window beside the reference."""
-    side = _Side(table)
-    judged = _Judged()
-    for name, kind in names.items():
-        here, before = name in table.schema.names, baseline.columns.get(name)
+
+    def column(name: str) -> tuple[dict[str, Any], _Numbers | _Texts | None, list[_Signal]]:
+        kind = names[name]
+        here, before = name in side.table.schema.names, baseline.columns.get(name)
         entry: dict[str, Any] = {
             "distance": None, "method": _METHODS[kind], "threshold": None, "chance": None, "drifted": False, "grave": False,
             "importance": None, "null_share_current": None, "null_share_reference": None, "new_categories": [],
             "vanished_categories": [], "rare_moved": [], "judged": False, "reason": None,
         }  # fmt: skip
-        judged.entries[name] = entry
         if not here and before is None:
             raise DriftImpossible(
                 f"column {name!r} is in neither window; correct features.{kind} in workflow.yaml or the features' SQL"
             )
         if not here:
             entry |= {"drifted": True, "grave": True, "reason": "missing from the current window"}
-            continue
-        now: _Numbers | _Texts = _Numbers.of(side, name) if kind == "numeric" else _Texts.of(side, name)
-        if before is None:
-            entry["reason"] = "new: the reference window lacks it"
-            continue
-        if not before.side.count and now.count:
-            entry["reason"] = "new: the reference window has no value of it"
-            continue
-        judged.sides[name] = now
+            return entry, None, []
+        now: _Numbers | _Texts
+        if kind == "numeric":
+            ordered, _, nulls = _sorted(side, name, by_day=False)
+            now = _Numbers.of(side, ordered, nulls)
+        else:
+            now = _Texts.of(side, name)
+        if before is None or (not before.side.count and now.count):
+            entry["reason"] = f"new: the reference window {'lacks it' if before is None else 'has no value of it'}"
+            return entry, None, []
         entry["null_share_current"] = float(now.nulls.sum()) / side.rows
         entry["null_share_reference"] = float(before.nulls.counts[:, 0].sum() / before.nulls.counts.sum())
-        judged.signals += _nulls(name, now.nulls, side.rows, before, block, spec)
+        signals = _nulls(name, now.nulls, side.rows, before, block, spec)
         if isinstance(now, _Texts) and isinstance(before.side, _Texts):
             known, found = set(before.side.names), set(now.names)
             entry["new_categories"] = [c for c in now.names if c not in known][:_SHOWN]
             entry["vanished_categories"] = [c for c in before.side.names if c not in found][:_SHOWN]
         if min(now.count, before.side.count) < spec.min_rows:
             entry["reason"] = f"{now.count} values beside {before.side.count}: too few for a distance"
-            continue
+            return entry, now, signals
         entry["judged"] = True
         if isinstance(now, _Numbers):
-            judged.signals += _numeric(name, now, before, block, spec, entry)
+            signals += _numeric(name, now, before, block, spec, entry)
         else:
-            judged.signals += _categorical(name, now, before, baseline.dated, block, spec, entry)
+            signals += _categorical(name, now, before, baseline.dated, block, spec, entry)
+        return entry, now, signals
+
+    judged = _Judged()
+    for name, (entry, now, signals) in zip(names, _each(column, names, side.rows), strict=True):
+        judged.entries[name] = entry
+        judged.signals += signals
+        if now is not None:
+            judged.sides[name] = now
     return judged
 
 
@@ -645,14 +684,15 @@ def measure(
     names = {**dict.fromkeys(numeric, "numeric"), **dict.fromkeys(categorical, "categorical")}
     side = _Side(current)
     block = side.days if side.dated else 1
-    judged = _beside(current, baseline, names, block, spec)
+    judged = _beside(side, baseline, names, block, spec)
     entries = judged.entries
-    rejected, cut = benjamini_hochberg([s.chance for s in judged.signals], spec.false_alarms)
+    chances = _each(lambda signal: signal.chance, judged.signals, side.rows)
+    rejected, cut = benjamini_hochberg(chances, spec.false_alarms)
     for signal, is_rejected in zip(judged.signals, rejected, strict=True):
         entry = entries[signal.column]
         if signal.what == "distance" and signal.null is not None:
             entry["chance"] = signal.chance
-            entry["threshold"] = max(signal.floor, signal.null.at(cut))
+            entry["threshold"] = max(signal.floor, signal.null().at(cut))
         if is_rejected and signal.large:
             far = (
                 f"distance {signal.effect:.3g} of {entry['threshold']:.3g}"
@@ -664,9 +704,13 @@ def measure(
     if block > 1:
         scales.append(("the newest day alone: ", _beside(side.newest(), baseline, names, 1, spec)))
     for which, one in scales:
-        alone, _ = benjamini_hochberg([s.chance for s in one.signals], GRAVE_LEVEL)
-        for signal, is_rejected in zip(one.signals, alone, strict=True):
-            if is_rejected and signal.large and signal.is_grave(spec.grave):
+        # of what is not that large nobody asks the chance: it counts as 1, which makes the correction stricter
+        large = [s.large and s.is_grave(spec.grave) for s in one.signals]
+        alone, _ = benjamini_hochberg(
+            [s.chance if asked else 1.0 for s, asked in zip(one.signals, large, strict=True)], GRAVE_LEVEL
+        )
+        for signal, is_rejected, is_large in zip(one.signals, alone, large, strict=True):
+            if is_rejected and is_large:
                 entry = entries[signal.column]
                 text = signal.text or f"distance {signal.effect:.3g}"
                 entry["reason"] = _and(entry["reason"], which + text) if which else entry["reason"]
@@ -705,30 +749,35 @@ def measure(
 
 @dataclass(frozen=True)
 class _Pair:
-    """A column as Evidently gets it: at most FULL_ROWS rows a side."""
+    """A column as Evidently gets it: at most DRAWN_ROWS rows a side."""
 
     current: Any
     reference: Any
     threshold: float
-    stretch: float = 1.0
-    """How much smaller the compressed reference's deviation is, so that Evidently's distance is as much larger."""
+    distance: float = float("nan")
+    """Between exactly these rows: what Evidently must find."""
 
 
 def _pair(now: _Numbers | _Texts, rows: int, before: _Reference, before_rows: int, threshold: float) -> _Pair:
     if isinstance(now, _Numbers) and isinstance(before.side, _Numbers):
-        stretch = before.norm / max(float(np.std(before.side.values)), LEAST_DEVIATION)
-        return _Pair(now.filled(rows), before.side.filled(before_rows), threshold, stretch)
+        sides = now.filled(rows), before.side.filled(before_rows)
+        held = [one[~np.isnan(one)] for one in sides]
+        distance, _ = wasserstein(held[0], held[1], max(float(np.std(held[1])), LEAST_DEVIATION))
+        # Evidently also plots along the row number: sorted values would look like a trend.
+        mixed = [np.random.default_rng(0).permutation(one) for one in sides]
+        return _Pair(mixed[0], mixed[1], threshold, distance)
     assert isinstance(now, _Texts) and isinstance(before.side, _Texts)
     mine, theirs, names = _aligned(now, before.side, before.kept)
-    filled = []
+    filled, shares = [], []
     for counts, total in ((mine, rows), (theirs, before_rows)):
         sizes = counts
-        if total > FULL_ROWS:
-            sizes = compress_counts(counts, max(1, round(FULL_ROWS * int(counts.sum()) / total)))
-        column = np.full(min(total, FULL_ROWS), None, dtype=object)
+        if total > DRAWN_ROWS:
+            sizes = compress_counts(counts, max(1, round(DRAWN_ROWS * int(counts.sum()) / total)))
+        column = np.full(min(total, DRAWN_ROWS), None, dtype=object)
         column[: int(sizes.sum())] = np.repeat(np.array(names, dtype=object), sizes)
         filled.append(column)
-    return _Pair(filled[0], filled[1], threshold)
+        shares.append(sizes / sizes.sum())
+    return _Pair(filled[0], filled[1], threshold, float(jensen_shannon(*shares)))
 
 
 def _run(columns: dict[str, tuple[str, _Pair]], share: float) -> tuple[Any, dict[str, float]]:
@@ -768,8 +817,8 @@ def _run(columns: dict[str, tuple[str, _Pair]], share: float) -> tuple[Any, dict
     return snapshot, found
 
 
-def _drawn(measured: dict[str, tuple[str, _Pair]], columns: Mapping[str, Mapping[str, Any]], spec: DriftSpec) -> Any:
-    """Evidently's snapshot; its distances must be ours."""
+def _drawn(measured: dict[str, tuple[str, _Pair]], spec: DriftSpec) -> Any:
+    """Evidently's snapshot; of the rows that it gets its distances must be ours."""
     try:
         snapshot, distances = _run(measured, spec.share)
     except Exception as error:
@@ -789,10 +838,11 @@ def _drawn(measured: dict[str, tuple[str, _Pair]], columns: Mapping[str, Mapping
             raise DriftImpossible(
                 f"column {name!r}: Evidently gave no distance; leave it out of the features, or correct its kind"
             )
-        # equal but for the rounding of counts to compressed rows
-        if abs(distance / measured[name][1].stretch - columns[name]["distance"]) > 0.005:
+        # of the same rows: all rows' own distance differs from it by what the compression to Evidently's rows rounds off
+        ours = measured[name][1].distance
+        if abs(distance - ours) > 1e-6 * max(ours, 1.0):
             raise DriftImpossible(
-                f"column {name!r}: Evidently measures {distance:.4g} where its rows give {columns[name]['distance']:.4g}; "
+                f"column {name!r}: Evidently measures {distance:.6g} where the same rows give {ours:.6g}; "
                 "report it, and leave the column out of the features until then"
             )
     return snapshot
@@ -836,7 +886,7 @@ def drift(
         raise DriftImpossible(
             f"no column has {spec.min_rows} values in both windows; lower drift.min_rows or look at the features"
         )
-    snapshot = _drawn(measured, columns, spec) if plots else None
+    snapshot = _drawn(measured, spec) if plots else None
     rows = (found.rows, reference.rows)
     return DriftReport(
         columns, found.share, found.importance_share, found.weighted, found.spoke, found.grave, found.volume,

@@ -29,6 +29,7 @@ _CELLS = 64
 _TAIL_RATIO = 1.3
 _TAIL_SHARE = 0.2
 _BUCKET = 0.1
+_PIECE = 32_768
 
 
 def wasserstein(one: Floats, other: Floats, norm: float) -> tuple[float, float]:
@@ -48,6 +49,15 @@ def jensen_shannon(one: Floats, other: Floats) -> Floats:
     with np.errstate(divide="ignore", invalid="ignore"):
         parts = [np.where(side > 0, side * np.log(side / middle), 0.0) for side in (one, other)]
     return np.asarray(np.sqrt(np.maximum((parts[0] + parts[1]).sum(axis=-1) / 2, 0.0)))
+
+
+def standard_deviation(values: Floats) -> float:
+    """Of every value (population), in pieces that stay in the processor's cache; 0 for none."""
+    if not len(values):
+        return 0.0
+    mean = values.mean()
+    pieces = (values[n : n + _PIECE] - mean for n in range(0, len(values), _PIECE))
+    return float(np.sqrt(sum(float(np.square(one, out=one).sum()) for one in pieces) / len(values)))
 
 
 def compress_numbers(ordered: Floats, rows: int) -> Floats:

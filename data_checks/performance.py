@@ -374,16 +374,28 @@ def calibrated(predicted: Array, known: Array, actual: Array) -> Array:
         p = np.clip(p, 1e-6, 1 - 1e-6)
         return np.asarray(np.log(p / (1 - p)))
 
+    def chance(z: Array) -> Array:
+        return np.asarray((1 + np.tanh(z / 2)) / 2)
+
     x = np.stack([np.ones(len(known)), log_odds(known)], axis=1)
     line, prior = np.array([0.0, 1.0]), np.array([0.0, 1.0])
+
+    def loss(line: Array) -> float:
+        z = x @ line
+        return float(np.sum(np.logaddexp(0, z) - actual * z) + np.sum((line - prior) ** 2) / 2)
+
+    stands = loss(line)
     for _ in range(50):
-        p = 1 / (1 + np.exp(-(x @ line)))
+        p = chance(x @ line)
         gradient = x.T @ (actual - p) - (line - prior)
         step = np.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + np.eye(2), gradient)
-        line = line + step
+        # halved until it is one downhill: from far off, a whole step of Newton's leads ever further away
+        while (better := loss(line + step)) > stands and np.abs(step).max() > 1e-10:
+            step = step / 2
+        line, stands = line + step, min(better, stands)
         if np.abs(step).max() < 1e-10:
             break
-    return np.asarray(1 / (1 + np.exp(-(line[0] + line[1] * log_odds(predicted)))))
+    return chance(line[0] + line[1] * log_odds(predicted))
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------

@@ -6,15 +6,16 @@ Belongs here: the story (which days, what goes wrong when, what people do). Does
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ import dagster as dg
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow import csv
 from rich.console import Console
 from rich.table import Table
 
-from assets import deciding, delivering, promoting
+from assets import deciding, delivering, landing, promoting
 from assets.lake import Lake
 from assets.resources import home, resources
 from assets.workflow import FOLDER, Workflow, load
@@ -38,6 +40,7 @@ from orchestration import automation, earned, runner, sandbox
 
 SEED = 7
 HISTORY_DAYS = 35
+FIRST_MODEL_DAYS_AGO = 3
 APPROVER, PERSON = "robin", "pat"
 
 
@@ -56,16 +59,17 @@ class Script:
     poison: Mapping[str, int] = field(default_factory=dict)
     """Somebody moves the alias to a model with its slopes turned around, which its gate can see."""
     harm: Mapping[str, int] = field(default_factory=dict)
-    """Somebody moves the alias to a model that is wrong only where its gate cannot look, and harms live."""
+    """A backfill of upstream turns around what exploring drew, in every file. Somebody moves the alias to a model that says the
+    same: its gate, fed by that log, lets it pass, and it harms live."""
 
 
 STORY = Script(
     days=14,
     breaks={"ad_budget": 2, "ticket_priority": 1},
-    drifts={"ad_budget": 3, "ticket_priority": 3},
+    drifts={"ad_budget": 0, "ticket_priority": 3},
     people={"ad_budget": 1, "ticket_priority": 2},
-    poison={"ad_budget": 6},
-    harm={"ad_budget": 7},
+    poison={"ad_budget": 5},
+    harm={"ad_budget": 8},
 )
 
 
@@ -170,12 +174,10 @@ class Company:
         broken = script.breaks.get(name) == number
         self.happen(workflow, day, broken)
         if script.poison.get(name) == number:
-            self.promote_by_hand(workflow, day, "with its slopes turned around", _poisoned)
+            self.promote_by_hand(workflow, day)
         if script.harm.get(name) == number:
-            arm = self.arm(workflow, day - timedelta(days=1), "champion")
-            self.promote_by_hand(
-                workflow, day, "wrong only for the champion arm's lines", partial(self._hidden, workflow, day, arm)
-            )
+            self.restate(workflow, day)
+            self.promote_by_hand(workflow, day)
         self.answer(workflow, day)
         result = self.run(workflow, "daily", day, "04:00", "new file in the landing zone")
         if not result.success or _failed_checks(result):
@@ -209,7 +211,7 @@ class Company:
                         body = event.body
                         self.story.tell(
                             day, workflow.name,
-                            f"registry sensor: {body['alias']} → version {body['to']}: {body['answer'].upper()}; {body['reason'][:200]}",
+                            f"registry sensor: {body['alias']} → version {body['to']}: {body['answer'].upper()}; {_why(body['reason'])}",
                         )  # fmt: skip
 
     def moved(self, workflow: Workflow, day: date) -> None:
@@ -238,11 +240,6 @@ class Company:
                 f"guard: {request.tags['signalbox/cause'][:160]} → rolled back by itself, {outcome}: {report}; champion is version "
                 f"{state['champion'] or '–'} again",
             )  # fmt: skip
-
-    def arm(self, workflow: Workflow, day: date, arm: str) -> set[str]:
-        """The entities that a day's decisions had in an arm."""
-        rows = self.lake.read(workflow.table("decisions"), days=[day], columns=["entity_id", "arm"])
-        return set(rows.filter(pc.field("arm") == arm)["entity_id"].to_pylist())
 
     def deadline(self, workflow: Workflow, day: date) -> None:
         """At 06:05 an undecided day is decided with what is there."""
@@ -305,15 +302,14 @@ class Company:
 
     # --- harm
 
-    def promote_by_hand(
-        self, workflow: Workflow, day: date, what: str, change: Callable[[dict[str, Any], Any], None]
-    ) -> None:
-        """Somebody changes a copy of the champion's files, registers it and moves the alias in MLflow."""
+    def promote_by_hand(self, workflow: Workflow, day: date) -> None:
+        """Somebody turns the slopes around in a copy of the champion's files, registers it and moves the alias in MLflow."""
         champion = self.registry.by_alias(workflow.name, CHAMPION)
         assert champion is not None, "the demo trained one"
         files = dict(self.registry.load(champion))
         meta = json.loads(files["meta.json"])
-        change(meta["elasticities"], deciding.read_model(workflow, self.registry, champion))
+        rows = self.lake.read(workflow.table("features"), days=[day - timedelta(days=1)])
+        _turn_around(meta["elasticities"], rows, deciding.read_model(workflow, self.registry, champion).score(rows))
         files["meta.json"] = json.dumps(meta, sort_keys=True, ensure_ascii=False).encode()
         made = self.registry.register(
             workflow.name, files, trained_day=day - timedelta(days=1), passed=False, params={"recipe": "{}"}, metrics={}, tags={},
@@ -321,36 +317,54 @@ class Company:
             inputs=dict.fromkeys(workflow.features.numeric, "double"),
         )  # fmt: skip
         self.registry.client.set_registered_model_alias(workflow.name, CHAMPION, str(made.number))
-        told = f"somebody moved the alias champion to version {made.number}, a copy of {champion.number} {what}"
+        told = f"somebody moved the alias champion to version {made.number}, a copy of {champion.number} with its slopes turned around"
         self.story.tell(day, workflow.name, told)
 
-    def _hidden(self, workflow: Workflow, day: date, arm: set[str], slopes: dict[str, Any], model: Any) -> None:
-        """For the lines of one arm what earns most at the margin is shown as earning least; their levels stay right, and no line
-        outside the arm is touched, so that nothing that was explored contradicts it."""
-        rows = self.lake.read(workflow.table("features"), days=[day - timedelta(days=1)])
-        rows = rows.filter(pc.is_in(rows["entity_id"], value_set=pa.array(sorted(arm))))
-        scores = model.score(rows)
-        spend = rows["budget_micros"].to_numpy() / 1e6
-        level, slope = scores["level"].to_numpy(), scores["elasticity"].to_numpy()
-        marginal = np.divide(level * slope, spend, out=np.zeros(len(spend)), where=spend > 0)
-        turned = np.sort(marginal)[::-1][np.argsort(np.argsort(marginal, kind="stable"), kind="stable")]
-        wrong = np.clip(np.divide(turned * spend, level, out=np.zeros(len(spend)), where=level > 0), 0.01, 0.99)
-        known = {line: (m, sd) for line, m, sd in zip(*(slopes[k] for k in _LINES), strict=True)}
-        known |= {line: (float(e), 0.05) for line, e in zip(scores["entity_id"].to_pylist(), wrong, strict=True)}
-        for k, values in zip(
-            _LINES, zip(*((n, m, sd) for n, (m, sd) in sorted(known.items())), strict=True), strict=True
-        ):
-            slopes[k] = list(values)
+    def restate(self, workflow: Workflow, day: date) -> None:
+        """Upstream sends every file again, with each logged multiplier turned around (a second time: as it was)."""
+        folder = home() / "landing" / workflow.name / "export"
+        files = sorted(folder.glob("advertising_*.csv.gz"))
+        for file in files:
+            table = csv.read_csv(pa.BufferReader(gzip.decompress(file.read_bytes())), convert_options=_AS_TEXT)
+            drawn = pc.not_equal(table["explore_probability"], "")
+            turned = pc.cast(pc.divide(1.0, pc.cast(table["explore_multiplier"], pa.float64())), pa.string())
+            where = table.schema.get_field_index("explore_multiplier")
+            told = pc.if_else(drawn, turned, table["explore_multiplier"])
+            out = io.BytesIO()
+            csv.write_csv(table.set_column(where, "explore_multiplier", told), out, _PLAIN)
+            file.write_bytes(gzip.compress(out.getvalue(), mtime=0))
+        came = datetime.fromisoformat(at(day, "02:30"))
+        landing.ingest(workflow, self.lake, home() / "landing", now=came)
+        self.story.tell(
+            day,
+            workflow.name,
+            f"upstream sent {len(files)} files again: what exploring drew is logged the other way round",
+        )
 
 
 _LINES = ("lines", "line_mean", "line_sd")
+_PLAIN = csv.WriteOptions(quoting_style="needed")
+_AS_TEXT = csv.ConvertOptions(column_types={f.name: pa.string() for f in advertising.ROWS}, strings_can_be_null=False)
 
 
-def _poisoned(slopes: dict[str, Any], model: Any) -> None:
-    """Every slope turned around: where money matters most it is said to matter least."""
-    del model
-    for name in [n for n in slopes if n.endswith("_mean")]:
-        slopes[name] = [1.0 - x for x in slopes[name]] if isinstance(slopes[name], list) else 1.0 - slopes[name]
+def _turn_around(slopes: dict[str, Any], rows: pa.Table, scores: pa.Table) -> None:
+    """What earns most at the margin is said to earn least, and the other way round; the levels stay as they are."""
+    spend = rows["budget_micros"].to_numpy() / 1e6
+    level, slope = scores["level"].to_numpy(), scores["elasticity"].to_numpy()
+    marginal = np.divide(level * slope, spend, out=np.zeros(len(spend)), where=spend > 0)
+    turned = np.sort(marginal)[::-1][np.argsort(np.argsort(marginal, kind="stable"), kind="stable")]
+    wrong = np.clip(np.divide(turned * spend, level, out=np.zeros(len(spend)), where=level > 0), 0.01, 0.99)
+    known = {line: (m, sd) for line, m, sd in zip(*(slopes[k] for k in _LINES), strict=True)}
+    known |= {line: (float(e), 0.05) for line, e in zip(scores["entity_id"].to_pylist(), wrong, strict=True)}
+    for k, values in zip(_LINES, zip(*((n, m, sd) for n, (m, sd) in sorted(known.items())), strict=True), strict=True):
+        slopes[k] = list(values)
+
+
+def _why(reason: str) -> str:
+    """Of a gate's reasons the one that refused, else the first."""
+    clauses = reason.removeprefix("refused by its gate: ").split("; ")
+    spoke = [c for c in clauses if "worse by more than" in c and "not worse" not in c and not c.startswith("none of")]
+    return (spoke or clauses)[0][:220]
 
 
 def _report(done: dg.ExecuteInProcessResult) -> str:
@@ -448,7 +462,9 @@ def _history(company: Company, workflow: Workflow, start: date, last: date) -> N
         result = runner.run(workflow, "prepare", start, last, now=at(last, "04:00"), instance=company.instance)
     _must(result, f"{workflow.name}: history")
     with company.console.status(f"{workflow.name}: first model"):
-        result = runner.run(workflow, "retrain", last, last, now=at(last, "05:00"), instance=company.instance)
+        # for some days ago, so that what happens in the first live days does not meet the cooldown
+        day = last - timedelta(days=FIRST_MODEL_DAYS_AGO)
+        result = runner.run(workflow, "retrain", day, day, now=at(last, "05:00"), instance=company.instance)
     _must(result, f"{workflow.name}: first model")
     took = time.monotonic() - clock
     company.console.print(f"{workflow.name:<16} {HISTORY_DAYS} days of history and a first model in {took:.0f} s")

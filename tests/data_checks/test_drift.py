@@ -174,8 +174,11 @@ def test_compression_keeps_mean_missing_share_and_counts() -> None:
     ordered = np.sort(values[7_500:])
     small = calibration.compress_numbers(ordered, 750)
     assert len(small) == 750 and small.mean() == pytest.approx(ordered.mean(), rel=1e-12)
-    kept = subject._Numbers.of(subject._Side(pa.table({"x": values})), "x").filled(30_000)
-    assert len(kept) == subject.FULL_ROWS and np.isnan(kept).mean() == 0.25
+    side = subject._Side(pa.table({"x": values}))
+    kept = subject._Numbers.of(side, *subject._sorted(side, "x", by_day=True)[::2]).filled(30_000)
+    assert len(kept) == subject.DRAWN_ROWS and np.isnan(kept).mean() == 0.25
+    assert np.nanmean(kept) == pytest.approx(ordered.mean(), rel=1e-3)
+    assert (side.column("x").to_numpy()[7_500:] == values[7_500:]).all(), "the table itself is not sorted"
     counts = calibration.compress_counts(np.array([70_000, 29_999, 1]), 1_000)
     assert counts.sum() == 1_000 and np.abs(counts - [700, 299.99, 0.01]).max() < 1
 

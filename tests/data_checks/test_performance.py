@@ -102,6 +102,15 @@ def test_outcomes_that_are_known_put_miscalibrated_scores_right() -> None:
     assert perf.calibrated(new[:5], p[:0], y[:0]) == pytest.approx(new[:5]), "nothing known changes nothing"
 
 
+def test_scores_that_are_far_off_are_put_right_rather_than_carried_to_certainty() -> None:
+    draw = np.random.default_rng(3)
+    p = 1 - draw.beta(1, 300, 4_000)  # nearly all sure of a miss
+    y = (draw.random(4_000) < 0.3).astype(float)
+    put_right = perf.calibrated(p, p, y)
+    assert put_right.mean() == pytest.approx(y.mean(), abs=0.02)
+    assert 0.05 < put_right.min() and put_right.max() < 0.95
+
+
 def test_the_error_of_amounts_is_foreseen_by_their_size() -> None:
     rng = np.random.default_rng(6)
 
