@@ -15,15 +15,16 @@ import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import pyarrow.compute as pc
 
 from assets.lake import Lake
 from assets.workflow import Workflow
 from delivery.ledger import Busy, Ledger
+from models.gate import Verdict
 from models.registry import (
     CHALLENGER,
     CHAMPION,
@@ -44,16 +45,7 @@ _PATIENCE_S = 60.0
 """How long one move waits for another of the same workflow; each takes well under a second."""
 
 
-class Judged(Protocol):
-    """What a gate answers (``models.gate.Verdict``)."""
-
-    @property
-    def passed(self) -> bool: ...
-    @property
-    def reasons(self) -> tuple[str, ...]: ...
-
-
-Judge = Callable[[Version, Version | None], Judged]
+Judge = Callable[[Version, Version | None], Verdict]
 """Judges a version beside the champion."""
 
 
@@ -550,6 +542,7 @@ class Answer:
     actor: str
     answer: Literal["recorded", "put back"]
     reason: str
+    figures: Mapping[str, Any] = field(default_factory=dict)
 
 
 def reconcile(
@@ -599,36 +592,40 @@ def _requests(ledger: Ledger, registry: Registry, name: str) -> dict[str, tuple[
 
 def _judged(
     workflow: Workflow, registry: Registry, ledger: Ledger, alias: str, to: int | None, judge: Judge
-) -> tuple[Literal["recorded", "put back"], str]:
-    """The answer to a request, with its reason."""
+) -> tuple[Literal["recorded", "put back"], str, Mapping[str, Any]]:
+    """The answer to a request, with its reason and the gate's figures (none where it was not asked)."""
     name, state = workflow.name, live(ledger, workflow)
     if alias == PREVIOUS:
         return (
             "put back",
             "previous_champion names who decided before the champion; the ledger knows, nobody chooses it",
+            {},
         )
     if to is None:
         if alias == CHALLENGER:
-            return "recorded", "the challenger was taken out"
-        return "put back", f"a champion is not taken out by its alias: signalbox rollback --workflow {name} --model N"
+            return "recorded", "the challenger was taken out", {}
+        how = f"signalbox rollback --workflow {name} --model N"
+        return "put back", f"a champion is not taken out by its alias: {how}", {}
     stands = registry.standing(name)
     version = stands.versions.get(to)
     why = _unusable(version, {**state, "digests": {}}, to)
     if version is None or why:
         lift = f"; only a named person unblocks it: signalbox lift {name} {to}" if version is not None else ""
-        return "put back", why + lift
+        return "put back", why + lift, {}
     if alias == CHALLENGER and to == state["champion"]:
-        return "put back", f"version {to} is the champion"
+        return "put back", f"version {to} is the champion", {}
     if alias == CHALLENGER and not (workflow.promotion.shadow_days or workflow.promotion.canary_days):
-        return "put back", "the workflow has neither shadow nor canary: set promotion.shadow_days or canary_days"
+        return "put back", "the workflow has neither shadow nor canary: set promotion.shadow_days or canary_days", {}
     try:
         registry.load(version)
         against = stands.versions.get(state["champion"] or -1)
         verdict = judge(version, against if against is not None and against.number != to else None)
     except (ModelMissing, ModelUnreadable) as error:
-        return "put back", f"unreadable: {first_line(error)}"
+        return "put back", f"unreadable: {first_line(error)}", {}
     said = "; ".join(verdict.reasons)
-    return ("recorded", said or "passed its gate") if verdict.passed else ("put back", f"refused by its gate: {said}")
+    if verdict.passed:
+        return "recorded", said or "passed its gate", verdict.figures
+    return "put back", f"refused by its gate: {said}", verdict.figures
 
 
 def _gate(workflow: Workflow, registry: Registry, lake: Lake, now: datetime) -> Judge:
@@ -636,11 +633,10 @@ def _gate(workflow: Workflow, registry: Registry, lake: Lake, now: datetime) -> 
     day = now.date() - timedelta(days=1)
     day = day if now >= workflow.cutoff_of(day) else day - timedelta(days=1)
 
-    def judge(version: Version, against: Version | None) -> Judged:
+    def judge(version: Version, against: Version | None) -> Verdict:
         from assets import gating
 
-        found: Judged = gating.judge(workflow, lake, registry, version, day, against=against)
-        return found
+        return gating.judge(workflow, lake, registry, version, day, against=against)
 
     return judge
 
@@ -649,7 +645,7 @@ def _settle(workflow: Workflow, registry: Registry, ledger: Ledger, one: Answer)
     """Write an answer to the ledger, then bring the alias after it."""
     name = workflow.name
     state, stands = live(ledger, name), registry.standing(name)
-    told = {"reason": one.reason, "alias": one.alias, "request": True}
+    told = {"reason": one.reason, "alias": one.alias, "request": True, "figures": dict(one.figures)}
     if one.to is not None:
         told["digest"] = stands.versions[one.to].digest
     if one.answer == "recorded" and one.to is None:

@@ -148,11 +148,11 @@ class Firm:
 
 
 def passes(version: Version, against: Version | None) -> Verdict:
-    return Verdict(True, ("not worse",))
+    return Verdict(True, ("not worse",), {"harm": {"point": -0.1}})
 
 
 def refuses(version: Version, against: Version | None) -> Verdict:
-    return Verdict(False, (f"worse than version {against.number if against else 'none'} by 12%",))
+    return Verdict(False, (f"worse than version {against.number if against else 'none'} by 12%",), {"harm": {"point": 0.12}})
 
 
 def never(version: Version, against: Version | None) -> Verdict:
@@ -411,6 +411,9 @@ def test_every_alias_that_is_moved_gets_an_answer(
     firm.person(alias, to)
     (given_,) = firm.reconcile(verdict)
     assert (given_.answer, given_.alias, given_.to) == (answer, alias, to) and why in given_.reason
+    told = [p.evidence["figures"] for p in firm.ledger.promotions(NAME) if p.evidence.get("request")]
+    if verdict is not never:
+        assert told == [verdict(firm.version(to), None).figures], "the ledger keeps what the gate measured"
     assert firm.live() == then and firm.in_line() and firm.reconcile() == []
 
 
