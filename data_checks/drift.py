@@ -99,6 +99,11 @@ class DriftSpec(BaseModel):
         description="Days judged together, the partition's own the last: a week, so that no weekday is mistaken for drift",
     )
     reference_days: int = Field(default=28, gt=0, description="Days before the window that `trailing` compares with")
+    moment: str | None = Field(
+        default=None,
+        description="Rows judged: those of this moment, of features and scores alike; null: all. What stays from day to day moves "
+        "with the work that is left, and is no drift of what comes",
+    )
     min_rows: int = Field(
         default=100, gt=1, description="Fewer rows, or fewer values of a column, on either side are not measured"
     )
@@ -143,6 +148,11 @@ class DriftSpec(BaseModel):
     categorical: tuple[str, ...] | None = Field(
         default=None, description="Feature columns measured as categories; null: those of the model"
     )
+
+    @property
+    def least_days(self) -> int:
+        """Days with rows that a reference needs: two windows, for nobody knows from less how far one lies from another."""
+        return min(2 * self.window_days, self.reference_days)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

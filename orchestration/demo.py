@@ -58,9 +58,10 @@ class Script:
     """People change some of what is about to be sent."""
     poison: Mapping[str, int] = field(default_factory=dict)
     """Somebody moves the alias to a model with its slopes turned around, which its gate can see."""
+    restated: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """A backfill of upstream turns around what exploring drew, in every file; and it is put right again."""
     harm: Mapping[str, int] = field(default_factory=dict)
-    """A backfill of upstream turns around what exploring drew, in every file. Somebody moves the alias to a model that says the
-    same: its gate, fed by that log, lets it pass, and it harms live."""
+    """Somebody moves the alias to a model that says the same: its gate, fed by that log, lets it pass, and it harms live."""
 
 
 STORY = Script(
@@ -69,7 +70,8 @@ STORY = Script(
     drifts={"ad_budget": 0, "ticket_priority": 3},
     people={"ad_budget": 1, "ticket_priority": 2},
     poison={"ad_budget": 5},
-    harm={"ad_budget": 8},
+    restated={"ad_budget": (6, 12)},
+    harm={"ad_budget": 7},
 )
 
 
@@ -175,8 +177,10 @@ class Company:
         self.happen(workflow, day, broken)
         if script.poison.get(name) == number:
             self.promote_by_hand(workflow, day)
+        if number in script.restated.get(name, ()):
+            first = number == script.restated[name][0]
+            self.restate(workflow, day, "the other way round" if first else "rightly again")
         if script.harm.get(name) == number:
-            self.restate(workflow, day)
             self.promote_by_hand(workflow, day)
         self.answer(workflow, day)
         result = self.run(workflow, "daily", day, "04:00", "new file in the landing zone")
@@ -320,7 +324,7 @@ class Company:
         told = f"somebody moved the alias champion to version {made.number}, a copy of {champion.number} with its slopes turned around"
         self.story.tell(day, workflow.name, told)
 
-    def restate(self, workflow: Workflow, day: date) -> None:
+    def restate(self, workflow: Workflow, day: date, how: str) -> None:
         """Upstream sends every file again, with each logged multiplier turned around (a second time: as it was)."""
         folder = home() / "landing" / workflow.name / "export"
         files = sorted(folder.glob("advertising_*.csv.gz"))
@@ -338,7 +342,7 @@ class Company:
         self.story.tell(
             day,
             workflow.name,
-            f"upstream sent {len(files)} files again: what exploring drew is logged the other way round",
+            f"upstream sent {len(files)} files again: what exploring drew is logged {how}",
         )
 
 

@@ -198,7 +198,9 @@ def _judge_scores(workflow: Workflow, lake: Lake, day: date) -> _Scores:
     skipped = [f.name for f in schema if f.name not in (*numeric, "day", "entity_id", "moment")]
     left_out = f"; not judged: {', '.join(skipped)} (no plain numbers)" if skipped else ""
     columns = ["day", *numeric]
-    current, past = (lake.read(table, version=version, days=d, columns=columns) for d in (window, before))
+    current, past = (
+        lake.read(table, version=version, days=d, where=_judged_rows(workflow), columns=columns) for d in (window, before)
+    )
     if not numeric or min(current.num_rows, past.num_rows) < workflow.drift.min_rows:
         return _Scores(
             None, False, "{}", "", f"scores not judged: {current.num_rows} rows beside {past.num_rows}{left_out}"
@@ -222,6 +224,10 @@ def _judge_scores(workflow: Workflow, lake: Lake, day: date) -> _Scores:
         return _Scores(None, False, "{}", "", f"scores not judged: {error}{left_out}")
     text = f"scores beside {said['name']}: {drift.sentence(report)}{left_out}"
     return _Scores(report.drifted, bool(report.grave), json.dumps(report.json, sort_keys=True), report.html, text)
+
+
+def _judged_rows(workflow: Workflow) -> pc.Expression | None:
+    return None if workflow.drift.moment is None else pc.field("moment") == workflow.drift.moment
 
 
 def _is_number(kind: pa.DataType) -> bool:
@@ -282,9 +288,10 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
                 judged[day] = (not scores_drifted, row["text"])
                 continue
             row["reference"] = json.dumps(beside.said, sort_keys=True)
-            current = lake.lake.read(table, version=version, days=window, columns=columns)
+            rows = _judged_rows(workflow)
+            current = lake.lake.read(table, version=version, days=window, where=rows, columns=columns)
             if beside.days not in known:
-                past = lake.lake.read(table, version=version, days=beside.days, columns=columns)
+                past = lake.lake.read(table, version=version, days=beside.days, where=rows, columns=columns)
                 known.clear()  # a trailing reference is never met again
                 if past.num_rows:
                     known[beside.days] = drifts.Baseline(
@@ -294,6 +301,11 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
             past_rows = baseline.rows if baseline else 0
             if baseline is None or min(current.num_rows, past_rows) < spec.min_rows:
                 few = f"{current.num_rows} rows beside {past_rows}, {spec.min_rows} of each are needed"
+            elif baseline.days < spec.least_days:
+                few = f"{baseline.days} days of reference have rows, {spec.least_days} are needed to know how days vary"
+            else:
+                few = ""
+            if few or baseline is None:
                 row["text"] = f"not judged: {few}; {scores.text}"
                 judged[day] = (not scores_drifted, row["text"])
                 continue

@@ -23,13 +23,14 @@ def test_a_reference_is_named_with_its_days_and_versions(ads: Bench, tmp_path: P
     bench = ads.copy(tmp_path / "bench")
     champion = registry.as_of("ad_budget", bench.last)[0]
     trailing = stage.reference(bench.workflow, bench.lake, champion, bench.last, 3)
+    window = bench.workflow.drift.window_days
     assert trailing.said == {
-        "name": "trailing", "features_version": 3, "days": 28, "first_day": str(bench.last - timedelta(days=30)),
-        "last_day": str(bench.last - timedelta(days=3)),
+        "name": "trailing", "features_version": 3, "days": 28, "first_day": str(bench.last - timedelta(days=window + 27)),
+        "last_day": str(bench.last - timedelta(days=window)),
     }  # fmt: skip
     pinned = saying(bench.workflow, reference="pinned", pinned_from=bench.days[2], pinned_to=bench.last)
     chosen = stage.reference(pinned, bench.lake, None, bench.last, 3)
-    assert chosen.days == tuple(bench.days[2:-3]), "the window's own days are no reference for it"
+    assert chosen.days == tuple(bench.days[2:-window]), "the window's own days are no reference for it"
     training = saying(bench.workflow, reference="training")
     with pytest.raises(stage.ReferenceMissing, match="no champion"):
         stage.reference(training, bench.lake, None, bench.last, 3)
@@ -82,6 +83,46 @@ def test_a_unit_change_is_found_on_its_day_and_recorded_with_its_reference(
     assert json.loads(found["reference"])["name"] == "trailing" and found["scores_drifted"] is None
     assert "scores not judged: no day has been scored" in found["text"]
     assert (tmp_path / "reports" / "ad_budget" / str(broken) / "drift.json").is_file()
+
+
+def test_a_short_reference_is_not_judged_and_only_the_rows_of_one_moment_are(
+    queue: Bench, ads: Bench, tmp_path: Path, registry: Registry
+) -> None:
+    def judged(bench: Bench, workflow: Workflow) -> dict[str, object]:
+        result = dg.materialize(
+            [stage.build(workflow)],
+            partition_key=str(bench.last),
+            resources={
+                "lake": LakeResource(root=str(bench.root / "lake")),
+                "registry": RegistryResource(ui="http://mlflow", uri=registry.uri, artifacts=registry.artifacts),
+                "reports": ReportsResource(
+                    root=str(tmp_path / "reports"), ui="http://reports", evidently_workspace=str(tmp_path / "evidently"),
+                    evidently_ui="http://evidently",
+                ),
+            },
+        )  # fmt: skip
+        assert result.success
+        (row,) = bench.lake.read(f"{workflow.name}/drift", days=[bench.last]).to_pylist()
+        return dict(row)
+
+    bench = queue.copy(tmp_path / "queue")
+    early = judged(bench, bench.workflow)
+    assert not early["judged"] and "5 days of reference have rows, 14 are needed" in str(early["text"])
+    # tickets that stay open are described again every day: which of them are left is no drift of what comes
+    assert bench.workflow.drift.moment == "intake"
+    table = "ticket_priority/features"
+    rows = bench.lake.read(table, days=[bench.last])
+    left = pa.array(
+        [5.0 if m == "open" else p for m, p in zip(*(rows[c].to_pylist() for c in ("moment", "priority")), strict=True)]
+    )
+    place = rows.schema.get_field_index("priority")
+    bench.lake.replace_days(
+        table, rows.set_column(place, "priority", left.cast(rows.schema.field(place).type)), [bench.last]
+    )
+    daily = saying(bench.workflow, window_days=1, min_rows=20)
+    arrived, every = (judged(bench, saying(daily, moment=m)) for m in ("intake", None))
+    drifted = [json.loads(str(found["columns"]))["priority"]["drifted"] for found in (arrived, every)]
+    assert drifted == [False, True]
 
 
 def test_scores_are_judged_only_among_days_that_one_version_scored(ads: Bench, tmp_path: Path) -> None:

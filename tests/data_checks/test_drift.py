@@ -3,7 +3,7 @@
 import json
 import os
 import socket
-from datetime import datetime
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +217,28 @@ def test_the_report_is_json_and_the_page_opens_without_a_network(clean: DriftRep
     assert set(clean.json["columns"]) == {*NUMERIC, *CATEGORICAL}
     assert "://" not in clean.html and "<script" not in clean.html
     assert compare(window(400, 2)).html == clean.html
+
+
+def dated(days: int, rows: int, seed: int) -> pa.Table:
+    said = [date(2016, 5, 1) + timedelta(days=seed + n) for n in range(days) for _ in range(rows)]
+    return window(days * rows, seed).append_column("day", pa.array(said, pa.date32()))
+
+
+def test_days_whose_volume_moved_are_json_too() -> None:
+    moved = compare(dated(2, 150, 40), dated(10, 400, 1), DriftSpec(reference_days=4, min_rows=50, volume_change=0.2))
+    assert moved.volume_drifted and moved.drifted
+    assert json.loads(json.dumps(moved.json)) == moved.json
+
+
+def test_hundreds_of_categories_round_off_in_the_pictures_and_not_in_the_verdict() -> None:
+    shares = 1 / np.arange(1, 181)
+    sides = [
+        pa.table({"site": np.random.default_rng(seed).choice(180, 60_000, p=shares / shares.sum()).astype(str)})
+        for seed in (1, 2)
+    ]
+    report = drift(*sides, numeric=[], categorical=["site"], spec=SPEC)
+    counts = [np.bincount(s["site"].to_numpy().astype(int), minlength=180) / 60_000 for s in sides]
+    assert report.columns["site"]["distance"] == pytest.approx(jensenshannon(*counts)) and not report.drifted
 
 
 def files(root: Path) -> dict[str, bytes]:

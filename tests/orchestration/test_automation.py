@@ -255,7 +255,8 @@ def test_the_newest_drifted_day_is_retrained_for_with_its_reason(watch: Watch) -
     measured(watch.lake, {DAY - timedelta(days=3): True, DAY - timedelta(days=1): True, DAY: False})
     request = asked(watch.look())
     assert request.partition_key == "2026-03-09" and "3 of 4 columns" in request.tags["signalbox/cause"]
-    assert request.run_key == "ad_budget:retrain:features:2026-03-03:2026-03-09:1"
+    first = date(2026, 3, 9) - timedelta(days=watch.workflow.drift.window_days - 1)
+    assert request.run_key == f"ad_budget:retrain:features:{first}:2026-03-09:1"
     assert watch.actions() == ["merged", "asked"]
 
 
