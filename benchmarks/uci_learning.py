@@ -9,13 +9,13 @@ cores. A state folder that stands is gone on with: what was prepared and trained
 Every day D from 1 April on is scored, its drift and performance are judged, and a retraining runs where one is asked for, with
 what was known at D's cut-off; a version passes its gate and its days in shadow as in production. Judged are the tickets opened
 from 1 April to 31 May, at their first event, by what became of them in the end. ``once`` is the model trained for 31 March, with
-which the other two begin; ``every day`` is trained for every day's cut-off and scores the next day, with no gate.
+which the others begin; ``triggers and Mondays`` is with the weekly schedule, too; ``every day`` is trained for every day's cut-off
+and scores the next day, with no gate.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -68,17 +68,29 @@ def _materialise(assets: list[Any], day: date, now: str, instance: Any) -> None:
     assert done.success, f"{day} failed"
 
 
-def live(workflow: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Every day under the triggers; returns the triggers of the ledger and the versions' lives."""
+_LIVED = (
+    "scores", "scoring", "drift", "performance", "training_set", "shadow", "shadow_scores", "decisions", "batches", "arms",
+)  # fmt: skip
+
+
+def live(workflow: Any, *, calendar: bool) -> tuple[list[dict[str, Any]], pa.Table]:
+    """Every day under the triggers, from nothing but the prepared tables; ``calendar``: with the Mondays, too.
+
+    Returns the triggers of the ledger, and P(missed) of every ticket at its first event.
+    """
     import dagster as dg
 
     from assets import retraining
-    from assets.resources import resources
+    from assets.resources import home, resources
     from assets.stages import decisions, drift, performance, scoring, training
     from orchestration.automation import retrain_request
 
-    given = resources()
-    lake = given["lake"].lake
+    for name in ("ledger.db", "ledger.db-wal", "ledger.db-shm", "mlflow.db", "mlflow-artifacts"):
+        gone = home() / name
+        shutil.rmtree(gone) if gone.is_dir() else gone.unlink(missing_ok=True)
+    for name in _LIVED:
+        shutil.rmtree(home() / "lake" / workflow.name / name, ignore_errors=True)
+    lake = resources()["lake"].lake
     train = [training.build_training_set(workflow), training.build_model(workflow)]
     daily = [stage.build(workflow) for stage in (scoring, decisions, drift, performance)]
     with dg.DagsterInstance.ephemeral() as instance:
@@ -90,11 +102,9 @@ def live(workflow: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             _materialise(daily, day, now, instance)
             later = resources(now)
             clock = later["clock"].now
-            book = later["ledger"].open(clock)
-            try:
-                request = retrain_request(workflow, lake, book, clock(), retraining.Runs())
-            finally:
-                book.close()
+            monday = {day: retraining.calendar(day)} if calendar and day.weekday() == 6 else None
+            with later["ledger"].open(clock) as book:
+                request = retrain_request(workflow, lake, book, clock(), retraining.Runs(), monday)
             said = ""
             if isinstance(request, dg.RunRequest):
                 at = date.fromisoformat(str(request.partition_key))
@@ -102,21 +112,12 @@ def live(workflow: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
                 said = request.tags["signalbox/cause"]
             print(f"{day} {time.monotonic() - began:5.1f} s {said}", flush=True)
             day += timedelta(days=1)
-    book = given["ledger"].open(clock)
-    try:
+    with resources()["ledger"].open(clock) as book:
         triggers = [dict(e.body) for e in book.events("trigger", workflow.name)]
-        lives = [
-            {
-                "version": p.version,
-                "action": p.action,
-                "at": str(p.at),
-                "trained": str(p.evidence.get("trained_day", "")),
-            }
-            for p in book.promotions(workflow.name)
-        ]
-    finally:
-        book.close()
-    return triggers, lives
+        for p in book.promotions(workflow.name):
+            print(f"version {p.version} {p.action} {p.at}")
+    scores = lake.read(workflow.table("scores"), columns=["day", "entity_id", "moment", "p_miss"])
+    return triggers, scores.filter(pc.field("moment") == "intake")
 
 
 def every_day(workflow: Any, kept: Path) -> dict[date, Any]:
@@ -143,7 +144,7 @@ def every_day(workflow: Any, kept: Path) -> dict[date, Any]:
     return found
 
 
-def foreseen(workflow: Any, models: dict[date, Any]) -> pa.Table:
+def foreseen(workflow: Any, models: dict[date, Any], lived: dict[str, pa.Table]) -> pa.Table:
     """P(missed) of every ticket at its first event by each way of training, with what became of it; one row a ticket."""
     from assets import point_in_time
     from assets.resources import resources
@@ -153,14 +154,17 @@ def foreseen(workflow: Any, models: dict[date, Any]) -> pa.Table:
     day = JUDGED_FROM
     while day <= LAST:
         rows = lake.read(workflow.table("features"), days=[day]).filter(pc.field("moment") == "intake")
-        scores = lake.read(workflow.table("scores"), days=[day]).filter(pc.field("moment") == "intake")
-        place = pc.index_in(rows["entity_id"], value_set=scores["entity_id"].combine_chunks())
+        by_way = {}
+        for way, scores in lived.items():
+            mine = scores.filter(pc.field("day") == pc.scalar(day))
+            place = pc.index_in(rows["entity_id"], value_set=mine["entity_id"].combine_chunks())
+            by_way[way] = mine["p_miss"].take(place).combine_chunks()
         parts.append(
             pa.table({
                 "day": pa.array([day] * rows.num_rows, pa.date32()),
                 "entity_id": rows["entity_id"],
-                "triggers": scores["p_miss"].take(place).combine_chunks(),
                 "once": models[FIRST_TRAINING].p_miss(rows),
+                **by_way,
                 "every day": models[day - timedelta(days=1)].p_miss(rows),
             })
         )  # fmt: skip
@@ -176,7 +180,7 @@ def foreseen(workflow: Any, models: dict[date, Any]) -> pa.Table:
     ).to_arrow_table()
 
 
-WAYS = ("once", "triggers", "every day")
+WAYS = ("once", "triggers", "triggers and Mondays", "every day")
 
 
 def measured(rows: pa.Table) -> dict[str, dict[str, float]]:
@@ -218,7 +222,7 @@ def plot(rows: pa.Table, asked: list[dict[str, Any]], file: Path) -> None:
     at = np.datetime64(JUDGED_FROM) + weeks * 7 + 3
     figure = Figure(figsize=(9, 6), layout="constrained")
     for axis, name in zip(figure.subplots(2, 1, sharex=True), ("roc_auc", "brier"), strict=True):
-        for way, colour in zip(WAYS, ("#999999", "#c0392b", "#2c3e50"), strict=True):
+        for way, colour in zip(WAYS, ("#999999", "#c0392b", "#e0a030", "#2c3e50"), strict=True):
             values = [figures(missed[week == w], rows[way].to_numpy()[week == w])[name] for w in weeks]
             axis.plot(at, values, marker="o", label=way, color=colour, linewidth=2 if way == "triggers" else 1)
         for one in asked:
@@ -246,27 +250,15 @@ def main() -> int:
     os.environ["SIGNALBOX_HOME"] = str(state / "home")
     os.environ["DAGSTER_HOME"] = str(state / "home" / "dagster")
     workflow = _prepare(data)
-    for name in ("ledger.db", "mlflow.db", "mlflow-artifacts", "lived.json"):
-        gone = state / "home" / name
-        shutil.rmtree(gone) if gone.is_dir() else gone.unlink(missing_ok=True)
-    for table in (
-        "scores",
-        "scoring",
-        "drift",
-        "performance",
-        "training_set",
-        "shadow",
-        "shadow_scores",
-        "decisions",
-        "batches",
-    ):
-        shutil.rmtree(state / "home" / "lake" / workflow.name / table, ignore_errors=True)
-    triggers, lives = live(workflow)
-    asked = [t for t in triggers if t["action"] == "asked"]
     models = every_day(workflow, state / "every_day")
-    rows = foreseen(workflow, models)
+    lived, asked, triggers = {}, {}, {}
+    for way, calendar in (("triggers and Mondays", True), ("triggers", False)):
+        triggers[way], lived[way] = live(workflow, calendar=calendar)
+        asked[way] = [t for t in triggers[way] if t["action"] == "asked"]
+    rows = foreseen(workflow, models, lived)
     told = measured(rows)
-    trainings = {"once": 1, "triggers": 1 + len({t["day"] for t in asked}), "every day": len(models)}
+    days = {way: len({t["day"] for t in found} | {str(FIRST_TRAINING)}) for way, found in asked.items()}
+    trainings = {"once": 1, **days, "every day": len(models)}
     print(f"\n{rows.num_rows} tickets opened {JUDGED_FROM} to {LAST}")
     names = list(told["once"])
     print("| trained | trainings | " + " | ".join(names) + " |")
@@ -274,16 +266,17 @@ def main() -> int:
     for way in WAYS:
         print(f"| {way} | {trainings[way]} | " + " | ".join(f"{told[way][n]:.4f}" for n in names) + " |")
     for way in WAYS[1:]:
-        auc, brier = ((told[way][f"{n} beside once, {e}"] for e in ("low", "high")) for n in ("roc_auc", "brier"))
+        ends = [[told[way][f"{n} beside once, {e}"] for e in ("low", "high")] for n in ("roc_auc", "brier")]
         print(
-            f"{way} beside once, by day: ROC AUC {next(auc):+.4f} to {next(auc):+.4f}, Brier {next(brier):+.4f} to {next(brier):+.4f}"
+            f"{way} beside once, by day: ROC AUC {ends[0][0]:+.4f} to {ends[0][1]:+.4f}, Brier {ends[1][0]:+.4f} to {ends[1][1]:+.4f}"
         )
-    for t in triggers:
-        text = next((e["text"] for c, e in t["evidence"].items() if c == t["cause"]), "")
-        print(f"{t['day']} {t['cause']}: {t['action']} ({t['reason']}); {text[:160]}")
-    print(json.dumps(lives, indent=1))
+    for way, found in triggers.items():
+        print(f"\n{way}")
+        for t in found:
+            text = next((e["text"] for c, e in t["evidence"].items() if c == t["cause"]), "")
+            print(f"{t['day']} {t['cause']}: {t['action']} ({t['reason']}); {text[:160]}")
     if said.plot:
-        plot(rows, asked, said.plot)
+        plot(rows, asked["triggers"], said.plot)
     better = told["triggers"]["roc_auc"] > told["once"]["roc_auc"] and told["triggers"]["brier"] < told["once"]["brier"]
     return int(not better or trainings["triggers"] >= trainings["every day"] / 3)
 

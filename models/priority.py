@@ -83,7 +83,7 @@ class PriorityPolicy(BaseModel):
     review: Literal["uncertainty", "conformal"] = Field(
         default="uncertainty",
         description="What makes a ticket one for people: uncertainty (above `review_above`), or conformal (both outcomes "
-        "lie in its prediction set at the model's `confidence`; without a set, `review_above` counts)",
+        "or none lie in its prediction set at the model's `confidence`; without a set, `review_above` counts)",
     )
     review_above: float = Field(
         default=0.8, ge=0, le=1, description="A ticket with a larger uncertainty keeps its priority and goes to people"
@@ -212,7 +212,8 @@ def decide(features: pa.Table, scores: pa.Table, arms: pa.Table, spec: Mapping[s
     held = np.asarray(pc.equal(arm, "holdout"))
     kept = np.isin(now, policy.keep)
     by_set = ~np.isnan(may_miss + may_hit) if policy.review == "conformal" else np.zeros(n, dtype=bool)
-    unsure = np.where(by_set, may_miss * may_hit > 0, uncertainty > policy.review_above)
+    # an empty set, too, is of no help: neither outcome looks like those that were calibrated on
+    unsure = np.where(by_set, may_miss == may_hit, uncertainty > policy.review_above)
     review = scored & unsure & ~held
     acts = scored & ~held & ~kept & ~review
     softened = np.zeros(n, dtype=bool)
@@ -344,7 +345,7 @@ def _reasons(mark: dict[str, np.ndarray], **of: Any) -> pa.Array:
                     pa.array(mark["review"]),
                     pc.if_else(
                         pa.array(of["by_set"]),
-                        _join("Unsure, it may miss its service level and it may not (", sure, "%): a person decides, ", stays),
+                        _join("Unsure whether it misses its service level (", sure, "%): a person decides, ", stays),
                         _join("Uncertainty ", _text(of["uncertainty"], 2), " is above ", f"{of['limit']:.2f}",
                               ": a person decides, ", stays),
                     ),

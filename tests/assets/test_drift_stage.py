@@ -113,7 +113,10 @@ def test_a_short_reference_is_not_judged_and_only_the_rows_of_one_moment_are(
     table = "ticket_priority/features"
     rows = bench.lake.read(table, days=[bench.last])
     left = pa.array(
-        [5.0 if m == "open" else p for m, p in zip(*(rows[c].to_pylist() for c in ("moment", "priority")), strict=True)]
+        [
+            500.0 if m == "open" else p
+            for m, p in zip(*(rows[c].to_pylist() for c in ("moment", "priority")), strict=True)
+        ]
     )
     place = rows.schema.get_field_index("priority")
     bench.lake.replace_days(
