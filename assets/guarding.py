@@ -368,8 +368,9 @@ def _drawn(lake: Lake, table: str, known: date) -> pa.Table:
     return lake.read(table, where=by_then, columns=columns).sort_by([("epoch", "ascending"), ("unit", "ascending")])
 
 
-def entities(workflow: Workflow, lake: Lake, since: date, *, known: date) -> pa.Table:
-    """For the design ``entity``: one row an entity that was decided on from ``since`` on and whose outcome was known by then.
+def entities(workflow: Workflow, lake: Lake, since: date, *, known: date, until: date | None = None) -> pa.Table:
+    """For the design ``entity``: one row an entity that was decided on from ``since`` on (and before ``until``, where
+    given) and whose outcome was known by then.
 
     As ``observations``, with the entity as its unit and the arm of its decision; day: when its outcome became known.
     """
@@ -388,11 +389,13 @@ def entities(workflow: Workflow, lake: Lake, since: date, *, known: date) -> pa.
         query = f"""
         SELECT CAST(min(known_at) OVER (PARTITION BY entity_id) - $early AS DATE) AS day, entity_id AS unit, arm,
             {_epoch("decided_day")} AS epoch, false AS washout, CAST(1 AS BIGINT) AS n, {read}
-        FROM told AS t WHERE decided_day >= $since AND ({some})
+        FROM told AS t WHERE decided_day >= $since AND decided_day < $until AND ({some})
         QUALIFY row_number() OVER (PARTITION BY entity_id ORDER BY known_at DESC, t.day DESC) = 1
         ORDER BY 1, 2"""
         early = timedelta(hours=workflow.deadline.hour, minutes=workflow.deadline.minute)
-        given = {"since": since, "start": workflow.start, "epoch": workflow.arms.epoch, "early": early}
+        given = {
+            "since": since, "until": until or date.max, "start": workflow.start, "epoch": workflow.arms.epoch, "early": early,
+        }  # fmt: skip
         return connection.sql(query, params=given).to_arrow_table().cast(schema)
     finally:
         connection.close()
@@ -413,12 +416,17 @@ def judge_day(workflow: Workflow, lake: Lake, ledger: Ledger, day: date) -> tupl
 
 
 def judge(workflow: Workflow, lake: Lake, comparison: Comparison, day: date) -> Judged:
-    """One comparison at the cut-off of ``day``; its pre-period is the days before it began to act."""
+    """One comparison at the cut-off of ``day``; its pre-period is the days before it began to act, and for the design
+    ``entity`` what had been decided on in them.
+    """
     spec, design = _spec(workflow), workflow.arms.design
     start = comparison.start
     before: pa.Table | None = None
     if design == "entity":
         observed = entities(workflow, lake, comparison.since, known=day)
+        # what was known when the comparison began, so that a later day changes nothing of an earlier look
+        early = comparison.since - timedelta(days=spec.pre_days)
+        before = entities(workflow, lake, early, known=comparison.since, until=comparison.since)
     else:
         whole = observations(workflow, lake, start - timedelta(days=spec.pre_days), day, known=day)
         acting = pc.greater_equal(whole["day"], pa.scalar(start, pa.date32()))
@@ -628,7 +636,7 @@ def condemned(ledger: Ledger, workflow: Workflow) -> list[Condemned]:
         begun = "rolled back" in later or (version is None and len(left) < len(own))
         wanted = bool(left) if begun else version in acting
         if wanted and not _AGAIN.intersection(later):
-            reason = f"{event.body['comparison']}, {event.body['day']}: {'; '.join(event.body['reasons'])}"
+            reason = promoting.reason_of(event.body)
             found[event.body["comparison"], version] = Condemned(
                 event.body["comparison"], version, since, day, reason, left, event.seq
             )

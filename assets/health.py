@@ -292,9 +292,9 @@ def _months(
 
 
 def _now(ledger: Ledger, workflow: Workflow, batches: Sequence[BatchRow], now: datetime) -> dict[str, Any]:
-    """What is open, and who is live, by the newest that the ledger knows."""
+    """Who is live at ``now``, and what is open by the newest that the ledger knows."""
     name = workflow.name
-    stop, live = ledger.stopped(name), promoting.live(ledger, name)
+    stop, live = ledger.stopped(name), promoting.live(ledger, name, until=now)
     every = [b for b in ledger.batches(name) if b.recorded_at <= now]
     newest = {b.day: b for b in sorted(batches, key=lambda b: b.sequence)}
     four_eyes = workflow.delivery.approval.four_eyes if workflow.delivery is not None else False

@@ -49,21 +49,23 @@ Judge = Callable[[Version, Version | None], Verdict]
 """Judges a version beside the champion."""
 
 
-def live(ledger: Ledger, workflow: Workflow | str) -> dict[str, Any]:
-    """Which versions are live, from the ledger alone.
+def live(ledger: Ledger, workflow: Workflow | str, until: datetime | None = None) -> dict[str, Any]:
+    """Which versions are live, from the ledger alone; with ``until`` (naive UTC) as it stood then.
 
     ``champion``: number or None. ``previous``: the champion before it, or None. ``challenger``: (number, "shadow" or
-    "canary") or None. ``blocked``: the numbers that were rolled back and not lifted. ``digests``: by number, the digest
+    "canary") or None. ``blocked``: the numbers that were rolled back and not lifted. ``lifted``: those that a person let
+    be promoted again. ``digests``: by number, the digest
     of the files that were given their place. ``since``: when champion and challenger got their places (naive UTC).
     """
     champions: list[int] = []
     challenger: tuple[int, Stage] | None = None
     blocked: set[int] = set()
+    lifted: set[int] = set()
     digests: dict[int, str] = {}
     since: dict[str, datetime] = {}
     for one in ledger.promotions(workflow if isinstance(workflow, str) else workflow.name):
         number, was = one.version, champions[-1:]
-        if number is None:
+        if number is None or (until is not None and one.at > until):
             continue
         if one.evidence.get("digest"):
             digests[number] = str(one.evidence["digest"])
@@ -82,8 +84,10 @@ def live(ledger: Ledger, workflow: Workflow | str) -> dict[str, Any]:
             challenger = None if is_challenger else challenger
         if one.action == "rolled back":
             blocked.add(number)
+            lifted.discard(number)
         elif one.action == "lifted":
             blocked.discard(number)
+            lifted.add(number)
         if champions[-1:] != was:
             since["champion"] = one.at
     if challenger is None:
@@ -93,6 +97,7 @@ def live(ledger: Ledger, workflow: Workflow | str) -> dict[str, Any]:
         "previous": champions[-2] if len(champions) > 1 else None,
         "challenger": challenger,
         "blocked": sorted(blocked),
+        "lifted": sorted(lifted),
         "digests": digests,
         "since": since,
     }
@@ -230,6 +235,9 @@ def _follow(registry: Registry, name: str, state: Mapping[str, Any], stands: Sta
     for number in state["blocked"]:
         if number in stands.versions and not stands.versions[number].blocked:
             registry.block(name, number, "rolled back (see the ledger)")
+    for number in state["lifted"]:
+        if number in stands.versions and stands.versions[number].blocked:
+            registry.lift(name, number)
     moves = {
         alias: number
         for alias, number in wanted.items()
@@ -416,6 +424,11 @@ def _verdict(ledger: Ledger, name: str, number: int, since: datetime) -> Mapping
     return said[-1] if said else None
 
 
+def reason_of(verdict: Mapping[str, Any]) -> str:
+    """Why a verdict of the regression guard (the body of its event) takes something back, in a sentence."""
+    return f"{verdict['comparison']}, {verdict['day']}: {'; '.join(verdict['reasons'])}"
+
+
 def advance(
     workflow: Workflow,
     registry: Registry,
@@ -445,6 +458,10 @@ def advance(
             number = state["challenger"][0]
             action = {"canary": "canary", "champion": "promoted", "blocked": "rolled back"}[move]
             told = {**evidence, "reason": why, "day": str(day), "digest": stands.versions[number].digest}
+            if move == "blocked":
+                # as the guard's rollback of its batches says it: the two are one incident, whichever comes first
+                said = evidence["verdict"]
+                told |= {"reason": reason_of(said) if said.get("reasons") else why, "trigger": "guard"}
             ledger.promotion(name, number, action, "signalbox", told)
         _follow(registry, name, live(ledger, name), stands)
     return move
@@ -504,6 +521,42 @@ def _find_heir(ledger: Ledger, name: str, stands: Standing, of: int) -> None:
         ledger.promotion(name, heir.number, "promoted", "signalbox", why)
 
 
+class NotBlocked(LookupError):
+    """A version that was not rolled back is to be lifted."""
+
+
+def lift(name: str, registry: Registry, ledger: Ledger, number: int, *, actor: str, reason: str) -> str:
+    """Take the block off a version that was rolled back: it may be promoted again, and is not by this alone.
+
+    Rerunnable; what is lifted already is recorded once. A registry that is down holds nothing up, as in ``step_back``:
+    returns what its server said (empty where it was told), and the next reconcile takes the block off there.
+    Raises ModelMissing where the version is gone or never was, and NotBlocked.
+    """
+    stands, error = None, ""
+    with _alone(ledger, name):
+        try:
+            stands = _begin(registry, ledger, name)
+        except unreachable() as lost:
+            error = first_line(lost)[:300]
+        state = live(ledger, name)
+        if stands is not None and number not in stands.versions:
+            raise ModelMissing(f"model {name!r} has no version {number}")
+        tagged = stands is not None and stands.versions[number].blocked
+        if number in state["blocked"] or (tagged and number not in state["lifted"]):
+            ledger.promotion(name, number, "lifted", actor, {"reason": reason})
+        elif number not in state["lifted"]:
+            where = f" as far as the ledger knows, and MLflow does not answer: {error}" if error else ""
+            raise NotBlocked(f"model {name!r} version {number} is not blocked{where}; there is nothing to lift")
+        if stands is not None:
+            try:
+                _follow(registry, name, live(ledger, name), stands)
+            except unreachable() as lost:
+                error = first_line(lost)[:300]
+        if error:
+            ledger.note(BEHIND, {"workflow": name, "version": number, "reason": error})
+    return error
+
+
 # --- what people move -------------------------------------------------------------------------------------------------
 
 
@@ -528,6 +581,11 @@ def pending(registry: Registry, ledger: Ledger, name: str) -> list[str]:
         f"version {n} is blocked and does not say so"
         for n in state["blocked"]
         if n in stands.versions and not stands.versions[n].blocked
+    ]
+    said += [
+        f"version {n} was lifted and still says that it is blocked"
+        for n in state["lifted"]
+        if n in stands.versions and stands.versions[n].blocked
     ]
     return said
 

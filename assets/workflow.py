@@ -322,7 +322,9 @@ class Workflow(Strict):
     drift: DriftSpec
     retraining: Retraining = Field(default=Retraining(), validate_default=True)
     promotion: Promotion = Promotion()
-    delivery: Delivery | None = Field(default=None, description="Left out: decisions are recorded and sent nowhere")
+    delivery: Delivery | None = Field(
+        default=None, validate_default=True, description="Left out: decisions are recorded and sent nowhere"
+    )
     contract: Contract = Field(description="contract.yaml; never written in workflow.yaml")
     folder: Path = Field(description="Where it was read; never written in workflow.yaml")
 
@@ -359,6 +361,21 @@ class Workflow(Strict):
         if value.canary_days and not shares.get("challenger"):
             raise ValueError(
                 f"canary_days: {value.canary_days} days need units in the arm challenger; give it a share in arms.shares"
+            )
+        if value.canary_days and "regression" in info.data and info.data["regression"] is None:
+            raise ValueError(
+                f"canary_days: {value.canary_days} days end with the regression guard's verdict, which nobody would give; "
+                "write a section regression, or leave canary_days out"
+            )
+        return value
+
+    @field_validator("delivery")
+    @classmethod
+    def _canary_is_sent(cls, value: Delivery | None, info: Any) -> Delivery | None:
+        if value is None and "promotion" in info.data and (waits := info.data["promotion"].canary_days):
+            raise ValueError(
+                f"promotion.canary_days: {waits} days end with the regression guard's verdict on what was sent, and nothing "
+                "is; write a section delivery, or leave canary_days out"
             )
         return value
 

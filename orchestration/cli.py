@@ -212,6 +212,7 @@ def main() -> None:
     from assets.guarding import NoHistory
     from assets.lake import TableMissing
     from assets.point_in_time import StageSqlError
+    from assets.promoting import NotBlocked
     from assets.resources import home
     from assets.workflow import WorkflowInvalid
     from delivery.approvals import ApprovalError
@@ -228,7 +229,7 @@ def main() -> None:
     except (
         FeaturesMissing, ReplayImpossible, TableMissing, StageSqlError, WorkflowInvalid, ModelMissing, ModelUnreadable,
         ModelBlocked, NothingToDeliver, TooLate, ApprovalError, Misconfigured, Unavailable, LedgerError, PushError,
-        RollbackError, NoHistory,
+        RollbackError, NoHistory, NotBlocked,
     ) as error:  # fmt: skip
         Console(stderr=True).print(str(error), style="red", highlight=False, markup=False)
         _leave(1)

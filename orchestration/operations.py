@@ -432,18 +432,20 @@ def rollback(
 
 def lift(workflow: str, version: int, reason: Reason, name: As = None, as_json: Json = False) -> None:
     """Take the block off a model version that was rolled back, so that it may be promoted again."""
+    from assets import promoting
     from orchestration import runner
     from orchestration.cli import workflow_named
 
     workflow_named(workflow)
     with ledger() as book:
-        runner.registry().lift(workflow, version)
-        book.promotion(workflow, version, "lifted", who(name), {"reason": reason})
-    told(
-        {"workflow": workflow, "version": version, "lifted": True},
-        as_json,
-        [f"{workflow} version {version} may be promoted again."],
-    )
+        behind = promoting.lift(workflow, runner.registry(), book, version, actor=who(name), reason=reason)
+    lines = [f"{workflow} version {version} may be promoted again."]
+    if behind:
+        lines.append(
+            f"MLflow still says that it is blocked, it could not be told ({behind}); the ledger counts. The next reconcile "
+            "mends it, or this command given again."
+        )
+    told({"workflow": workflow, "version": version, "lifted": True, "registry_behind": behind}, as_json, lines)
 
 
 def explain(

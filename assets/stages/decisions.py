@@ -1,4 +1,4 @@
-"""Stage 7, ``decisions``: the action chosen for each entity, with its reasons, and the guardrails over the batch.
+"""The stage ``decisions``: the action chosen for each entity, with its reasons, and the guardrails over the batch.
 
 Belongs here: the asset. Does not: the policies (``models``), the guardrails (``data_checks.guardrails``) or the batch's
 record (``assets.deciding``, ``assets.delivering``), what the challenger would have decided (``assets.shadowing``). Sending a

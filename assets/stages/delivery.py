@@ -1,4 +1,4 @@
-"""Stage 8, ``delivery``: the batch sent downstream and proved by reading it back; and what became of its decisions.
+"""The stages ``delivery`` and ``decision_outcomes``: the batch sent downstream and proved by reading it back; and what became of its decisions.
 
 Belongs here: the two assets. Does not: sending (``delivery.push``), which batch counts (``assets.delivering``), or giving
 an approval (the ``signalbox`` command): a run only consumes one that stands in the ledger.

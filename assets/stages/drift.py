@@ -1,4 +1,4 @@
-"""Stage 8, ``drift``: how far a day's features and scores lie from a named reference, as a report for people and figures for a sensor.
+"""The stage ``drift``: how far a day's features and scores lie from a named reference, as a report for people and figures for a sensor.
 
 Belongs here: choosing the windows, what is recorded of them, and the asset. Does not: the distances (``data_checks.drift``) or
 the decision to retrain (``assets.retraining``, which reads what is stored here).
@@ -15,10 +15,12 @@ import dagster as dg
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from assets import promoting
 from assets.lake import Lake
-from assets.resources import LakeResource, RegistryResource, ReportsResource
+from assets.resources import ClockResource, LakeResource, LedgerResource, RegistryResource, ReportsResource
 from assets.stages.common import days, folded, stage
 from assets.workflow import Workflow
+from delivery.ledger import Ledger
 from models.registry import ModelMissing, ModelUnreadable, Registry, Version
 
 LEAST_SCORED_DAYS = 8
@@ -114,19 +116,22 @@ def _gains(registry: Registry, version: Version) -> tuple[tuple[str, float], ...
 
 
 def importances(
-    workflow: Workflow, registry: Registry, day: date
+    workflow: Workflow, registry: Registry, ledger: Ledger, day: date
 ) -> tuple[Version | None, dict[str, float] | None, str]:
-    """The champion of ``day``, the share of its gain in each feature, and a sentence where that is not known."""
+    """The champion of ``day``, the share of its gain in each feature, and a sentence where that is not known.
+
+    By the ledger (``promoting.lineup``): an alias that somebody moved changes nothing before it is answered.
+    """
     from lightgbm.basic import LightGBMError
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     champion: Version | None = None
     try:
-        counted = registry.as_of(workflow.name, day)
-        if not counted:
+        line = promoting.lineup(registry, ledger, workflow.name, day).versions
+        champion = next((version for _, version, _ in line if version is not None), None)
+        if champion is None:
             return None, None, f"columns weigh alike: no champion for {day}"
-        champion = counted[0]
         return champion, dict(_gains(registry, champion)), ""
     except (
         ModelMissing,
@@ -199,7 +204,8 @@ def _judge_scores(workflow: Workflow, lake: Lake, day: date) -> _Scores:
     left_out = f"; not judged: {', '.join(skipped)} (no plain numbers)" if skipped else ""
     columns = ["day", *numeric]
     current, past = (
-        lake.read(table, version=version, days=d, where=_judged_rows(workflow), columns=columns) for d in (window, before)
+        lake.read(table, version=version, days=d, where=_judged_rows(workflow), columns=columns)
+        for d in (window, before)
     )
     if not numeric or min(current.num_rows, past.num_rows) < workflow.drift.min_rows:
         return _Scores(
@@ -253,7 +259,12 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         checks={"stable": (False, "No drift has been found: neither of the features nor of the scores")},
     )
     def drift(
-        context: dg.AssetExecutionContext, lake: LakeResource, registry: RegistryResource, reports: ReportsResource
+        context: dg.AssetExecutionContext,
+        lake: LakeResource,
+        ledger: LedgerResource,
+        registry: RegistryResource,
+        clock: ClockResource,
+        reports: ReportsResource,
     ) -> dg.MaterializeResult:
         from data_checks import drift as drifts
 
@@ -266,8 +277,10 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         columns = ["day", *numeric, *categorical]
         version = lake.lake.version(table)
         known: dict[tuple[date, ...], drifts.Baseline] = {}
+        with ledger.open(clock.now) as book:
+            champions = {day: importances(workflow, registry.registry, book, day) for day in span}
         for day in span:
-            champion, gains, unknown = importances(workflow, registry.registry, day)
+            champion, gains, unknown = champions[day]
             scores = _judge_scores(workflow, lake.lake, day)
             scores_page = reports.write(workflow.name, day, "drift_scores.html", scores.page)[1] if scores.page else ""
             scores_drifted = None

@@ -1,4 +1,4 @@
-"""Stage 2, ``features``: an entity as of a date, from what was known at the day's cut-off.
+"""The stage ``features``: an entity as of a date, from what was known at the day's cut-off.
 
 Belongs here: the asset. Does not: the filter by ``known_at`` (``assets.point_in_time``) or the SQL (the workflow's folder).
 """

@@ -1,4 +1,4 @@
-"""Stage 11, ``health``: how the loop itself is doing, as one table and one picture.
+"""The stage ``health``: how the loop itself is doing, as one table and one picture.
 
 Belongs here: the asset and its page. Does not: the figures (``assets.health``), or acting on them.
 """
@@ -10,7 +10,7 @@ from datetime import date, timedelta
 import dagster as dg
 import pyarrow as pa
 
-from assets import delivering
+from assets import delivering, guarding
 from assets import health as loop
 from assets.resources import ClockResource, LakeResource, LedgerResource, ReportsResource, preview
 from assets.stages.common import days, stage
@@ -23,7 +23,8 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
     @stage(
         workflow,
         "health",
-        deps=["decisions", "decision_outcomes"],
+        # the day's verdict, too, where one is given
+        deps=["decisions", "decision_outcomes", *(["regression"] if guarding.guarded(workflow) else [])],
         description=f"What the loop promoted, retrained and took back in {loop.WINDOW_DAYS} days, how fast, how often "
         "people stepped in, deadlines and bad days; from the ledger.",
         kinds={"deltalake"},

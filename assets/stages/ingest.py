@@ -1,4 +1,4 @@
-"""Stage 1, ``events``: landing zone → events and quarantine, with the contract's checks.
+"""The stage ``events``: landing zone → events and quarantine, with the contract's checks.
 
 Belongs here: the asset and what a person sees of it. Does not: reading files (``assets.landing``) or judging them
 (``data_checks.contract``).

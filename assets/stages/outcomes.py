@@ -1,4 +1,4 @@
-"""Stage 3, ``outcomes``: what became of an entity, in the partition of the day for whose cut-off it became known.
+"""The stage ``outcomes``: what became of an entity, in the partition of the day for whose cut-off it became known.
 
 The label for training now, the judge of decisions later. Belongs here: the asset. Does not: the SQL (the workflow's folder).
 """

@@ -1,4 +1,4 @@
-"""Stage 11, ``performance``: how well the scores do, estimated while outcomes are missing and realised as they become known.
+"""The stage ``performance``: how well the scores do, estimated while outcomes are missing and realised as they become known.
 
 Belongs here: the asset. Does not: the figures (``data_checks.performance``), which scores meet which outcomes
 (``assets.performing``), or what a fall starts (``assets.retraining``, which reads what is stored here).

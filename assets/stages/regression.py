@@ -1,4 +1,4 @@
-"""Stage 10, ``regression``: whether what acts does harm, as a verdict that a sensor can act on and a sequence that people can see.
+"""The stage ``regression``: whether what acts does harm, as a verdict that a sensor can act on and a sequence that people can see.
 
 Belongs here: the asset, its plot and its page. Does not: what is compared (``assets.guarding``), the statistics
 (``data_checks.regression``), or taking anything back (``orchestration.automation`` starts that).

@@ -1,4 +1,4 @@
-"""Stage 6, ``scores``: what a model, or the rule, says of each entity of a day.
+"""The stage ``scores``: what a model, or the rule, says of each entity of a day.
 
 Belongs here: the asset. Does not: the steps of a bad day (``assets.deciding``), who is champion and challenger
 (``assets.promoting``) or the learners (``models.learners``).

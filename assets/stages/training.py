@@ -1,4 +1,4 @@
-"""Stages 4 and 5, ``training_set`` and ``model``: matured outcomes → a registered version, promoted when it passes its gate.
+"""The stages ``training_set`` and ``model``: matured outcomes → a registered version, which takes its first place when it passes its gate.
 
 Belongs here: the two assets. Does not: learning (``models.learners``), judging (``models.gate``), MLflow (``models.registry``).
 """
@@ -60,7 +60,7 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
         workflow,
         "model",
         deps=["training_set"],
-        description="A LightGBM model registered in MLflow with its card; it becomes champion when it passes its gate.",
+        description="A LightGBM model registered in MLflow with its card; it takes its first place when it passes its gate.",
         kinds={"lightgbm", "mlflow"},
         checks={"gate": (False, "Beats the rule, and is not worse than the champion by more than the margin")},
         pool=GPU_POOL,

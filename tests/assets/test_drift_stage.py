@@ -1,6 +1,7 @@
 """The stage ``drift``: its named references, what it records, and how days are counted."""
 
 import json
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -8,11 +9,24 @@ import dagster as dg
 import pyarrow as pa
 import pytest
 
-from assets.resources import LakeResource, RegistryResource, ReportsResource
+from assets.resources import ClockResource, LakeResource, LedgerResource, RegistryResource, ReportsResource
 from assets.stages import drift as stage
 from assets.workflow import Workflow
+from delivery.ledger import Ledger
 from models.registry import Registry
 from tests.conftest import Bench
+from tests.support.ledgers import KEY
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIGNALBOX_LEDGER_KEY", KEY.decode())
+
+
+@pytest.fixture
+def book(tmp_path: Path, ads: Bench) -> Iterator[Ledger]:
+    with Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}", key=KEY, clock=lambda: ads.morning(ads.last)) as opened:
+        yield opened
 
 
 def saying(workflow: Workflow, **drift: object) -> Workflow:
@@ -41,12 +55,31 @@ def test_a_reference_is_named_with_its_days_and_versions(ads: Bench, tmp_path: P
     assert (found.said["model_version"], found.said["training_set_version"]) == (champion.number, at)
 
 
-def test_the_gain_of_the_champion_s_boosters_is_shared_among_its_features(ads: Bench, registry: Registry) -> None:
-    champion, gains, why = stage.importances(ads.workflow, registry, ads.last)
+def test_the_gain_of_the_champion_s_boosters_is_shared_among_its_features(
+    ads: Bench, registry: Registry, book: Ledger
+) -> None:
+    champion, gains, why = stage.importances(ads.workflow, registry, book, ads.last)
     assert champion is not None and gains is not None and not why
     assert sum(gains.values()) == pytest.approx(1.0) and max(gains.values()) <= 1
-    nobody, none, said = stage.importances(ads.workflow, registry, ads.days[0] - timedelta(days=400))
+    nobody, none, said = stage.importances(ads.workflow, registry, book, ads.days[0] - timedelta(days=400))
     assert nobody is None and none is None and "no champion" in said
+
+
+def test_an_alias_that_somebody_moved_changes_neither_importances_nor_the_reference(
+    ads: Bench, registry: Registry, book: Ledger
+) -> None:
+    for number in (1, 2):
+        digest = registry.by_number("ad_budget", number).digest
+        book.promotion("ad_budget", number, "promoted", "run", {"digest": digest})
+    before = stage.importances(ads.workflow, registry, book, ads.last)
+    registry.follow("ad_budget", {"champion": 1})
+    assert registry.as_of("ad_budget", ads.last)[0].number == 1
+    assert stage.importances(ads.workflow, registry, book, ads.last) == before
+    assert before[0] is not None and before[0].number == 2
+    # once it is answered it counts
+    book.promotion("ad_budget", 1, "promoted", "ann")
+    after = stage.importances(ads.workflow, registry, book, ads.last)
+    assert after[0] is not None and after[0].number == 1
 
 
 def test_a_unit_change_is_found_on_its_day_and_recorded_with_its_reference(
@@ -63,6 +96,8 @@ def test_a_unit_change_is_found_on_its_day_and_recorded_with_its_reference(
         [stage.build(bench.workflow)],
         resources={
             "lake": LakeResource(root=str(bench.root / "lake")),
+            "ledger": LedgerResource(url=f"sqlite:///{tmp_path / \'ledger.db\'}"),
+            "clock": ClockResource(),
             "registry": RegistryResource(ui="http://mlflow", uri=registry.uri, artifacts=registry.artifacts),
             "reports": ReportsResource(
                 root=str(tmp_path / "reports"), ui="http://reports", evidently_workspace=str(tmp_path / "evidently"),
@@ -94,6 +129,8 @@ def test_a_short_reference_is_not_judged_and_only_the_rows_of_one_moment_are(
             partition_key=str(bench.last),
             resources={
                 "lake": LakeResource(root=str(bench.root / "lake")),
+                "ledger": LedgerResource(url=f"sqlite:///{tmp_path / \'ledger.db\'}"),
+                "clock": ClockResource(),
                 "registry": RegistryResource(ui="http://mlflow", uri=registry.uri, artifacts=registry.artifacts),
                 "reports": ReportsResource(
                     root=str(tmp_path / "reports"), ui="http://reports", evidently_workspace=str(tmp_path / "evidently"),

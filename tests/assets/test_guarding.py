@@ -7,6 +7,7 @@ from datetime import date, datetime, time, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -527,3 +528,53 @@ def test_an_entity_counts_once_for_the_arm_of_its_decision_when_its_outcome_is_k
         "a": 1.0,
         "b": 0.0,
     }
+
+
+def test_what_was_decided_on_before_the_comparison_takes_the_week_out_of_its_noise(
+    tmp_path: Path, tickets_said: Workflow
+) -> None:
+    """Tickets late on some weekdays: known from the pre-period, that is no noise of the arms."""
+    said = tickets_said.model_copy(
+        update={
+            "arms": tickets_said.arms.model_copy(
+                update={
+                    "design": "entity",
+                    "washout": 0,
+                    "unit": "entity_id",
+                    "shares": {"champion": 0.5, "holdout": 0.5},
+                }
+            )
+        }
+    )
+    assert said.regression is not None
+    said = said.model_copy(update={"regression": said.regression.model_copy(update={"pre_days": 14})})
+    rng, since = np.random.default_rng(5), 20
+    rows = [
+        {"entity_id": f"{d}-{i}", "decided_day": at(d), "arm": ("champion", "holdout")[int(rng.integers(2))],
+         "known_at": datetime.combine(at(d + 1), time(12)), "late": float(rng.random() < (0.9 if d % 7 < 3 else 0.1)),
+         "day": at(d + 1)}
+        for d in range(40) for i in range(20)
+    ]  # fmt: skip
+    schema = pa.schema(
+        {"entity_id": pa.string(), "decided_day": pa.date32(), "arm": pa.string(), "known_at": pa.timestamp("us"),
+         "late": pa.float64(), "day": pa.date32()}
+    )  # fmt: skip
+    comparison = guarding.Comparison("champion vs holdout", "champion", "holdout", 1, at(since))
+
+    def looks(name: str, told: list[dict[str, Any]], day: int) -> list[dict[str, Any]]:
+        lake = Lake(str(tmp_path / name))
+        lake.replace(said.table("decision_outcomes"), pa.Table.from_pylist(told, schema=schema), predicate="true")
+        found: list[dict[str, Any]] = guarding.judge(said, lake, comparison, at(day)).judgement.looks.to_pylist()
+        return found
+
+    def widths(found: list[dict[str, Any]]) -> list[float]:
+        return [row["high"] - row["low"] for row in found[-5:]]
+
+    whole, day = looks("whole", rows, 36), at(since - 14)
+    alone = looks("alone", [r for r in rows if r["decided_day"] >= at(since)], 36)
+    kept = looks("kept", [r for r in rows if r["decided_day"] >= day], 36)
+    assert kept == whole, "pre_days of it, and no more"
+    assert np.mean(widths(whole)) < 0.75 * np.mean(widths(alone))
+    # a word on a ticket of the pre-period that came after the comparison had begun changes no look
+    late = [r | {"known_at": datetime.combine(at(30), time(9)), "late": 1.0, "day": at(30)} for r in rows[: since * 20]]
+    assert looks("late", rows + late, 36) == whole

@@ -203,6 +203,10 @@ def test_the_past_is_seen_as_it_was(book: Ledger, clock: Clock) -> None:
     then = health.examine(book, WORKFLOW, until=april(5, 10))
     assert (then.figures["rollbacks"], then.figures["rollbacks_open"], then.figures["false_rollbacks"]) == (2, 1, 0)
     assert then.figures["days_decided"] == 4
+    assert (then.now["champion"], then.now["champion_since"], then.now["blocked"]) == (1, "2026-04-03T11:00:00", [2, 9])
+    before = health.examine(book, WORKFLOW, until=april(3, 10)).now
+    assert (before["champion"], before["champion_since"], before["blocked"]) == (2, "2026-03-20T01:00:00", [9])
+    assert health.examine(book, WORKFLOW, until=april(7, 0)).now["challenger"] == {"version": 4, "stage": "canary"}
     earlier = health.examine(book, WORKFLOW, until=NOON, window_days=3)
     assert (earlier.figures["rollbacks"], earlier.figures["days_decided"], earlier.figures["retrainings"]) == (1, 3, 0)
 

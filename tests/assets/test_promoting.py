@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -18,9 +19,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from assets import deciding, delivering, explaining, point_in_time, promoting, shadowing
+from assets import deciding, delivering, explaining, guarding, health, point_in_time, promoting, shadowing
 from assets.lake import content_digest
-from assets.promoting import admit, advance, aliases, live, reconcile, step_back
+from assets.promoting import NotBlocked, admit, advance, aliases, lift, live, reconcile, step_back
 from assets.workflow import FOLDER, Promotion, Workflow, WorkflowInvalid, load
 from delivery.ledger import Ledger
 from models.gate import Verdict
@@ -222,6 +223,19 @@ def test_an_unknown_workflow_has_nothing_live(tmp_path: Path) -> None:
         }  # fmt: skip
 
 
+def test_what_was_live_at_a_time_is_told_without_what_came_after(tmp_path: Path) -> None:
+    moment = [datetime(2026, 4, 1)]
+    with opened(tmp_path, moment) as book:
+        for version, action in ((1, "promoted"), (2, "canary"), (2, "promoted"), (2, "rolled back"), (2, "lifted")):
+            book.promotion("w", version, action, "ann", {"digest": f"d{version}"})
+            moment[0] += timedelta(hours=1)
+        then = [live(book, "w", until=datetime(2026, 4, 1, hour, 30)) for hour in range(5)]
+        assert then[-1] == live(book, "w") and live(book, "w", until=datetime(2026, 3, 31))["champion"] is None
+    assert [(s["champion"], s["challenger"], s["blocked"], s["lifted"]) for s in then] == [
+        (1, None, [], []), (1, (2, "canary"), [], []), (2, None, [], []), (1, None, [2], []), (1, None, [], [2]),
+    ]  # fmt: skip
+
+
 # --- a first place ----------------------------------------------------------------------------------------------------
 
 
@@ -283,8 +297,47 @@ def test_a_blocked_version_is_not_admitted_until_a_person_lifts_it(firm: Firm) -
     firm.registry.lift(NAME, 2)
     with pytest.raises(ModelBlocked, match="see the ledger"):
         firm.admit(2)  # whoever takes the tag away has lifted nothing
-    firm.ledger.promotion(NAME, 2, "lifted", "ann")
+    firm.reconcile()
+    for _ in range(2):
+        assert lift(NAME, firm.registry, firm.ledger, 2, actor="ann", reason="the data") == ""
+    assert firm.actions()[-1] == (2, "lifted") and firm.actions().count((2, "lifted")) == 1, "recorded once"
+    assert firm.live() == (1, None, None) and firm.in_line(), "it may be promoted, and is not by this alone"
     assert firm.admit(2) == "champion" and firm.live() == (2, 1, None) and firm.in_line()
+
+
+def test_what_is_not_blocked_is_not_lifted(firm: Firm) -> None:
+    known = firm.actions()
+    with pytest.raises(promoting.NotBlocked, match="version 2 is not blocked"):
+        lift(NAME, firm.registry, firm.ledger, 2, actor="ann", reason="x")
+    with pytest.raises(ModelMissing, match="no version 99"):
+        lift(NAME, firm.registry, firm.ledger, 99, actor="ann", reason="x")
+    assert firm.actions() == known
+    # a block that somebody set by hand, of which the ledger knows nothing
+    firm.registry.block(NAME, 4, "by hand")
+    lift(NAME, firm.registry, firm.ledger, 4, actor="ann", reason="x")
+    assert not firm.version(4).blocked and firm.actions()[-1] == (4, "lifted")
+
+
+@pytest.mark.parametrize("how", ["killed", "down"])
+def test_a_lift_that_the_registry_was_not_told_of_is_mended_by_reconcile(
+    firm: Firm, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step_back(NAME, firm.registry, firm.ledger, 2, actor="ann", reason="harm", trigger="person")
+    with monkeypatch.context() as patch:
+        failing = Killed() if how == "killed" else OSError("nobody answers")
+        patch.setattr(Registry, "lift", lambda *_: (_ for _ in ()).throw(failing))
+        if how == "killed":
+            with pytest.raises(Killed):
+                lift(NAME, firm.registry, firm.ledger, 2, actor="ann", reason="the data")
+        else:
+            assert lift(NAME, firm.registry, firm.ledger, 2, actor="ann", reason="the data") == "nobody answers"
+            (behind,) = firm.ledger.events(promoting.BEHIND, NAME)
+            assert behind.body["version"] == 2
+    assert firm.actions()[-1] == (2, "lifted") and firm.version(2).blocked, "the ledger was first"
+    assert any("lifted" in one for one in promoting.pending(firm.registry, firm.ledger, NAME))
+    assert firm.reconcile() == [] and not firm.version(2).blocked
+    assert promoting.pending(firm.registry, firm.ledger, NAME) == [] and firm.actions()[-1] == (2, "lifted")
+
 
 
 def test_a_champion_admitted_at_once_ends_the_challenger_before_it(firm: Firm) -> None:
@@ -917,6 +970,29 @@ def test_a_promotion_waits_for_the_least_days_and_a_rollback_for_none(firm: Firm
     assert firm.advance(verdict={"verdict": "ROLLBACK"}) == "blocked"
 
 
+def test_a_canary_that_the_guard_blocks_and_its_batches_are_one_automatic_rollback(firm: Firm) -> None:
+    _canary(firm)
+    body = {
+        "workflow": NAME, "comparison": "challenger vs champion", "version": 3, "since": str(firm.day), "day": str(firm.day),
+        "verdict": "ROLLBACK", "reasons": ["value: harm of 2", "and of 3"], "figures": {}, "design": "cohort",
+    }  # fmt: skip
+    firm.moment[0] += timedelta(hours=1)
+    firm.ledger.note("verdict", body)
+    (asked,) = guarding.condemned(firm.ledger, firm.workflow)
+    firm.moment[0] += timedelta(hours=1)
+    assert firm.advance() == "blocked"
+    told = firm.ledger.promotions(NAME)[-1].evidence
+    assert (told["trigger"], told["reason"]) == ("guard", asked.reason)
+    (left,) = guarding.condemned(firm.ledger, firm.workflow)
+    assert left.reason == asked.reason and left.batches
+    firm.moment[0] += timedelta(hours=1)
+    for batch in left.batches:
+        firm.ledger.rollback_complete(batch, actor="guard", reason=left.reason, trigger="guard")
+    (one,) = health.examine(firm.ledger, firm.workflow, until=firm.moment[0]).rollbacks
+    assert one.automatic and set(one.versions) == {3} and set(one.batches) == set(left.batches)
+    assert one.restored == firm.moment[0] and one.noticed == firm.moment[0] - timedelta(hours=2)
+
+
 def test_too_much_disagreement_waits_for_a_person(firm: Firm) -> None:
     firm.says(Promotion(shadow_days=1, max_disagreement=0.0))
     firm.admit(3)
@@ -981,7 +1057,7 @@ STEP = st.one_of(
     st.tuples(st.just("admit"), st.integers(1, 4), st.booleans()),
     st.tuples(st.just("verdict"), st.sampled_from(["PROMOTE", "ROLLBACK", "CONTINUE"]), st.booleans()),
     st.tuples(st.just("roll back"), st.integers(1, 4), st.booleans()),
-    st.tuples(st.just("lift"), st.integers(1, 4), st.none()),
+    st.tuples(st.just("lift"), st.integers(1, 4), st.booleans()),
     st.tuples(st.just("delete"), st.integers(1, 4), st.none()),
     st.tuples(st.just("reconcile"), st.booleans(), st.booleans()),
 )
@@ -1025,22 +1101,22 @@ def test_whatever_people_guards_and_crashes_do_the_aliases_end_where_the_ledger_
             firm.advance(verdict={"verdict": first})
         elif what == "roll back":
             step_back(name, firm.registry, firm.ledger, first, actor="ann", reason="harm", trigger="person")
-        elif what == "lift" and first in stands.versions:
-            firm.registry.lift(name, first)
-            firm.ledger.promotion(name, first, "lifted", "ann")
+        elif what == "lift":
+            lift(name, firm.registry, firm.ledger, first, actor="ann", reason="no harm")
         elif what == "delete" and first in stands.versions:
             firm.registry.client.delete_model_version(name, str(first))
         elif what == "reconcile":
             firm.reconcile(passes if first else refuses)
 
     for what, first, second in steps:
-        crashes = what in ("admit", "verdict", "roll back", "reconcile") and second
+        crashes = what in ("admit", "verdict", "roll back", "lift", "reconcile") and second
         with pytest.MonkeyPatch.context() as patch:
             if crashes:
-                patch.setattr(Registry, "follow", lambda *_: (_ for _ in ()).throw(Killed()))
+                for instant in ("follow", "lift"):
+                    patch.setattr(Registry, instant, lambda *_: (_ for _ in ()).throw(Killed()))
             try:
                 act(what, first, second)
-            except (Killed, ModelBlocked, ModelMissing):
+            except (Killed, ModelBlocked, ModelMissing, NotBlocked):
                 continue
     firm.reconcile(refuses)
     state, stands = live(firm.ledger, name), firm.registry.standing(name)
@@ -1050,6 +1126,7 @@ def test_whatever_people_guards_and_crashes_do_the_aliases_end_where_the_ledger_
     assert stands.aliases == wanted, (stands.aliases, wanted)
     assert not set(wanted.values()) & set(state["blocked"]) and set(wanted.values()) <= set(stands.versions)
     assert all(stands.versions[n].blocked for n in state["blocked"] if n in stands.versions)
+    assert not any(stands.versions[n].blocked for n in state["lifted"] if n in stands.versions)
     assert firm.reconcile(never) == [] and promoting.pending(firm.registry, firm.ledger, name) == []
 
 
@@ -1073,6 +1150,12 @@ def test_a_canary_needs_units_in_its_arm(tmp_path: Path) -> None:
     more = (folder / "workflow.yaml").read_text().replace("explore: 0.4}", "explore: 0.2, challenger: 0.2}")
     (folder / "workflow.yaml").write_text(more)
     assert load(folder).promotion == Promotion(shadow_days=1, canary_days=7)
+    # nobody would ever give the verdict that it waits for
+    for section, wanted in (("regression", r"promotion: canary_days: 7 days .* write a section regression"),
+                            ("delivery", r"delivery: promotion\.canary_days: 7 days .* write a section delivery")):  # fmt: skip
+        (folder / "workflow.yaml").write_text(re.sub(rf"^{section}:\n(?:(?:[ #].*)?\n)*", "", more, flags=re.M))
+        with pytest.raises(WorkflowInvalid, match=wanted):
+            load(folder)
 
 
 def test_a_specification_of_an_earlier_release_is_still_read(firm: Firm) -> None:

@@ -183,6 +183,22 @@ def test_compression_keeps_mean_missing_share_and_counts() -> None:
     assert counts.sum() == 1_000 and np.abs(counts - [700, 299.99, 0.01]).max() < 1
 
 
+def test_columns_compressed_at_once_say_what_they_say_one_by_one(
+    clean: DriftReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subject, "THREADED_ROWS", 0)
+    assert compare(window(400, 2)).json == clean.json
+    with pytest.raises(DriftImpossible, match="'x' is string, not a number"):
+        compare(window(100, 2, x=pa.array(["a"] * 100)))
+
+
+def test_categories_and_nulls_are_counted_on_their_own_days() -> None:
+    days = pa.array([date(2016, 5, 2)] * 2 + [date(2016, 5, 1)] * 3, pa.date32())
+    side = subject._Side(pa.table({"day": days, "team": ["b", None, "a", "a", "b"]}))
+    found = subject._Texts.of(side, "team")
+    assert found.names == ("a", "b") and found.counts.tolist() == [[2, 1], [0, 1]] and found.nulls.tolist() == [0, 1]
+
+
 def test_categories_beyond_the_limit_are_one_and_rare_ones_do_not_slow_or_alarm() -> None:
     sides = [np.random.default_rng(s).integers(0, 3_000, n).astype(str) for s, n in ((1, 600), (2, 3_000))]
     report = drift(
@@ -274,7 +290,7 @@ def test_the_panels_draw_one_line_a_column_over_the_days(clean: DriftReport, tmp
     from evidently.ui.workspace import Workspace
 
     # Another number of rows gives other thresholds, which must not start other lines.
-    for day, report in ((1, clean), (2, compare(window(200, 6)))):
+    for day, report in ((1, clean), (2, compare(dated(2, 200, 6)))):
         project, _ = save(str(tmp_path), "ticket_priority", report, timestamp=datetime(2016, 5, day))
     dashboard = Workspace(str(tmp_path)).get_dashboard(UUID(project))
     assert [p.title for p in dashboard.panels] == [

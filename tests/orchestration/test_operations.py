@@ -197,6 +197,20 @@ def test_a_rollback_of_a_model_takes_its_batches_back_and_the_version_out(office
     assert not office.registry.by_number("ad_budget", version).blocked
 
 
+def test_a_lift_with_mlflow_down_stands_in_the_ledger_and_says_so(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with office.ledger() as book:
+        book.promotion("ad_budget", 1, "rolled back", "kim", {"reason": "harm"})
+    monkeypatch.setattr(Registry, "standing", lambda *_: (_ for _ in ()).throw(OSError("nobody answers")))
+    result = office("lift", "ad_budget", "1", "--reason", "was the data", "--as", "kim")
+    assert result.exit_code == 0, (result.output, result.exception)
+    said = " ".join(result.output.split())
+    assert "MLflow still says that it is blocked, it could not be told (nobody answers)" in said and "reconcile" in said
+    with office.ledger() as book:
+        assert [p.action for p in book.promotions("ad_budget")][-1] == "lifted"
+
+
 def test_everything_since_a_day_is_taken_back_whoever_decided_it(office: Office) -> None:
     row = office.decide()
     office.json("deliver", row.batch_id, "--late")
