@@ -381,12 +381,22 @@ def unattended(workflows: Sequence[Workflow]) -> list[Unattended]:
                 f"{workflow.deadline:%H:%M} UTC, undecided",
                 _deadline_schedule(workflow),
             ),
-            Unattended(f"{name}_registry", f"{name}_reconcile", "an alias moved or a version deleted in MLflow", _registry_sensor(workflow)),
+            Unattended(
+                f"{name}_registry",
+                f"{name}_reconcile",
+                "an alias moved or a version deleted in MLflow",
+                _registry_sensor(workflow),
+            ),
             Unattended(f"{name}_weekly_retrain", f"{name}_retrain", "Mondays 08:00 UTC", _weekly_schedule(workflow)),
         ]
         if workflow.delivery is not None:
             found += [
                 Unattended(f"{name}_push", f"{name}_deliver", "a batch that may go", _delivery_sensor(workflow)),
-                Unattended(f"{name}_guard", f"{name}_rollback", "a guard has spoken, or a verdict is ROLLBACK", _guard_sensor(workflow)),
+                Unattended(
+                    f"{name}_guard",
+                    f"{name}_rollback",
+                    "a guard has spoken, or a verdict is ROLLBACK",
+                    _guard_sensor(workflow),
+                ),
             ]
     return found

@@ -352,12 +352,10 @@ _AS_TEXT = csv.ConvertOptions(column_types={f.name: pa.string() for f in adverti
 
 
 def _turn_around(slopes: dict[str, Any], rows: pa.Table, scores: pa.Table) -> None:
-    """What earns most at the margin is said to earn least, and the other way round; the levels stay as they are."""
+    """Money is said to matter most where it earns least, and hardly at all where it earns most; the levels stay as they are."""
     spend = rows["budget_micros"].to_numpy() / 1e6
-    level, slope = scores["level"].to_numpy(), scores["elasticity"].to_numpy()
-    marginal = np.divide(level * slope, spend, out=np.zeros(len(spend)), where=spend > 0)
-    turned = np.sort(marginal)[::-1][np.argsort(np.argsort(marginal, kind="stable"), kind="stable")]
-    wrong = np.clip(np.divide(turned * spend, level, out=np.zeros(len(spend)), where=level > 0), 0.01, 0.99)
+    earns = np.divide(scores["level"].to_numpy(), spend, out=np.zeros(len(spend)), where=spend > 0)
+    wrong = np.where(earns < np.median(earns), 0.99, 0.01)
     known = {line: (m, sd) for line, m, sd in zip(*(slopes[k] for k in _LINES), strict=True)}
     known |= {line: (float(e), 0.05) for line, e in zip(scores["entity_id"].to_pylist(), wrong, strict=True)}
     for k, values in zip(_LINES, zip(*((n, m, sd) for n, (m, sd) in sorted(known.items())), strict=True), strict=True):

@@ -76,9 +76,19 @@ def jobs_of(workflow: Workflow) -> "list[dg.UnresolvedAssetJobDefinition | dg.Jo
     if guarding.guarded(workflow):
         daily = (*daily, *GUARD)
     found: list[dg.UnresolvedAssetJobDefinition | dg.JobDefinition] = [
-        _job(workflow, "daily", daily, "One day (or a range of days) from landed files to decisions, and what is seen of them"),
+        _job(
+            workflow,
+            "daily",
+            daily,
+            "One day (or a range of days) from landed files to decisions, and what is seen of them",
+        ),
         _job(workflow, "prepare", PREPARE, "Events, features and outcomes alone: history before the first model"),
-        _job(workflow, "retrain", RETRAIN, "A candidate from the matured outcomes; past its gate it goes into shadow or canary, or is champion"),
+        _job(
+            workflow,
+            "retrain",
+            RETRAIN,
+            "A candidate from the matured outcomes; past its gate it goes into shadow or canary, or is champion",
+        ),
         _job(workflow, "decide", DECIDE, "Scores and decisions of a day whose deadline has come, with what is there"),
     ]
     if sends:

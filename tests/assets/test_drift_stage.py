@@ -96,7 +96,7 @@ def test_a_unit_change_is_found_on_its_day_and_recorded_with_its_reference(
         [stage.build(bench.workflow)],
         resources={
             "lake": LakeResource(root=str(bench.root / "lake")),
-            "ledger": LedgerResource(url=f"sqlite:///{tmp_path / \'ledger.db\'}"),
+            "ledger": LedgerResource(url=f"sqlite:///{tmp_path / 'ledger.db'}"),
             "clock": ClockResource(),
             "registry": RegistryResource(ui="http://mlflow", uri=registry.uri, artifacts=registry.artifacts),
             "reports": ReportsResource(
@@ -129,7 +129,7 @@ def test_a_short_reference_is_not_judged_and_only_the_rows_of_one_moment_are(
             partition_key=str(bench.last),
             resources={
                 "lake": LakeResource(root=str(bench.root / "lake")),
-                "ledger": LedgerResource(url=f"sqlite:///{tmp_path / \'ledger.db\'}"),
+                "ledger": LedgerResource(url=f"sqlite:///{tmp_path / 'ledger.db'}"),
                 "clock": ClockResource(),
                 "registry": RegistryResource(ui="http://mlflow", uri=registry.uri, artifacts=registry.artifacts),
                 "reports": ReportsResource(

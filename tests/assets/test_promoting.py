@@ -153,7 +153,9 @@ def passes(version: Version, against: Version | None) -> Verdict:
 
 
 def refuses(version: Version, against: Version | None) -> Verdict:
-    return Verdict(False, (f"worse than version {against.number if against else 'none'} by 12%",), {"harm": {"point": 0.12}})
+    return Verdict(
+        False, (f"worse than version {against.number if against else 'none'} by 12%",), {"harm": {"point": 0.12}}
+    )
 
 
 def never(version: Version, against: Version | None) -> Verdict:
@@ -337,7 +339,6 @@ def test_a_lift_that_the_registry_was_not_told_of_is_mended_by_reconcile(
     assert any("lifted" in one for one in promoting.pending(firm.registry, firm.ledger, NAME))
     assert firm.reconcile() == [] and not firm.version(2).blocked
     assert promoting.pending(firm.registry, firm.ledger, NAME) == [] and firm.actions()[-1] == (2, "lifted")
-
 
 
 def test_a_champion_admitted_at_once_ends_the_challenger_before_it(firm: Firm) -> None:

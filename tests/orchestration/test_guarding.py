@@ -322,7 +322,7 @@ def test_power_says_how_soon_a_harm_would_be_found_with_this_holdout(office: Ben
     )
     (one,) = document["power"]
     assert (document["design"], one["harm"], one["units"], one["history_days"]) == ("cohort", 0.9, 3, 21)
-    assert len(one["found"]) == 14 and 0 <= one["found"][-1] <= 1
+    assert len(one["found"]) == 28 and 0 <= one["found"][-1] <= 1
 
 
 def test_without_history_power_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
