@@ -85,9 +85,11 @@ def live(workflow: Any, *, calendar: bool) -> tuple[list[dict[str, Any]], pa.Tab
     from assets.stages import decisions, drift, performance, scoring, training
     from orchestration.automation import retrain_request
 
-    for name in ("ledger.db", "ledger.db-wal", "ledger.db-shm", "mlflow.db", "mlflow-artifacts"):
-        gone = home() / name
-        shutil.rmtree(gone) if gone.is_dir() else gone.unlink(missing_ok=True)
+    # a state of its own for each way: MLflow keeps its database open for as long as the process lives
+    own = Path(tempfile.mkdtemp(prefix="lived-", dir=home()))
+    os.environ["SIGNALBOX_MLFLOW_URI"] = f"sqlite:///{own / 'mlflow.db'}"
+    os.environ["SIGNALBOX_MLFLOW_ARTIFACTS"] = (own / "artifacts").as_uri()
+    os.environ["SIGNALBOX_LEDGER_URL"] = f"sqlite:///{own / 'ledger.db'}"
     for name in _LIVED:
         shutil.rmtree(home() / "lake" / workflow.name / name, ignore_errors=True)
     lake = resources()["lake"].lake
@@ -252,7 +254,7 @@ def main() -> int:
     workflow = _prepare(data)
     models = every_day(workflow, state / "every_day")
     lived, asked, triggers = {}, {}, {}
-    for way, calendar in (("triggers and Mondays", True), ("triggers", False)):
+    for way, calendar in (("triggers", False), ("triggers and Mondays", True)):
         triggers[way], lived[way] = live(workflow, calendar=calendar)
         asked[way] = [t for t in triggers[way] if t["action"] == "asked"]
     rows = foreseen(workflow, models, lived)

@@ -172,7 +172,7 @@ def _teller(as_json: bool) -> Console:
 
 @app.command()
 def demo(as_json: Json = False) -> None:
-    """Two workflows over six weeks, on generated data: the whole story, with a closing summary."""
+    """Two workflows over seven weeks, on generated data: the whole story, with a closing summary."""
     from orchestration import demo as story
 
     told = story.tell(_teller(as_json))

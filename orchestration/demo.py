@@ -59,19 +59,20 @@ class Script:
     poison: Mapping[str, int] = field(default_factory=dict)
     """Somebody moves the alias to a model with its slopes turned around, which its gate can see."""
     restated: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """A backfill of upstream turns around what exploring drew, in every file; and it is put right again."""
+    """A backfill of upstream loses what exploring drew, in every file; and it is put right again."""
     harm: Mapping[str, int] = field(default_factory=dict)
-    """Somebody moves the alias to a model that says the same: its gate, fed by that log, lets it pass, and it harms live."""
+    """Somebody moves the alias to such a model while the log is lost: its gate cannot measure what the policy would earn, lets
+    it pass, and it harms live."""
 
 
 STORY = Script(
     days=14,
-    breaks={"ad_budget": 2, "ticket_priority": 1},
-    drifts={"ad_budget": 0, "ticket_priority": 3},
+    breaks={"ad_budget": 11, "ticket_priority": 1},
+    drifts={"ad_budget": 7, "ticket_priority": 3},
     people={"ad_budget": 1, "ticket_priority": 2},
-    poison={"ad_budget": 5},
-    restated={"ad_budget": (6, 12)},
-    harm={"ad_budget": 7},
+    restated={"ad_budget": (1, 7)},
+    harm={"ad_budget": 2},
+    poison={"ad_budget": 9},
 )
 
 
@@ -116,6 +117,8 @@ class Company:
     secret: str
     moment: list[str]
     """The time in the story, for the downstream systems' own clock."""
+    sent: dict[Path, bytes] = field(default_factory=dict)
+    """Files as they were before a backfill lost a part of them."""
 
     @contextmanager
     def ledger(self, moment: str) -> Iterator[Ledger]:
@@ -179,7 +182,7 @@ class Company:
             self.promote_by_hand(workflow, day)
         if number in script.restated.get(name, ()):
             first = number == script.restated[name][0]
-            self.restate(workflow, day, "the other way round" if first else "rightly again")
+            self.restate(workflow, day, lost=first)
         if script.harm.get(name) == number:
             self.promote_by_hand(workflow, day)
         self.answer(workflow, day)
@@ -324,38 +327,39 @@ class Company:
         told = f"somebody moved the alias champion to version {made.number}, a copy of {champion.number} with its slopes turned around"
         self.story.tell(day, workflow.name, told)
 
-    def restate(self, workflow: Workflow, day: date, how: str) -> None:
-        """Upstream sends every file again, with each logged multiplier turned around (a second time: as it was)."""
+    def restate(self, workflow: Workflow, day: date, *, lost: bool) -> None:
+        """Upstream sends every file again: without what exploring drew, or as it was."""
         folder = home() / "landing" / workflow.name / "export"
-        files = sorted(folder.glob("advertising_*.csv.gz"))
-        for file in files:
-            table = csv.read_csv(pa.BufferReader(gzip.decompress(file.read_bytes())), convert_options=_AS_TEXT)
-            drawn = pc.not_equal(table["explore_probability"], "")
-            turned = pc.cast(pc.divide(1.0, pc.cast(table["explore_multiplier"], pa.float64())), pa.string())
-            where = table.schema.get_field_index("explore_multiplier")
-            told = pc.if_else(drawn, turned, table["explore_multiplier"])
-            out = io.BytesIO()
-            csv.write_csv(table.set_column(where, "explore_multiplier", told), out, _PLAIN)
-            file.write_bytes(gzip.compress(out.getvalue(), mtime=0))
-        came = datetime.fromisoformat(at(day, "02:30"))
-        landing.ingest(workflow, self.lake, home() / "landing", now=came)
-        self.story.tell(
-            day,
-            workflow.name,
-            f"upstream sent {len(files)} files again: what exploring drew is logged {how}",
-        )
+        for file in sorted(folder.glob("advertising_*.csv.gz")) if lost else sorted(self.sent):
+            if lost:
+                self.sent[file] = file.read_bytes()
+                table = csv.read_csv(pa.BufferReader(gzip.decompress(self.sent[file])), convert_options=_AS_TEXT)
+                for name, said in (("explore_multiplier", "1"), ("explore_probability", "")):
+                    where = table.schema.get_field_index(name)
+                    table = table.set_column(where, name, pa.array([said] * table.num_rows))
+                out = io.BytesIO()
+                csv.write_csv(table, out, csv.WriteOptions(quoting_style="needed"))
+                file.write_bytes(gzip.compress(out.getvalue(), mtime=0))
+            else:
+                file.write_bytes(self.sent[file])
+        landing.ingest(
+            workflow, self.lake, home() / "landing", now=datetime.fromisoformat(at(day, "02:30"))
+        )  # fmt: skip
+        how = "without the log of what exploring drew" if lost else "with the log of what exploring drew again"
+        self.story.tell(day, workflow.name, f"upstream sent {len(self.sent)} files again, {how}")
 
 
 _LINES = ("lines", "line_mean", "line_sd")
-_PLAIN = csv.WriteOptions(quoting_style="needed")
 _AS_TEXT = csv.ConvertOptions(column_types={f.name: pa.string() for f in advertising.ROWS}, strings_can_be_null=False)
 
 
 def _turn_around(slopes: dict[str, Any], rows: pa.Table, scores: pa.Table) -> None:
-    """Money is said to matter most where it earns least, and hardly at all where it earns most; the levels stay as they are."""
+    """What earns most at the margin is said to earn least, and the other way round; the levels stay as they are."""
     spend = rows["budget_micros"].to_numpy() / 1e6
-    earns = np.divide(scores["level"].to_numpy(), spend, out=np.zeros(len(spend)), where=spend > 0)
-    wrong = np.where(earns < np.median(earns), 0.99, 0.01)
+    level, slope = scores["level"].to_numpy(), scores["elasticity"].to_numpy()
+    marginal = np.divide(level * slope, spend, out=np.zeros(len(spend)), where=spend > 0)
+    turned = np.sort(marginal)[::-1][np.argsort(np.argsort(marginal, kind="stable"), kind="stable")]
+    wrong = np.clip(np.divide(turned * spend, level, out=np.zeros(len(spend)), where=level > 0), 0.01, 0.99)
     known = {line: (m, sd) for line, m, sd in zip(*(slopes[k] for k in _LINES), strict=True)}
     known |= {line: (float(e), 0.05) for line, e in zip(scores["entity_id"].to_pylist(), wrong, strict=True)}
     for k, values in zip(_LINES, zip(*((n, m, sd) for n, (m, sd) in sorted(known.items())), strict=True), strict=True):
