@@ -77,11 +77,12 @@ def test_the_asset_stores_a_row_a_day_and_shows_the_newest(home: Path) -> None:
     given = resources(now=NOON.isoformat())
     wanted = {name: given[name] for name in ("lake", "ledger", "clock", "reports")}
     asset = stage.build(workflow)
-    result = dg.materialize(
-        [asset], resources=wanted, partition_key=None,
-        tags={"dagster/asset_partition_range_start": "2026-04-09", "dagster/asset_partition_range_end": "2026-04-10"},
-        instance=dg.DagsterInstance.ephemeral(),
-    )  # fmt: skip
+    # closed again: Dagster keeps the storage of the newest instance for the whole process
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = dg.materialize(
+            [asset], resources=wanted, partition_key=None, instance=instance,
+            tags={"dagster/asset_partition_range_start": "2026-04-09", "dagster/asset_partition_range_end": "2026-04-10"},
+        )  # fmt: skip
     assert result.success
     rows = given["lake"].lake.read(workflow.table("health")).sort_by("day").to_pylist()
     assert [row["day"] for row in rows] == [date(2026, 4, 9), date(2026, 4, 10)]
