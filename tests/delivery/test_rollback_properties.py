@@ -110,11 +110,17 @@ def at_times(desk: Desk, faults: list[Fault]) -> None:
     desk.world.fault = fault
 
 
+def known(desk: Desk) -> None:
+    """A person's change comes to be seen: within the time in which reads are stale nobody can know of it."""
+    desk.world.clock.sleep(desk.world.can.stale_reads_s)
+
+
 def lived(desk: Desk, steps: list[tuple[str, Any, Any]], faults: list[Fault]) -> None:
     """Batches pushed (some killed on the way and never taken up again) and people who change values in between."""
     for n, (kind, what, how) in enumerate(steps):
         if kind == "person":
             desk.world.person(what, max(0, (desk.world.value(what) or 0) + how))
+            known(desk)
             continue
         name = desk.batch(f"b{n}", moved(desk.values(), what))
         at_times(desk, faults)
@@ -141,6 +147,7 @@ def rolled_back(
     for n, (selection, meant) in enumerate(asked):
         if n == 1 and between is not None:
             desk.world.person(between, (desk.world.value(between) or 0) + 7)
+            known(desk)
         at_times(desk, faults)
         for at in kills:
             desk.mortal(lambda ledger, selection=selection: desk.back(selection, ledger), at)
