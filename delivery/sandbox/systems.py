@@ -24,6 +24,8 @@ from delivery.sandbox.worlds import advertising, tickets
 CUSTOMER, EMAIL = "1000000001", "signalbox@example.org"
 PORTS = (8101, 8102)
 _SETUP = "setup.json"
+EXPLORED_DAYS = 27
+"""Days before the systems opened in which budgets were already perturbed at random."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,14 @@ def history(setup: Setup, landing: Path) -> tickets.World:
 
     ``landing``: the landing zone; files go to ``<workflow>/export/`` below it.
     """
-    rows = advertising.history(setup.advertising(), setup.start, setup.history_days)
+    quiet = max(0, setup.history_days - EXPLORED_DAYS)
+    world, begun = setup.advertising(), setup.start + timedelta(days=quiet)
+    rows = pa.concat_tables(
+        [
+            advertising.history(world, setup.start, quiet, explore_share=0.0),
+            advertising.history(world, begun, setup.history_days - quiet),
+        ]
+    )
     queue = setup.tickets()
     for n in range(setup.history_days):
         day = setup.start + timedelta(days=n)
