@@ -67,12 +67,10 @@ class Script:
 
 STORY = Script(
     days=14,
-    breaks={"ad_budget": 11, "ticket_priority": 1},
-    drifts={"ad_budget": 7, "ticket_priority": 3},
+    breaks={"ad_budget": 2, "ticket_priority": 1},
+    drifts={"ad_budget": 0, "ticket_priority": 3},
     people={"ad_budget": 1, "ticket_priority": 2},
-    restated={"ad_budget": (1, 7)},
-    harm={"ad_budget": 2},
-    poison={"ad_budget": 9},
+    poison={"ad_budget": 5},
 )
 
 
