@@ -267,6 +267,11 @@ def _record(ledger: Ledger, connector: Connector, batch: BatchRow, now: datetime
     tried = {d.n: ledger.attempts(batch.batch_id, d.n)[-1].value for d in deliveries if d.state in _UNKNOWN}
     sure = connector.capabilities.change_history
     back = {d.n: pair for d in deliveries if (pair := undone(d, tried.get(d.n), knows_authors=sure)) is not None}
+    rejected = {d.entity: d.n for d in deliveries if d.n in back and d.state == "REJECTED" and d.entity is not None}
+    for entity, proven in ledger.acknowledged(connector.system, list(rejected)).items():
+        # what stands there instead is no clamped value of this batch but what another of ours, a rollback, has set since
+        if proven.batch_id != batch.batch_id and proven.value == back[rejected[entity]][0]:
+            del back[rejected[entity]]
     back = _further_back(
         ledger, batch, back, {d.entity: d.n for d in deliveries if d.n in back and d.entity is not None}
     )

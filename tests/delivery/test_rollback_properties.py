@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from delivery.connectors.base import Capabilities
@@ -79,6 +79,15 @@ FAULTS: list[Fault] = ["", "", "", "unknown_applied", "unknown_lost", "not_appli
     kills=st.lists(st.integers(1, 90), max_size=2),
     faults=st.lists(st.sampled_from(FAULTS), min_size=7, max_size=7),
 )
+# the third batch was killed on its way; what its push finds there later is what the other two's rollbacks had set
+@example(
+    can=Capabilities(
+        conditional_write=False, idempotency_key=False, bulk_read=3, bulk_write=1, validate_only=False,
+        change_history=True, stale_reads_s=0.0,
+    ),
+    steps=[("person", "a", -60), ("batch", [5, 3, 8, 4, 1], None), ("batch", [3, 8, 6, 8, 9], None), ("batch", [4, 7, 1, 4, 6], 55)],
+    which=[4, 0], since=True, between=None, kills=[], faults=[""] * 7,
+)  # fmt: skip
 def test_every_value_is_right_or_listed(
     empty: Path,
     can: Capabilities,
