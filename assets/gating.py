@@ -77,6 +77,16 @@ def terms(workflow: Workflow) -> examining.Terms:
     )
 
 
+def asked(workflow: Workflow, device: str) -> dict[str, Any]:
+    """What every candidate of a workflow is fitted and judged with (keywords of ``models.fitting.fit_and_judge``)."""
+    training = workflow.training
+    return {
+        "rule": catalog.rule(workflow.model.kind), "min_rows": training.min_rows, "metric": training.metric,
+        "better": training.better, "margin": training.margin, "seed": deciding.SEED, "device": device, "threads": THREADS,
+        "terms": terms(workflow),
+    }  # fmt: skip
+
+
 def champion_of(workflow: Workflow, registry: Registry, ledger: Ledger) -> Version | None:
     """Who is champion by the ledger; by the alias where the ledger knows no version of the workflow."""
     if not ledger.promotions(workflow.name):

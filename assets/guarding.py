@@ -27,9 +27,10 @@ from assets import promoting
 from assets.lake import Lake
 from assets.point_in_time import StageSqlError, connect
 from assets.workflow import Regression, Workflow
-from data_checks import regression
+from data_checks import effects, regression
 from delivery.ledger import BatchRow, Ledger
 from models import arms
+from models.booster import is_number
 
 if TYPE_CHECKING:
     from delivery.ledger import Event
@@ -194,7 +195,7 @@ def observations(workflow: Workflow, lake: Lake, first: date, last: date, *, kno
     Raises StageSqlError naming the column and the file where the outcomes lack a column.
     """
     spec = _spec(workflow)
-    columns = metric_columns(spec)
+    columns = effects.measured(spec)
     by_day = workflow.outcomes.join == "entity_day"
     outcomes, features, drawn = (workflow.table(t) for t in ("outcomes", "features", "arms"))
     schema = _observed(columns)
@@ -304,12 +305,6 @@ def _spec(workflow: Workflow) -> Regression:
     return workflow.regression
 
 
-def metric_columns(spec: regression.RegressionSpec) -> list[str]:
-    """The outcome columns that the metrics need, each once."""
-    named = [c for m in spec.metrics for c in (m.column, m.per) if c is not None]
-    return list(dict.fromkeys(named))
-
-
 def _needed(workflow: Workflow, told: pa.Table, columns: Sequence[str]) -> None:
     lacking = [c for c in columns if c not in told.schema.names]
     if lacking:
@@ -320,17 +315,12 @@ def _needed(workflow: Workflow, told: pa.Table, columns: Sequence[str]) -> None:
         )
     for column in columns:
         kind = told.schema.field(column).type
-        wanted = pa.types.is_timestamp(kind) if column == _spec(workflow).settles_at else _is_number(kind)
+        wanted = pa.types.is_timestamp(kind) if column == _spec(workflow).settles_at else is_number(kind)
         if not wanted:
             raise StageSqlError(
                 f"{workflow.folder / workflow.outcomes.sql}: {column} is {kind}, which the section regression of "
                 f"{workflow.folder / 'workflow.yaml'} cannot use: a metric is a number, settles_at a TIMESTAMP"
             )
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    numeric = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
-    return bool(numeric or pa.types.is_boolean(kind))
 
 
 def _days(first: date, last: date) -> pc.Expression:
@@ -374,7 +364,7 @@ def entities(workflow: Workflow, lake: Lake, since: date, *, known: date, until:
 
     As ``observations``, with the entity as its unit and the arm of its decision; day: when its outcome became known.
     """
-    columns = metric_columns(_spec(workflow))
+    columns = effects.measured(_spec(workflow))
     table, schema = workflow.table("decision_outcomes"), _observed(columns)
     if not lake.exists(table):
         return schema.empty_table()
@@ -562,7 +552,7 @@ def _told_units(workflow: Workflow, lake: Lake, first: date, last: date) -> pa.T
 
 def _told_entities(workflow: Workflow, lake: Lake, first: date, last: date) -> pa.Table:
     """For the design ``entity``: one row an outcome of the past, decided on or not, on the day when it became known."""
-    columns = metric_columns(_spec(workflow))
+    columns = effects.measured(_spec(workflow))
     told = lake.read(
         workflow.table("outcomes"),
         where=_days(first, last) & (pc.field("known_at") <= _instant(workflow.cutoff_of(last))),

@@ -120,20 +120,12 @@ def student(
         held.early,
         held.rows,
         learner=students.of(base, lambda rows: teacher if clean or rows is learn else None),
-        rule=students.unaware(catalog.rule(workflow.model.kind)),
         champion=other,
         twin=twin,
         spec=recipe,
         day=day,
-        min_rows=training.min_rows,
-        metric=training.metric,
-        better=training.better,
-        margin=training.margin,
-        seed=deciding.SEED,
-        device=device,
-        threads=gating.THREADS,
-        terms=gating.terms(workflow),
         decided=held.decided,
+        **gating.asked(workflow, device) | {"rule": students.unaware(catalog.rule(workflow.model.kind))},
     )
     agrees = students.agreement(teacher, fitted.model, held.rows if held.rows.num_rows else learn)
     facts = {

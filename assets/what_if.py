@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from assets import deciding, point_in_time
 from assets.workflow import Workflow
 from data_checks import guardrails
-from models.booster import Because
+from models.booster import Because, is_number
 from models.budget import BudgetPolicy
 from models.priority import PriorityPolicy
 
@@ -360,12 +360,8 @@ def _candidates(world: _World, because: Because | None) -> list[str]:
             weight[name] = weight.get(name, 0.0) + abs(effect) / total * (1.0 if head.decides else 0.5)
     for name in (*(because.reads if because is not None else ()), *said):
         weight[name] = weight.get(name, 0.0) + 1.0
-    kept = [n for n in weight if n in schema.names and n not in status_quo and _is_number(schema.field(n).type)]
+    kept = [n for n in weight if n in schema.names and n not in status_quo and is_number(schema.field(n).type)]
     return sorted(kept, key=lambda n: (-weight[n], n))
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
 
 
 def _as_number(value: Any) -> float | None:

@@ -305,7 +305,7 @@ def promised(name: str, workflow: Workflow, harm: float, teams: int) -> regressi
     )  # fmt: skip
 
 
-def half_of_the_teams(workflow: Workflow) -> Workflow:
+def larger_holdout(workflow: Workflow) -> Workflow:
     """The ticket workflow with a larger holdout, for which a month is long enough."""
     return workflow.model_copy(
         update={"arms": workflow.arms.model_copy(update={"shares": {"holdout": 0.4, "champion": 0.6}})}
@@ -320,7 +320,7 @@ def main() -> int:
     short = False
     for name, kinds, teams, larger in CASES:
         workflow = load_workflow(FOLDER / name)
-        workflow = half_of_the_teams(workflow) if larger else workflow
+        workflow = larger_holdout(workflow) if larger else workflow
         units = f"{teams} teams by week" if name == "ticket_priority" else f"{LINES // 8} campaigns"
         print(f"{name}, {units}, holdout {arms.normalised(workflow.arms.shares)['holdout']:.0%}")
         for kind in kinds:

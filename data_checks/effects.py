@@ -422,6 +422,7 @@ def require(table: pa.Table, what: str, columns: Sequence[str]) -> None:
 
 
 def measured(spec: RegressionSpec) -> list[str]:
+    """The columns that the metrics need, each once."""
     return sorted({c for m in spec.metrics for c in (m.column, m.per) if c is not None})
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null, pa.types.is_decimal)
+NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal)
 DEVICES = ("auto", "cpu", "gpu", "cuda")
 # A GPU adds in an order of its own: in single precision runs differ visibly, in double hardly ever (LightGBM's FAQ).
 _OPENCL = {"gpu_use_dp": True}
@@ -39,6 +39,11 @@ class DeviceMissing(RuntimeError):
 
 class WrongDigest(ValueError):
     """A model file is not the one that was registered."""
+
+
+def is_number(kind: pa.DataType) -> bool:
+    """Whether a column of this type counts as numeric; booleans do."""
+    return any(is_kind(kind) for is_kind in NUMBERS)
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
 
 def _number(table: pa.Table, name: str) -> pa.ChunkedArray:
     column = _column(table, name)
-    if not any(is_kind(column.type) for is_kind in NUMBERS):
+    if not (is_number(column.type) or pa.types.is_null(column.type)):
         raise TypeError(f"column {name!r} is {column.type} and listed under `numeric`: list it under `categorical`")
     return column
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from models import comparing, gate, policy_value
+from models.booster import is_number
 from models.budget import BudgetPolicy
 from models.priority import PriorityPolicy
 
@@ -65,7 +66,7 @@ def contract(model: Any, terms: Terms, rows: pa.Table, recorded: Mapping[str, An
     for column in terms.numeric:
         if column not in rows.column_names:
             found.append(f"the features have no column {column!r}")
-        elif not _is_number(rows.schema.field(column).type):
+        elif not is_number(rows.schema.field(column).type):
             found.append(f"column {column!r} is {rows.schema.field(column).type} in the features and read as numeric")
     found += [
         f"the features have no column {column!r}" for column in terms.categorical if column not in rows.column_names
@@ -75,11 +76,6 @@ def contract(model: Any, terms: Terms, rows: pa.Table, recorded: Mapping[str, An
 
 def _types(numeric: Sequence[str], categorical: Sequence[str]) -> dict[str, str]:
     return {**dict.fromkeys(numeric, "numeric"), **dict.fromkeys(categorical, "categorical")}
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    checks = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal)
-    return any(check(kind) for check in checks)
 
 
 def examine(

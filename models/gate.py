@@ -197,6 +197,10 @@ def _weighed(
             f"policy's value on the {where}: {value.mine:.2%} beside {them}'s {value.theirs:.2%} of {value.of}, "
             f"{'worse by more than ' + format(spec.value_margin, '.1%') + ': ' if fails else ''}a loss of {value.harm}"
         )))  # fmt: skip
+        if value.loss is not None and value.loss.proven and value.loss.point > spec.value_margin:
+            # a champion that does harm itself is no bar
+            says = f"policy's value on the {where}: it loses {value.loss} beside moving nothing, whatever {them} does"
+            out.append((True, says))
     what, mine, theirs = found.calibration
     if spec.calibration is not None:
         # where everybody is off (the world has moved) the one that is less so may go on

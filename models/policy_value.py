@@ -40,7 +40,8 @@ _DAY = 86_400_000_000  # microseconds
 class Value:
     """What the candidate's policy is worth beside the other's, on the same days.
 
-    mine, theirs: share of ``of``. harm: theirs - mine with its interval, in the same shares: positive is worse.
+    mine, theirs: share of ``of``. harm: theirs - mine with its interval, in the same shares: positive is worse. loss: what is
+    lost beside moving nothing, whoever the other is; None where moving nothing has no value to compare with.
     """
 
     mine: float
@@ -48,11 +49,12 @@ class Value:
     harm: Interval
     of: str
     assumes: str
+    loss: Interval | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {"mine": self.mine, "theirs": self.theirs, "harm": self.harm.as_dict(), "of": self.of,
-                "assumes": self.assumes}  # fmt: skip
+                "assumes": self.assumes, "loss": None if self.loss is None else self.loss.as_dict()}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,9 @@ def _of_budgets(rows: pa.Table, mine: Decided, theirs: Decided, how: dict[str, A
     if not np.isfinite(flat).all():
         return "not measured: the lines that were perturbed at random earned nothing"
     worse = days.interval(worth, others[0] - ours[0], others[1] - ours[1], *common)
-    return Value(flat[0], flat[1], worse, f"what {int(kept.sum())} randomly perturbed line-days earned", BUDGETS_ASSUME)
+    lost = days.interval(worth, -ours[0], -ours[1], *common)
+    of = f"what {int(kept.sum())} randomly perturbed line-days earned"
+    return Value(flat[0], flat[1], worse, of, BUDGETS_ASSUME, lost)
 
 
 def _of_priorities(
@@ -175,11 +179,11 @@ def _of_priorities(
     # lost already, or with time left, or without a due time: no order of this day decides it
     missed &= np.asarray(pc.fill_null(near, False))
     cost_key = rows.column(policy.cost_by).cast(pa.string()).combine_chunks()
-    cost = _looked_up(cost_key, policy.cost, policy.other_cost)
+    cost = priority.looked_up(cost_key, policy.cost, policy.other_cost)
     if not missed.any():
         return "not measured: no ticket of the held-out days was missed within the day after, which an order could have saved"
     team = pc.fill_null(rows.column(policy.team).cast(pa.string()), "").combine_chunks()
-    capacity = _looked_up(team, policy.capacity_hours, policy.other_capacity_hours)
+    capacity = priority.looked_up(team, policy.capacity_hours, policy.other_capacity_hours)
     if policy.capacity is not None:
         given = _floats(rows, policy.capacity, np.nan)
         capacity = np.where(given > 0, given, capacity)
@@ -223,8 +227,3 @@ def _floats(table: pa.Table, name: str, default: float | None = None) -> Floats:
     column = column.cast(pa.float64(), safe=False)
     filled = pc.fill_null(column, float("nan") if default is None else default)
     return np.asarray(filled.to_numpy(), dtype=np.float64)
-
-
-def _looked_up(keys: pa.Array, values: dict[str, float], other: float) -> Floats:
-    at = pc.fill_null(pc.index_in(keys, value_set=pa.array(list(values), pa.string())), len(values))
-    return np.asarray(np.array([*values.values(), other], dtype=np.float64)[np.asarray(at)])

@@ -187,8 +187,8 @@ def decide(features: pa.Table, scores: pa.Table, arms: pa.Table, spec: Mapping[s
         & (uncertainty >= 0) & (uncertainty <= 1) & valid
     )  # fmt: skip
     cost_key = _column(features, policy.cost_by, "features").cast(pa.string())
-    cost = _looked_up(cost_key, policy.cost, policy.other_cost)
-    capacity = _looked_up(team_name, policy.capacity_hours, policy.other_capacity_hours)
+    cost = looked_up(cost_key, policy.cost, policy.other_cost)
+    capacity = looked_up(team_name, policy.capacity_hours, policy.other_capacity_hours)
     if policy.capacity is not None:
         given = _floats(_column(features, policy.capacity, "features"))
         capacity = np.where(np.isfinite(given) & (given > 0), given, capacity)
@@ -288,7 +288,8 @@ def _floats(column: pa.Array) -> np.ndarray:
     return np.asarray(pc.fill_null(column.cast(pa.float64()), float("nan")))
 
 
-def _looked_up(keys: pa.Array, values: Mapping[str, float], other: float) -> np.ndarray:
+def looked_up(keys: pa.Array, values: Mapping[str, float], other: float) -> np.ndarray:
+    """The value of each key, ``other`` for one that has none."""
     at = pc.fill_null(pc.index_in(keys, value_set=pa.array(list(values), pa.string())), len(values))
     return np.asarray(np.array([*values.values(), other], dtype=np.float64)[np.asarray(at)])
 

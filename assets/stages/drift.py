@@ -21,6 +21,7 @@ from assets.resources import ClockResource, LakeResource, LedgerResource, Regist
 from assets.stages.common import days, folded, stage
 from assets.workflow import Workflow
 from delivery.ledger import Ledger
+from models.booster import is_number
 from models.registry import ModelMissing, ModelUnreadable, Registry, Version
 
 LEAST_SCORED_DAYS = 8
@@ -199,7 +200,7 @@ def _judge_scores(workflow: Workflow, lake: Lake, day: date) -> _Scores:
     table = workflow.table("scores")
     version = lake.version(table)
     schema = lake.read(table, version=version, days=[day]).schema
-    numeric = [f.name for f in schema if _is_number(f.type)]
+    numeric = [f.name for f in schema if is_number(f.type)]
     skipped = [f.name for f in schema if f.name not in (*numeric, "day", "entity_id", "moment")]
     left_out = f"; not judged: {', '.join(skipped)} (no plain numbers)" if skipped else ""
     columns = ["day", *numeric]
@@ -234,10 +235,6 @@ def _judge_scores(workflow: Workflow, lake: Lake, day: date) -> _Scores:
 
 def _judged_rows(workflow: Workflow) -> pc.Expression | None:
     return None if workflow.drift.moment is None else pc.field("moment") == workflow.drift.moment
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind))
 
 
 def build(workflow: Workflow) -> dg.AssetsDefinition:

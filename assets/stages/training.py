@@ -91,20 +91,12 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
             held.early,
             held.rows,
             learner=catalog.learner(workflow.model.kind),
-            rule=catalog.rule(workflow.model.kind),
             champion=champion,
             twin=twin,
             spec=tuned.spec,
             day=day,
-            min_rows=training.min_rows,
-            metric=training.metric,
-            better=training.better,
-            margin=training.margin,
-            seed=deciding.SEED,
-            device=device,
-            threads=gating.THREADS,
-            terms=gating.terms(workflow),
             decided=held.decided,
+            **gating.asked(workflow, device),
         )
         note += fitted.note
         facts = {

@@ -142,3 +142,16 @@ def test_what_the_policy_is_worth_refuses_beyond_its_margin_and_beyond_noise(
     assert found.passed is passes
     assert any("policy's value on the held-out days: 10.00% beside the champion's" in r for r in found.reasons)
     assert found.figures["policy_value"]["held-out days"]["harm"]["point"] == point
+
+
+@pytest.mark.parametrize(("low", "passes"), [(0.01, False), (-0.01, True)])
+def test_a_plan_that_loses_by_itself_is_refused_beside_a_champion_that_loses_as_much(low: float, passes: bool) -> None:
+    same = Interval(0.0, 0.0, 0.0, 1.0, 7, 99)
+    worth = Value(-0.05, -0.05, same, "what was moved", "the coin is fair", Interval(0.05, low, 0.09, 0.01, 7, 99))
+    evidence = Evidence("champion", None, {}, {"held-out days": worth}, (), (), ("bias", 0.0, 0.0), 1.0, 1e6)
+    found = judge(
+        metric="mae", better="lower", margin=0.02, rows=9, candidate={"mae": 1.0}, rule={"mae": 2.0},
+        champion={"mae": 1.0}, evidence=evidence, spec=GateSpec(value_margin=0.02),
+    )  # fmt: skip
+    assert found.passed is passes
+    assert any("beside moving nothing" in r for r in found.reasons) is not passes

@@ -68,6 +68,15 @@ def test_a_model_with_its_slopes_turned_round_is_worth_clearly_less() -> None:
     assert isinstance(back, Value) and not back.harm.proven and back.harm.point < 0
 
 
+def test_a_plan_that_loses_does_so_whoever_it_is_compared_with() -> None:
+    rows, slope = world()
+    turned = compare(rows, Curves(1 - slope), Curves(1 - slope))
+    assert isinstance(turned, Value) and turned.loss is not None
+    assert turned.harm.point == 0.0 and turned.loss.proven and turned.loss.point == pytest.approx(-turned.mine)
+    right = compare(rows, Curves(slope), Curves(1 - slope))
+    assert isinstance(right, Value) and right.loss is not None and not right.loss.proven
+
+
 def test_the_estimate_is_what_the_step_would_truly_have_brought() -> None:
     """Against the truth, over many draws of the coin: no bias, whatever the level that is taken off first."""
     bare, known, truth = [], [], []
