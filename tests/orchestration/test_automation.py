@@ -417,18 +417,20 @@ def test_the_sensors_tick_on_what_lies_there(
         )
         assert not second.run_requests and second.skip_reason
         deadline = built.get_schedule_def("ad_budget_deadline")
-        request = deadline(dg.build_schedule_context(
-            instance=instance, repository_def=built, resources=given, scheduled_execution_time=after(6).replace(tzinfo=UTC)
-        ))  # fmt: skip
-        assert asked(request).partition_key == DAY.isoformat()
         weekly: Any = built.get_schedule_def("ad_budget_weekly_retrain")
 
-        def calendar(moment: datetime) -> Any:
-            # closed again: it opens the instance a second time, and would leave that one behind as the current
+        def scheduled(schedule: Any, moment: datetime) -> Any:
+            # closed again: it opens the instance a second time, and whenever it is collected it would make this test's
+            # instance the current one of another test
             with dg.build_schedule_context(
-                instance=instance, resources=given, scheduled_execution_time=moment
+                instance=instance, repository_def=built, resources=given, scheduled_execution_time=moment
             ) as context:
-                return weekly(context)
+                return schedule(context)
+
+        assert asked(scheduled(deadline, after(6).replace(tzinfo=UTC))).partition_key == DAY.isoformat()
+
+        def calendar(moment: datetime) -> Any:
+            return scheduled(weekly, moment)
 
         monday = datetime(2026, 3, 16, 8, tzinfo=UTC)
         assert asked(calendar(monday)).partition_key == "2026-03-15"
