@@ -49,7 +49,7 @@ class Script:
     """What happens on which live day (from 0), by workflow; nothing where a day is not given."""
 
     days: int
-    lines: int = 240
+    lines: int = 360
     breaks: Mapping[str, int] = field(default_factory=dict)
     """Upstream breaks its schema."""
     drifts: Mapping[str, int] = field(default_factory=dict)
@@ -67,10 +67,12 @@ class Script:
 
 STORY = Script(
     days=14,
-    breaks={"ad_budget": 2, "ticket_priority": 1},
-    drifts={"ad_budget": 0, "ticket_priority": 3},
+    breaks={"ad_budget": 3, "ticket_priority": 1},
+    drifts={"ad_budget": 9, "ticket_priority": 3},
     people={"ad_budget": 1, "ticket_priority": 2},
-    poison={"ad_budget": 5},
+    poison={"ad_budget": 0},
+    restated={"ad_budget": (1, 6)},
+    harm={"ad_budget": 2},
 )
 
 
@@ -340,9 +342,7 @@ class Company:
                 file.write_bytes(gzip.compress(out.getvalue(), mtime=0))
             else:
                 file.write_bytes(self.sent[file])
-        landing.ingest(
-            workflow, self.lake, home() / "landing", now=datetime.fromisoformat(at(day, "02:30"))
-        )  # fmt: skip
+        landing.ingest(workflow, self.lake, home() / "landing", now=datetime.fromisoformat(at(day, "02:30")))
         how = "without the log of what exploring drew" if lost else "with the log of what exploring drew again"
         self.story.tell(day, workflow.name, f"upstream sent {len(self.sent)} files again, {how}")
 
@@ -365,10 +365,10 @@ def _turn_around(slopes: dict[str, Any], rows: pa.Table, scores: pa.Table) -> No
 
 
 def _why(reason: str) -> str:
-    """Of a gate's reasons the one that refused, else the first."""
+    """Of a gate's reasons the one that refused, else what it could not measure, else the first."""
     clauses = reason.removeprefix("refused by its gate: ").split("; ")
     spoke = [c for c in clauses if "worse by more than" in c and "not worse" not in c and not c.startswith("none of")]
-    return (spoke or clauses)[0][:220]
+    return (spoke or [c for c in clauses if "not measured" in c] or clauses)[0][:220]
 
 
 def _report(done: dg.ExecuteInProcessResult) -> str:
