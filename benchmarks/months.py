@@ -4,6 +4,7 @@ Belongs here: playing a month under a policy that is honest, does nothing, or do
 Does not: the guard (``data_checks.regression``), the worlds (``delivery.sandbox.worlds``) or the policies (``models``).
 
 Run: ``python -m benchmarks.months [--months 100]``. Exits with 1 where more than 9 of 100 clean months are rolled back.
+``--http`` plays one clean month of both instead, as the demo lives its days: through Dagster, and over HTTP to both local systems.
 
 A month is 28 days of history and 30 days under arms drawn as the product draws them. ``clean``: the champion arm is decided
 by an honest model. ``nothing``: the champion arm is left alone, too, the hardest case for false alarms. ``harmful``: a model
@@ -14,11 +15,14 @@ the tickets.
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -312,11 +316,29 @@ def larger_holdout(workflow: Workflow) -> Workflow:
     )
 
 
+def over_http() -> int:
+    """A month in which nothing goes wrong, sent and read back; 1 where something was rolled back or left undone."""
+    with tempfile.TemporaryDirectory() as state:
+        os.environ |= {"SIGNALBOX_HOME": state, "DAGSTER_HOME": str(Path(state) / "dagster")}
+        from rich.console import Console
+
+        from orchestration import demo
+
+        told = demo.tell(Console(width=200), demo.Script(days=LIVE))
+    wrong = [e for e in told["events"] if "rolled back" in e["event"] or "not complete" in e["event"]]
+    print(f"{len(wrong)} rollbacks or deliveries left undone in {LIVE} days of both workflows")
+    return int(bool(wrong))
+
+
 def main() -> int:
     """Prints a line for each world and kind of month; 1 where clean months are rolled back too often."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--months", type=int, default=100, help="months of each kind (default 100)")
-    months = parser.parse_args().months
+    parser.add_argument("--http", action="store_true", help="one clean month of both over HTTP instead")
+    said = parser.parse_args()
+    if said.http:
+        return over_http()
+    months = said.months
     short = False
     for name, kinds, teams, larger in CASES:
         workflow = load_workflow(FOLDER / name)

@@ -7,7 +7,8 @@ the estimators (``data_checks/effects.py``), reading the past from the lake.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,10 +129,11 @@ def power(
     by_day = np.zeros(spec.horizon_days)
     by_day[looks] = np.mean([np.logical_or.accumulate(p.harmful) for p in paths], axis=0)
     # how well the history tells the noise: the same on twenty resampled populations
-    noise = [np.nanmean([p.error[-1] / abs(p.level[-1]) for p in (one(g) for _ in range(10))]) for g in range(20)]
-    unsure = float(np.std(noise, ddof=1) / np.mean(noise)) * max(
-        float(np.nanmean([p.statistic[-1] for p in paths])), 0.0
-    )
+    noise = [_mean([p.error[-1] / abs(p.level[-1]) for p in (one(g) for _ in range(10))]) for g in range(20)]
+    noise, seen = [n for n in noise if math.isfinite(n)], _mean([p.statistic[-1] for p in paths])
+    # where no run can be judged at all, no population makes a difference
+    judged = len(noise) > 1 and math.isfinite(seen)
+    unsure = statistics.stdev(noise) / statistics.fmean(noise) * max(seen, 0.0) if judged else 0.0
     p = float(by_day[-1])
     z = float(ndtri((p * runs + 0.5) / (runs + 1)))
     sd = math.hypot(
@@ -144,6 +146,11 @@ def power(
         int(enough[0]) + 1 if len(enough) else None, tuple(by_day.tolist()), min(low, p), max(high, p),
         count, runs, days,
     )  # fmt: skip
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [float(v) for v in values if np.isfinite(v)]
+    return statistics.fmean(known) if known else math.nan
 
 
 _Run = Callable[[int | None], Path]

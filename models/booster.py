@@ -321,6 +321,11 @@ def _content(parts: Sequence[np.ndarray | pa.Table | None], said: Mapping[str, A
     return whole.hexdigest()
 
 
+def chosen(x: pa.Table, these: np.ndarray) -> pa.Table:
+    """The rows of ``encoding.arrow(table)`` where ``these`` (bool) holds; the table itself where that is all of them."""
+    return x if these.all() else x.filter(pa.array(these))
+
+
 def predict(
     booster: lightgbm.Booster,
     x: np.ndarray | pa.Table,

@@ -23,6 +23,7 @@ from models.booster import (
     Because,
     Encoding,
     booster_bytes,
+    chosen,
     digest,
     head,
     predict,
@@ -425,7 +426,7 @@ class DurationLearner:
             max_categories=settings.max_categories,
             min_count=settings.min_category_count,
         )
-        x = encoding.matrix(rows)
+        x = encoding.arrow(rows)
         labels = settle(rows, settings.group)
         weight = _recency(rows, settings.half_life_days)
         age = np.nan_to_num(_floats(rows, "age_hours"))
@@ -444,28 +445,28 @@ class DurationLearner:
             "max_cat_threshold": 16,
         }
 
-        def learn(objective: str, y: Array, chosen: Array, seed: int, **other: Any) -> lightgbm.Booster:
+        def learn(objective: str, y: Array, these: Array, seed: int, **other: Any) -> lightgbm.Booster:
             more = {"rounds": settings.rounds, "learning_rate": settings.learning_rate, **other}
             return train(
-                x[chosen],
-                y[chosen],
+                chosen(x, these),
+                y[these],
                 encoding=encoding,
                 params={**shape, "objective": objective, "learning_rate": more["learning_rate"]},
                 rounds=more["rounds"],
                 seed=seed,
                 device=device,
                 threads=threads,
-                weight=weight[chosen],
+                weight=weight[these],
             )
 
-        def unseen(objective: str, y: Array, chosen: Array) -> Array:
+        def unseen(objective: str, y: Array, these: Array) -> Array:
             """Predictions for each chosen row by a twin trained without its entity."""
             out = np.full(len(y), np.nan)
             for k in range(FOLDS):
-                others, mine = chosen & (fold != k), chosen & (fold == k)
+                others, mine = these & (fold != k), these & (fold == k)
                 if others.any() and mine.any():
-                    out[mine] = predict(learn(objective, y, others, seed), x[mine], threads=threads)
-            return np.asarray(out[chosen])
+                    out[mine] = predict(learn(objective, y, others, seed), chosen(x, mine), threads=threads)
+            return np.asarray(out[these])
 
         every, moment = np.ones(len(x), bool), _texts(rows, "moment")
         guess = np.nan_to_num(unseen("cross_entropy", labels.missed, every), nan=0.5)
@@ -481,9 +482,11 @@ class DurationLearner:
             rough = coarser(settings.rounds, settings.learning_rate)
             for others, mine in halves(day, _texts(rows, "entity_id")):
                 p[mine] = predict(
-                    learn("cross_entropy", labels.missed, others, seed, **rough), x[mine], threads=threads
+                    learn("cross_entropy", labels.missed, others, seed, **rough), chosen(x, mine), threads=threads
                 )
-                later[mine] = predict(learn("regression", left, others, seed, **rough), x[mine], threads=threads)
+                later[mine] = predict(
+                    learn("regression", left, others, seed, **rough), chosen(x, mine), threads=threads
+                )
             told = ~np.isnan(p)
             known = _calibrated(_logit(p[told]), moment[told], calibration)
             sets = Sets.learn(known, labels.missed[told], day[told], moment[told], settings.confidence)

@@ -161,14 +161,14 @@ class ResponseLearner:
             )
         encoding = Encoding.learn(rows, [*numeric], categorical)
         encoding = Encoding((*encoding.numeric, *SPEND_SHIFTS), encoding.categorical)
-        matrix = encoding.matrix(_with_shifts(rows, undrawn))
+        known = boosters.chosen(encoding.arrow(_with_shifts(rows, undrawn)), told)
         weight = level[told] / level[told].mean()
-        known, ratio = matrix[told], np.clip(value[told] / level[told], 0, FARTHEST)
+        ratio = np.clip(value[told] / level[told], 0, FARTHEST)
 
-        def learn(chosen: np.ndarray[Any, Any] | slice, rounds: int, learning_rate: float) -> lightgbm.Booster:
+        def learn(these: np.ndarray[Any, Any], rounds: int, learning_rate: float) -> lightgbm.Booster:
             return boosters.train(
-                known[chosen],
-                ratio[chosen],
+                boosters.chosen(known, these),
+                ratio[these],
                 encoding=encoding,
                 params={
                     "objective": "regression_l1",
@@ -185,25 +185,25 @@ class ResponseLearner:
                 seed=seed,
                 device=device,
                 threads=threads,
-                weight=weight[chosen],
-                init_score=np.ones(len(ratio[chosen])),
+                weight=weight[these],
+                init_score=np.ones(these.sum()),
             )
 
         # as score() will see them: at the status quo, whatever was spent
         usual, day = _usual_spend(rows), _days(rows)
-        asked = encoding.matrix(_with_shifts(rows, usual))
+        asked = encoding.arrow(_with_shifts(rows, usual))
         base = _weighted(ratios, shares) * usual * _lift(_multiplier(rows, "explore_multiplier_today"), slope)
         expected = np.full(len(day), np.nan)
         for others, mine in halves(day):
             if others[told].any():
                 twin = learn(others[told], **coarser(said.rounds, said.learning_rate))
-                moved = boosters.predict(twin, asked[mine], threads=threads, raw=True)
+                moved = boosters.predict(twin, boosters.chosen(asked, mine), threads=threads, raw=True)
                 expected[mine] = base[mine] * _corrected(moved)
         bands = Bands.learn(expected, _shares_of(_at_status_quo(rows, slope), expected), day, said.confidence)
         return cls(
             said,
             encoding,
-            learn(slice(None), said.rounds, said.learning_rate),
+            learn(np.ones(len(ratio), bool), said.rounds, said.learning_rate),
             believed,
             shares.tolist(),
             overall,

@@ -409,6 +409,19 @@ def test_power_refuses_a_history_that_says_nothing() -> None:
         regression.power(observed, design="cohort", metric="revenue", **said)
 
 
+@pytest.mark.filterwarnings("error")
+def test_where_nothing_can_be_judged_power_is_none() -> None:
+    """Units too few for any verdict: no harm is found, however large, and the answer is a number without a warning."""
+    history = world("cohort", days=42)[0]
+    few = history.filter(pc.is_in(history["unit"], pc.unique(history["unit"])[:4]))
+    said = regression.power(
+        few, spec=SPEC, design="cohort", treated="champion", control="holdout", shares={"champion": 1, "holdout": 1},
+        harm=0.5, epoch_days=42, runs=20,
+    )  # fmt: skip
+    assert said.days is None and said.found[-1] == 0 == said.low and 0 <= said.high < 0.3
+    assert "80% is not reached" in said.sentence()
+
+
 def test_spending_is_little_at_first_and_all_at_the_end() -> None:
     spent = sequential.spent(np.arange(0, 31) / 30, 0.05)
     assert (
