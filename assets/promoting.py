@@ -467,6 +467,14 @@ def advance(
     return move
 
 
+def _reached(registry: Registry, ledger: Ledger, name: str) -> tuple[Standing | None, str]:
+    """How the registry stands, or None and what its server said: who takes harm back does not wait for it."""
+    try:
+        return _begin(registry, ledger, name), ""
+    except unreachable() as lost:
+        return None, first_line(lost)[:300]
+
+
 def step_back(
     name: str, registry: Registry, ledger: Ledger, number: int, *, actor: str, reason: str, trigger: str
 ) -> int | None:
@@ -476,12 +484,8 @@ def step_back(
     down holds nothing up: the ledger is the truth, an event ``registry behind`` says so, and the aliases follow later.
     Raises ModelMissing where neither registry nor ledger knows the version.
     """
-    stands, error = None, ""
     with _alone(ledger, name):
-        try:
-            stands = _begin(registry, ledger, name)
-        except unreachable() as lost:
-            error = first_line(lost)[:300]
+        stands, error = _reached(registry, ledger, name)
         known = ledger.promotions(name)
         if (stands is None or number not in stands.versions) and not any(p.version == number for p in known):
             raise ModelMissing(
@@ -532,12 +536,8 @@ def lift(name: str, registry: Registry, ledger: Ledger, number: int, *, actor: s
     returns what its server said (empty where it was told), and the next reconcile takes the block off there.
     Raises ModelMissing where the version is gone or never was, and NotBlocked.
     """
-    stands, error = None, ""
     with _alone(ledger, name):
-        try:
-            stands = _begin(registry, ledger, name)
-        except unreachable() as lost:
-            error = first_line(lost)[:300]
+        stands, error = _reached(registry, ledger, name)
         state = live(ledger, name)
         if stands is not None and number not in stands.versions:
             raise ModelMissing(f"model {name!r} has no version {number}")

@@ -111,6 +111,19 @@ class RollbackConfig(dg.Config):
     trigger: str = "person"
 
 
+def _of_one(workflow: Workflow, name: str, op: dg.OpDefinition, description: str) -> dg.JobDefinition:
+    @dg.job(
+        name=f"{workflow.name}_{name}",
+        executor_def=dg.in_process_executor,
+        description=description,
+        tags={"workflow": workflow.name},
+    )
+    def job() -> None:
+        op()
+
+    return job
+
+
 def _reconcile_job(workflow: Workflow) -> dg.JobDefinition:
     @dg.op(
         name=f"{workflow.name}_answer",
@@ -136,16 +149,9 @@ def _reconcile_job(workflow: Workflow) -> dg.JobDefinition:
         places = {alias: number or 0 for alias, number in promoting.aliases(stands).items()}
         context.add_output_metadata({"answers": dg.MetadataValue.json(told), **places})
 
-    @dg.job(
-        name=f"{workflow.name}_reconcile",
-        executor_def=dg.in_process_executor,
-        description="Aliases moved or deleted in MLflow are judged, recorded or put back; rerunnable",
-        tags={"workflow": workflow.name},
+    return _of_one(
+        workflow, "reconcile", answer, "Aliases moved or deleted in MLflow are judged, recorded or put back; rerunnable"
     )
-    def job() -> None:
-        answer()
-
-    return job
 
 
 def _rollback_job(workflow: Workflow) -> dg.JobDefinition:
@@ -178,13 +184,7 @@ def _rollback_job(workflow: Workflow) -> dg.JobDefinition:
         if not report.complete:
             raise dg.Failure("the rollback is not at its end; run it again with the same configuration")
 
-    @dg.job(
-        name=f"{workflow.name}_rollback",
-        executor_def=dg.in_process_executor,
-        description="Take batches back: the prior values under the rules of any push; rerunnable until complete",
-        tags={"workflow": workflow.name},
-    )
-    def job() -> None:
-        take_back()
-
-    return job
+    return _of_one(
+        workflow, "rollback", take_back,
+        "Take batches back: the prior values under the rules of any push; rerunnable until complete",
+    )  # fmt: skip

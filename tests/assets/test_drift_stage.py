@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pyarrow as pa
@@ -82,6 +83,18 @@ def test_an_alias_that_somebody_moved_changes_neither_importances_nor_the_refere
     assert after[0] is not None and after[0].number == 1
 
 
+def _resources(bench: Bench, at: Path, registry: Registry) -> dict[str, Any]:
+    return {
+        "lake": LakeResource(root=str(bench.root / "lake")),
+        "ledger": LedgerResource(url=f"sqlite:///{at / 'ledger.db'}"),
+        "clock": ClockResource(),
+        "registry": RegistryResource(ui="http://mlflow", uri=registry.uri, artifacts=registry.artifacts),
+        "reports": ReportsResource(
+            root=str(at / "reports"), ui="http://reports", evidently_workspace=str(at / "evidently"), evidently_ui="http://evidently",
+        ),
+    }  # fmt: skip
+
+
 def test_a_unit_change_is_found_on_its_day_and_recorded_with_its_reference(
     ads: Bench, tmp_path: Path, registry: Registry
 ) -> None:
@@ -94,22 +107,13 @@ def test_a_unit_change_is_found_on_its_day_and_recorded_with_its_reference(
     span = (broken - timedelta(days=1), broken)
     result = dg.materialize(
         [stage.build(bench.workflow)],
-        resources={
-            "lake": LakeResource(root=str(bench.root / "lake")),
-            "ledger": LedgerResource(url=f"sqlite:///{tmp_path / 'ledger.db'}"),
-            "clock": ClockResource(),
-            "registry": RegistryResource(ui="http://mlflow", uri=registry.uri, artifacts=registry.artifacts),
-            "reports": ReportsResource(
-                root=str(tmp_path / "reports"), ui="http://reports", evidently_workspace=str(tmp_path / "evidently"),
-                evidently_ui="http://evidently",
-            ),
-        },
+        resources=_resources(bench, tmp_path, registry),
         tags={
             "dagster/asset_partition_range_start": str(span[0]),
             "dagster/asset_partition_range_end": str(span[1]),
         },
         raise_on_error=True,
-    )  # fmt: skip
+    )
     assert result.success
     calm, found = bench.lake.read("ad_budget/drift", days=list(span)).sort_by("day").to_pylist()
     assert calm["judged"] and not calm["drifted"] and not calm["spoke"]
@@ -127,17 +131,8 @@ def test_a_short_reference_is_not_judged_and_only_the_rows_of_one_moment_are(
         result = dg.materialize(
             [stage.build(workflow)],
             partition_key=str(bench.last),
-            resources={
-                "lake": LakeResource(root=str(bench.root / "lake")),
-                "ledger": LedgerResource(url=f"sqlite:///{tmp_path / 'ledger.db'}"),
-                "clock": ClockResource(),
-                "registry": RegistryResource(ui="http://mlflow", uri=registry.uri, artifacts=registry.artifacts),
-                "reports": ReportsResource(
-                    root=str(tmp_path / "reports"), ui="http://reports", evidently_workspace=str(tmp_path / "evidently"),
-                    evidently_ui="http://evidently",
-                ),
-            },
-        )  # fmt: skip
+            resources=_resources(bench, tmp_path, registry),
+        )
         assert result.success
         (row,) = bench.lake.read(f"{workflow.name}/drift", days=[bench.last]).to_pylist()
         return dict(row)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from models.comparing import Interval
-from models.gate import Evidence, GateSpec, card, judge
+from models.gate import Evidence, GateSpec, Verdict, card, judge
 from models.policy_value import Value
 
 
@@ -126,6 +126,15 @@ def test_the_card_says_the_verdict_the_figures_and_what_it_was_made_from(passed:
     assert all(reason in text for reason in found.reasons)
 
 
+def _judged_by(worth: Value) -> Verdict:
+    """Everything else is as it should be."""
+    evidence = Evidence("champion", None, {}, {"held-out days": worth}, (), (), ("bias", 0.0, 0.0), 1.0, 1e6)
+    return judge(
+        metric="mae", better="lower", margin=0.02, rows=9, candidate={"mae": 1.0}, rule={"mae": 2.0},
+        champion={"mae": 1.0}, evidence=evidence, spec=GateSpec(value_margin=0.02),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("point", "low", "high", "passes"),
     [(0.05, 0.01, 0.09, False), (0.05, -0.01, 0.11, True), (0.015, 0.01, 0.02, True), (0.05, None, None, True)],
@@ -134,11 +143,7 @@ def test_what_the_policy_is_worth_refuses_beyond_its_margin_and_beyond_noise(
     point: float, low: float | None, high: float | None, passes: bool
 ) -> None:
     worth = Value(0.10, 0.10 + point, Interval(point, low, high, 0.01, 7, 99), "what was moved", "the coin is fair")
-    evidence = Evidence("champion", None, {}, {"held-out days": worth}, (), (), ("bias", 0.0, 0.0), 1.0, 1e6)
-    found = judge(
-        metric="mae", better="lower", margin=0.02, rows=9, candidate={"mae": 1.0}, rule={"mae": 2.0},
-        champion={"mae": 1.0}, evidence=evidence, spec=GateSpec(value_margin=0.02),
-    )  # fmt: skip
+    found = _judged_by(worth)
     assert found.passed is passes
     assert any("policy's value on the held-out days: 10.00% beside the champion's" in r for r in found.reasons)
     assert found.figures["policy_value"]["held-out days"]["harm"]["point"] == point
@@ -148,10 +153,6 @@ def test_what_the_policy_is_worth_refuses_beyond_its_margin_and_beyond_noise(
 def test_a_plan_that_loses_by_itself_is_refused_beside_a_champion_that_loses_as_much(low: float, passes: bool) -> None:
     same = Interval(0.0, 0.0, 0.0, 1.0, 7, 99)
     worth = Value(-0.05, -0.05, same, "what was moved", "the coin is fair", Interval(0.05, low, 0.09, 0.01, 7, 99))
-    evidence = Evidence("champion", None, {}, {"held-out days": worth}, (), (), ("bias", 0.0, 0.0), 1.0, 1e6)
-    found = judge(
-        metric="mae", better="lower", margin=0.02, rows=9, candidate={"mae": 1.0}, rule={"mae": 2.0},
-        champion={"mae": 1.0}, evidence=evidence, spec=GateSpec(value_margin=0.02),
-    )  # fmt: skip
+    found = _judged_by(worth)
     assert found.passed is passes
     assert any("beside moving nothing" in r for r in found.reasons) is not passes
