@@ -5,8 +5,9 @@ Belongs here: pure functions over what the assets stored, and the ledger's event
 
 A trigger is the evidence of one judged day. It comes to exactly one of four ends, and the ledger keeps each with its
 evidence: ``asked``; ``cooling`` (too soon after a training); ``over budget``; ``merged`` into a training that runs or that
-had seen the same days. One that was merged into a run which turns out to have seen less is asked for after it. A training
-that a person starts is held back by nothing, and recorded when it is seen.
+had seen the same days. One that was merged into a run which turns out to have seen less is asked for after it, and one whose
+version the gate refused is asked for again after the cooldown, when more outcomes are known: its reason still stands. A
+training that a person starts is held back by nothing, and recorded when it is seen.
 """
 
 from __future__ import annotations
@@ -49,12 +50,13 @@ class Runs:
     """What is known of a workflow's retrainings, by the day for whose cut-off each was or is trained.
 
     trained: came to their end. running: unfinished or waiting to start. failed: ended without a model, and no other run
-    of the same day did better.
+    of the same day did better. refused: trained, and their version was refused by its gate.
     """
 
     trained: frozenset[date] = frozenset()
     running: frozenset[date] = frozenset()
     failed: frozenset[date] = frozenset()
+    refused: frozenset[date] = frozenset()
 
     @property
     def newest(self) -> date | None:
@@ -195,7 +197,7 @@ def decide(
     found: evidence by judged day (``evidence``). judged: the newest judged day; evidence more than a window older says
     nothing of now. past: what the ledger has, oldest first. runs: what trains and has trained.
     In turn: what fired and is not yet recorded; what was merged into a run that is over and had seen less; what was asked
-    for, and did not come about within ``retry_hours``.
+    for, and did not come about within ``retry_hours``; what was trained, and refused a cooldown ago.
     """
     made: list[Trigger] = []
     recent = judged - timedelta(days=spec.window_days)
@@ -216,7 +218,7 @@ def decide(
         made.append(ended)
     made.reverse()
     if not any(t.action == "asked" for t in made) and not runs.running:
-        again = _again(spec, [*past, *made], runs, now)
+        again = _again(spec, [*past, *made], runs, now) or _refused(spec, [*past, *made], runs, judged, now)
         if again is not None:
             made.append(again)
     return made
@@ -283,6 +285,29 @@ def _again(spec: Retraining, past: Sequence[Trigger], runs: Runs, now: datetime)
             what = "failed" if old.day in runs.failed else "did not come about"
             return replace(old, attempt=old.attempt + 1, at=now, reason=f"attempt {old.attempt} {what}")
     return None
+
+
+def _refused(spec: Retraining, past: Sequence[Trigger], runs: Runs, judged: date, now: datetime) -> Trigger | None:
+    """The newest training, where its gate refused what came of it and the cooldown is over: asked for with what is known now."""
+    asked = [t for t in past if t.action == "asked" and t.day == runs.newest and t.cause not in ("calendar", "person")]
+    if (
+        not asked
+        or asked[-1].day not in runs.refused
+        or any(t.day > asked[-1].day and t.action == "over budget" for t in past)
+    ):
+        return None
+    old = asked[-1]
+    if (judged - old.day).days < max(spec.cooldown_days, 1) or old.attempt >= spec.attempts:
+        return None
+    told = tuple(e if _SAID in e.text else replace(e, text=f"{e.text}{_SAID} {old.day})") for e in old.evidence)
+    reason = f"the version trained for {old.day} was refused by its gate, and its reason stands"
+    new = replace(
+        old, day=judged, evidence=told, window=(old.window[0], judged), attempt=old.attempt + 1, at=now, reason=reason
+    )  # fmt: skip
+    return _within_budget(spec, new, runs, past)
+
+
+_SAID = " (said on"
 
 
 class Walk:
@@ -379,6 +404,18 @@ def record(ledger: Ledger, triggers: Iterable[Trigger]) -> None:
         ledger.note(KIND, trigger.body())
 
 
+def _turned_away(ledger: Ledger, workflow: str) -> frozenset[date]:
+    """The days for whose cut-off a version was trained that its gate refused, and none that passed."""
+    said = [
+        (p.action, p.evidence["day"])
+        for p in ledger.promotions(workflow)
+        if "figures" in p.evidence and "day" in p.evidence
+    ]
+    return frozenset(
+        date.fromisoformat(day) for action, day in said if action == "refused" and all(d != day for a, d in said if a != "refused")
+    )  # fmt: skip
+
+
 def look(
     workflow: Workflow,
     lake: Lake,
@@ -394,6 +431,7 @@ def look(
     """
     judged, found = read(workflow, lake)
     before = past(ledger, workflow.name)
+    runs = replace(runs, refused=runs.refused | _turned_away(ledger, workflow.name))
     started = by_people(workflow.name, runs, before, now)
     record(ledger, started)
     before += started

@@ -139,7 +139,9 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
             inputs={c: kind for group, kind in _MLFLOW_TYPE.items() for c in getattr(workflow.features, group)},
             seed=deciding.SEED,
         )
-        evidence = {"verdict": list(fitted.verdict.reasons), "figures": fitted.verdict.figures, "run": context.run_id}
+        evidence = {
+            "verdict": list(fitted.verdict.reasons), "figures": fitted.verdict.figures, "run": context.run_id, "day": str(day),
+        }  # fmt: skip
         with ledger.open(clock.now) as book:
             place = promoting.admit(
                 workflow, registry.registry, book, made, evidence=evidence, actor=f"run {context.run_id}"

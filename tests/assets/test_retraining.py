@@ -232,6 +232,44 @@ def test_a_failed_training_is_asked_for_again_after_a_while_and_not_for_ever() -
     assert "did not come about" in lost.reason
 
 
+def test_what_its_gate_refused_is_asked_for_again_after_the_cooldown_and_not_for_ever() -> None:
+    past = [only(ask(one("features")))]
+    for attempt in (2, 3):
+        old = past[-1].day
+        refused = Runs(frozenset({old}), refused=frozenset({old}))
+        assert ask({}, judged=old + timedelta(days=6), past=past, runs=refused) == []
+        assert ask({}, judged=old + timedelta(days=7), past=past, runs=trained(old)) == [], (
+            "one that passed is answered"
+        )
+        again = only(ask({}, judged=old + timedelta(days=7), past=past, runs=refused))
+        assert (again.action, again.cause, again.attempt, again.day) == (
+            "asked",
+            "features",
+            attempt,
+            old + timedelta(days=7),
+        )
+        assert again.window == (ago(6), again.day) and f"trained for {old} was refused" in again.reason
+        assert again.evidence[0].text == f"it moved (said on {DAY})"
+        past.append(again)
+    refused = Runs(frozenset({past[-1].day}), refused=frozenset({past[-1].day}))
+    assert ask({}, judged=past[-1].day + timedelta(days=30), past=past, runs=refused) == []
+    assert len({t.run_key for t in past}) == 3
+
+
+def test_a_refused_training_keeps_to_the_budget_and_says_so_once() -> None:
+    past, refused = [only(ask(one("features")))], Runs(frozenset({DAY}), refused=frozenset({DAY}))
+    tight = SPEC.model_copy(update={"budget": 1})
+    over = only(ask({}, judged=DAY + timedelta(days=7), past=past, runs=refused, spec=tight))
+    assert over.action == "over budget"
+    assert ask({}, judged=DAY + timedelta(days=8), past=[*past, over], runs=refused, spec=tight) == []
+
+
+@pytest.mark.parametrize("cause", ["calendar", "person"])
+def test_what_was_asked_for_without_evidence_is_not_asked_for_again_when_refused(cause: Cause) -> None:
+    past, refused = [only(ask(one(cause)))], Runs(frozenset({DAY}), refused=frozenset({DAY}))
+    assert ask({}, judged=DAY + timedelta(days=7), past=past, runs=refused) == []
+
+
 def test_a_run_key_carries_the_window_and_the_attempt() -> None:
     trigger = only(ask(one("scores")))
     assert trigger.run_key == f"w:retrain:scores:{ago(6)}:{DAY}:1"
@@ -311,6 +349,17 @@ def test_a_training_set_of_a_failed_run_is_no_training(workflow: Workflow, lake:
     assert [t.action for t in made] == ["asked"]
 
 
+def test_the_ledger_says_which_training_was_refused(workflow: Workflow, lake: Lake, book: Ledger) -> None:
+    store(lake, {DAY: True})
+    name, later = workflow.name, DAY + timedelta(days=7)
+    assert only(retraining.look(workflow, lake, book, runs=Runs(), now=NOW)).action == "asked"
+    book.promotion(name, 2, "refused", "signalbox", {"figures": {}, "verdict": ["worse"], "day": str(DAY)})
+    store(lake, {later: False})
+    assert only(retraining.look(workflow, lake, book, runs=trained(DAY), now=NOW)).day == later
+    book.promotion(name, 3, "shadow", "signalbox", {"figures": {}, "verdict": ["better"], "day": str(DAY)})
+    assert retraining.look(workflow, lake, book, runs=trained(DAY), now=NOW + timedelta(minutes=1)) == []
+
+
 def test_a_walk_asks_day_by_day_as_the_sensor_would() -> None:
     walk = Walk("w", SPEC, "brier", trained=[ago(3)])
     asked = []
@@ -329,7 +378,7 @@ def test_a_walk_asks_day_by_day_as_the_sensor_would() -> None:
 CAUSES: list[Cause] = ["realised", "estimated", "scores", "features"]
 DAILY = st.tuples(
     st.sets(st.sampled_from(CAUSES)),
-    st.sampled_from(["runs on", "succeeds", "fails"]),
+    st.sampled_from(["runs on", "succeeds", "fails", "is refused"]),
     st.integers(1, 3),  # looks a day
     st.booleans(),  # a person trains
 )
@@ -346,7 +395,7 @@ def test_every_trigger_that_fires_comes_to_exactly_one_end(
         update={"budget": budget, "cooldown_days": cooldown, "realised_cooldown_days": cooldown // 2}
     )
     past: list[Trigger] = []
-    done, failed, running = set[date](), set[date](), set[date]()
+    done, failed, running, refused = set[date](), set[date](), set[date](), set[date]()
     found: dict[date, tuple[Evidence, ...]] = {}
     for n, (causes, fate, looks, person) in enumerate(days):
         day = DAY + timedelta(days=n)
@@ -355,7 +404,7 @@ def test_every_trigger_that_fires_comes_to_exactly_one_end(
             done.add(day)
         for look in range(looks):
             now = datetime.combine(day + timedelta(days=1), datetime.min.time()) + timedelta(hours=7 * look)
-            runs = Runs(frozenset(done), frozenset(running), frozenset(failed - done - running))
+            runs = Runs(frozenset(done), frozenset(running), frozenset(failed - done - running), frozenset(refused))
             past += retraining.by_people("w", runs, past, now)
             made = decide("w", spec, found, judged=day, past=past, runs=runs, now=now)
             asked = [t for t in made if t.action == "asked"]
@@ -370,7 +419,8 @@ def test_every_trigger_that_fires_comes_to_exactly_one_end(
                 == []
             )
             if fate != "runs on":
-                (done if fate == "succeeds" else failed).update(running)
+                (failed if fate == "fails" else done).update(running)
+                refused.update(running if fate == "is refused" else ())
                 running.clear()
         if causes:
             assert day in {t.day for t in past}, "nothing that fired goes unrecorded"
@@ -386,7 +436,7 @@ def test_every_trigger_that_fires_comes_to_exactly_one_end(
     later = datetime.combine(last + timedelta(days=2), datetime.min.time())
     done |= running
     for _ in range(len(days) + 3):
-        runs = Runs(frozenset(done), frozenset(), frozenset(failed - done))
+        runs = Runs(frozenset(done), frozenset(), frozenset(failed - done), frozenset(refused))
         made = decide("w", spec, found, judged=last, past=past, runs=runs, now=later)
         past += made
         done |= {t.day for t in made if t.action == "asked"}
