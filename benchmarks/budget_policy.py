@@ -41,7 +41,7 @@ def instance(n: int, shape: str, seed: int = 0) -> tuple[Any, Any, Any, Callable
 def ours(n: int, shape: str) -> tuple[float, float, Any]:
     """Processor seconds and seconds of one allocation, and its plan."""
     spends, values, before, _ = instance(n, shape)
-    rest = {
+    rest: dict[str, Any] = {
         "floor": np.zeros(n, dtype=np.int64),
         "cap": np.full(n, LIMIT["cap"]),
         "largest_change": LIMIT["largest_change"],

@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 
 WORKFLOW = "ad_budget"
-HISTORY = 28
+HISTORY, LINES = 28, 120
 RUNS = 5
 
 
@@ -24,15 +24,19 @@ def prepare() -> None:
     """Four weeks of history, a first model, and the file of one more day in the landing zone."""
     import dagster as dg
 
+    from assets.resources import home
     from assets.workflow import FOLDER, load
+    from delivery.sandbox.worlds import advertising
     from orchestration import demo, runner
 
     runner.prepare_home()
     workflow = load(FOLDER / WORKFLOW)
-    export = demo.sources(workflow.start)[WORKFLOW]
     last = workflow.start + timedelta(days=HISTORY - 1)
+    world = advertising.World(demo.SEED, "easy", LINES, origin=workflow.start)
+    rows = advertising.history(world, workflow.start, HISTORY + 1)
     for n in range(HISTORY + 1):
-        demo.land(workflow, export, workflow.start + timedelta(days=n))
+        day = workflow.start + timedelta(days=n)
+        demo.stamp(advertising.export_day(rows, home() / "landing" / WORKFLOW / "export", day), day)
     with dg.DagsterInstance.get() as instance:
         for job, first in (("prepare", workflow.start), ("retrain", last)):
             result = runner.run(workflow, job, first, last, now=demo.at(last, "04:00"), instance=instance)
@@ -52,23 +56,27 @@ def with_dagster() -> None:
 def plain() -> None:
     """The same functions in the same order, without Dagster's run, events and checks."""
     import gc
+    import json
     from datetime import datetime
 
     import pyarrow as pa
+    import pyarrow.compute as pc
 
-    from assets import deciding, landing, point_in_time
+    from assets import deciding, delivering, guarding, health, landing, performing, point_in_time
     from assets.resources import resources
+    from assets.stages import drift as stage
     from assets.workflow import FOLDER, load
-    from data_checks import contract, drift
+    from data_checks import contract, drift, performance
 
     gc.set_threshold(200_000, 50, 50)  # as the runner does
     workflow = load(FOLDER / WORKFLOW)
     day = workflow.start + timedelta(days=HISTORY)
     now = datetime.combine(day + timedelta(days=1), datetime.min.time()).replace(hour=4)
-    given = resources()
+    given = resources(now.isoformat())
     lake, registry, reports = given["lake"].lake, given["registry"].registry, given["reports"]
     landing.ingest(workflow, lake, given["landing"].root, now=now, days=[day])
     landed = lake.read(workflow.table("events"), days=[day])
+    landed = landed.filter(pc.is_null(landed["superseded_at"]))
     promised = workflow.contract
     page = contract.validate(
         landed, contract.implied(promised.events) + list(promised.events.expectations), name="events"
@@ -80,19 +88,37 @@ def plain() -> None:
             page = contract.validate(rows, list(promised.features.expectations), name="features")
             reports.write(WORKFLOW, day, "features-contract.html", page.html)
         lake.replace_days(workflow.table(table), rows, [day])
-    scored = deciding.score_day(workflow, lake, registry, day, now=now)
-    assert scored.step == "champion", scored.reasons
-    deciding.write_scores(workflow, lake, day, scored)
-    batch = deciding.decide_day(workflow, lake, day)
-    deciding.write_batch(workflow, lake, day, batch, decided_at=now, run_id="plain")
-    spec = workflow.drift
-    before = [day - timedelta(days=n) for n in range(1, spec.reference_days + 1)]
-    numeric, categorical = workflow.drift_columns
-    current = lake.read(workflow.table("features"), days=[day])
-    reference = lake.read(workflow.table("features"), days=before)
-    report = drift.drift(current, reference, numeric=numeric, categorical=categorical, spec=spec)
-    reports.write(WORKFLOW, day, "drift.html", report.html)
-    drift.save(reports.evidently_workspace, WORKFLOW, report, timestamp=datetime.combine(day, datetime.min.time()))
+    with given["ledger"].open(given["clock"].now) as book:
+        scored = deciding.score_day(workflow, lake, registry, day, now=now, ledger=book)
+        assert scored.step == "champion", scored.reasons
+        deciding.write_scores(workflow, lake, day, scored)
+        batch = deciding.decide_day(workflow, lake, day)
+        deciding.write_batch(workflow, lake, day, batch, decided_at=now, run_id="plain")
+        delivering.record(workflow, book, day, batch, decided_at=now, run_id="plain")
+
+        spec, table = workflow.drift, workflow.table("features")
+        numeric, categorical = workflow.drift_columns
+        columns = ["day", *numeric, *categorical]
+        champion, gains, _ = stage.importances(workflow, registry, book, day)
+        beside = stage.reference(workflow, lake, champion, day, lake.version(table))
+        current = lake.read(table, days=stage.windows(workflow, day)[0], columns=columns)
+        baseline = drift.Baseline(
+            lake.read(table, days=beside.days, columns=columns), numeric=numeric, categorical=categorical,
+            block=spec.window_days, said=beside.said,
+        )  # fmt: skip
+        report = drift.drift(current, baseline, numeric=numeric, categorical=categorical, spec=spec, importances=gains)
+        reports.write(WORKFLOW, day, "drift.html", report.html)
+        reports.write(WORKFLOW, day, "drift.json", json.dumps(report.json, sort_keys=True, indent=1))
+        drift.save(reports.evidently_workspace, WORKFLOW, report, timestamp=datetime.combine(day, datetime.min.time()))
+
+        judged = performing.judge(workflow, lake, registry, day)
+        lake.replace_days(workflow.table("performance"), judged, [day])
+        if judged.num_rows:
+            text = performance.report(WORKFLOW, judged, judged, performing.kind_of(workflow))
+            reports.write(WORKFLOW, day, "performance.html", text)
+        delivering.outcomes_of_decisions(workflow, lake, book, day)
+        guarding.judge_day(workflow, lake, book, day)
+        health.plot(health.examine(book, workflow, until=now))
 
 
 def _timed(what: str, template: Path, folder: Path) -> float:
@@ -106,7 +132,6 @@ def _timed(what: str, template: Path, folder: Path) -> float:
         env=environment,
         check=True,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
     )
     took = time.monotonic() - began
     shutil.rmtree(at)
@@ -124,7 +149,6 @@ def main() -> int:
             env=environment,
             check=True,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
         )
         pairs = [(_timed("with_dagster", template, folder), _timed("plain", template, folder)) for _ in range(RUNS)]
     dagster, script = (statistics.median(p[i] for p in pairs) for i in (0, 1))

@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+from datetime import timedelta
 
 for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
@@ -138,14 +139,14 @@ def speed() -> None:
     rows = worlds.as_history({"value": value})
     rows = rows.append_column("arm", [np.where(np.tile(arm[0], len(value)) == 1, "champion", "holdout")])
     rows = rows.append_column("epoch", [["e"] * rows.num_rows]).append_column("washout", [[False] * rows.num_rows])
-    start = worlds.START + worlds.timedelta(days=worlds.PRE)
+    start = worlds.START + timedelta(days=worlds.PRE)
     spec = worlds.MORE.model_copy(update={"permutations": 1999})
     took = []
     for _ in range(5):
         begun = time.perf_counter()
         regression.judge(
             rows, rows, spec=spec, design="cohort", treated="champion", control="holdout", shares={"champion": 1, "holdout": 1},
-            drawn=None, start=start, day=start + worlds.timedelta(days=worlds.DAYS - 1), seed=1,
+            drawn=None, start=start, day=start + timedelta(days=worlds.DAYS - 1), seed=1,
         )  # fmt: skip
         took.append(time.perf_counter() - begun)
     print(f"judging 200 campaigns, 28 looks, 1,999 permutations: {min(took) * 1000:.0f} ms")

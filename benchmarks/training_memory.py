@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +35,14 @@ def child(way: str, n: int, columns: int) -> dict[str, float | str]:
     y = (table["c0"].to_numpy() > 0).astype(float)
     encoding = booster.Encoding.learn(table, table.column_names[:-2], ["k", "l"])
     params = {"objective": "binary", "num_leaves": 31}
-    how = {"encoding": encoding, "params": params, "rounds": 5, "seed": 1, "device": "cpu", "threads": 2}
+    how: dict[str, Any] = {
+        "encoding": encoding,
+        "params": params,
+        "rounds": 5,
+        "seed": 1,
+        "device": "cpu",
+        "threads": 2,
+    }
     small = table.slice(0, 1000)
     booster.train(encoding.matrix(small), y[:1000], **how)  # what LightGBM itself needs, once
     before, begun = _peak(), time.perf_counter()
