@@ -50,6 +50,8 @@ class Script:
 
     days: int
     lines: int = 360
+    teams: int = 4
+    """Few: the help desk loads every open ticket for each request, so that twice the tickets cost four times the seconds."""
     breaks: Mapping[str, int] = field(default_factory=dict)
     """Upstream breaks its schema."""
     drifts: Mapping[str, int] = field(default_factory=dict)
@@ -399,7 +401,7 @@ def tell(console: Console, script: Script = STORY) -> dict[str, Any]:
     opened = start + timedelta(days=HISTORY_DAYS)
     drifts = {name: opened + timedelta(days=number) for name, number in script.drifts.items()}
     setup = systems.Setup(
-        SEED, start, HISTORY_DAYS, lines=script.lines, advertising_drift=drifts.get("ad_budget"),
+        SEED, start, HISTORY_DAYS, lines=script.lines, teams=script.teams, advertising_drift=drifts.get("ad_budget"),
         tickets_drift=drifts.get("ticket_priority"),
     )  # fmt: skip
     console.print(f"State: {state}")
