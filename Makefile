@@ -43,7 +43,7 @@ lint: install
 
 # The crash test runs by itself: it prints what was killed when, and its kills should land where a quiet machine puts them.
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile --ignore tests/system/test_crash.py
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/system/test_crash.py
 	$(BIN)/pytest tests/system/test_crash.py
 
 bench: install
