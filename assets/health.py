@@ -105,6 +105,7 @@ class Health:
     ``now``, ``months`` and ``days`` for a picture, and every rollback of the window."""
 
     workflow: str
+    until: datetime
     figures: dict[str, Any]
     causes: dict[str, int]
     now: dict[str, Any]
@@ -115,13 +116,21 @@ class Health:
     def as_dict(self) -> dict[str, Any]:
         """The document of ``signalbox status --json`` for one workflow: no NaN, times ISO 8601 UTC."""
         return {
-            "workflow": self.workflow, "figures": self.figures, "retrainings_by_cause": self.causes, "now": self.now,
+            "workflow": self.workflow, "as_of": self.until.isoformat(), "figures": self.figures, "retrainings_by_cause": self.causes, "now": self.now,
             "months": list(self.months), "rollbacks": [one.as_dict() for one in self.rollbacks],
         }  # fmt: skip
 
     def row(self, day: date) -> dict[str, Any]:
         """Its row of TABLE."""
         return {"day": day, **self.figures}
+
+
+def standing(ledger: Ledger, workflow: Workflow, now: datetime) -> datetime:
+    """As of when a loop is looked at, asked at ``now``: where nothing was decided for as long as the window is, the end of the
+    last day that was. The figures of a loop that stands still are those from before it stopped."""
+    days = [b.day for b in ledger.batches(workflow.name, kind="decision")]
+    last = delivering.over(max(days)) if days else now
+    return last if last < now - timedelta(days=WINDOW_DAYS) else now
 
 
 def examine(ledger: Ledger, workflow: Workflow, *, until: datetime, window_days: int = WINDOW_DAYS) -> Health:
@@ -169,7 +178,7 @@ def examine(ledger: Ledger, workflow: Workflow, *, until: datetime, window_days:
     }
     causes = Counter(str(e.body["cause"]) for e in asked if e.at > since)
     return Health(
-        name, figures, dict(sorted(causes.items())), _now(ledger, workflow, batches, until),
+        name, until, figures, dict(sorted(causes.items())), _now(ledger, workflow, batches, until),
         _months(promoted, asked, told, daily), tuple(daily), recent,
     )  # fmt: skip
 

@@ -118,7 +118,10 @@ def status(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """How the loop itself is doing: who is live, what is open and waits for whom, and the last 30 days in figures."""
+    """How the loop itself is doing: who is live, what is open and waits for whom, and the last 30 days in figures.
+
+    Where nothing was decided for 30 days, it says so and shows how the loop stood when its last day was over.
+    """
     from assets import health
     from assets.workflow import FOLDER
     from orchestration.cli import workflow_named
@@ -128,13 +131,18 @@ def status(
     moment = clock_now(at)
     chosen = [workflow_named(name) for name in names]
     with ledger() as book:
-        found = [health.examine(book, one, until=moment) for one in chosen]
+        seen = [moment if at else health.standing(book, one, moment) for one in chosen]
+        found = [health.examine(book, one, until=until) for one, until in zip(chosen, seen, strict=True)]
         head = book.head()
     document = {
         "at": moment.isoformat(), "ledger": {"seq": head.seq, "head": head.hash},
         "workflows": {one.workflow: one.as_dict() for one in found},
     }  # fmt: skip
-    lines = [line for one in found for line in health.lines(one)]
+    lines = []
+    for one in found:
+        first, *rest = health.lines(one)
+        still = [f"  stands still: what follows is as of {one.until:%Y-%m-%d %H:%M}"] if one.until < moment else []
+        lines += [first, *still, *rest]
     told(document, as_json, [*lines, f"ledger: {head.seq} events, head {head.hash}"])
 
 

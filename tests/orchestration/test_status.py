@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,11 @@ def test_the_document_keeps_its_keys_whatever_happened(home: Path) -> None:
     full = told("ad_budget", "--json", "--now", NOON.isoformat())
     assert list(full) == list(empty) == ["at", "ledger", "workflows"]
     one, none = full["workflows"]["ad_budget"], empty["workflows"]["ad_budget"]
-    assert list(one) == ["workflow", "figures", "retrainings_by_cause", "now", "months", "rollbacks"] == list(none)
+    assert (
+        list(one)
+        == ["workflow", "as_of", "figures", "retrainings_by_cause", "now", "months", "rollbacks"]
+        == list(none)
+    )
     assert one["figures"] == pytest.approx(KNOWN)
     for part in ("figures", "now"):
         assert list(one[part]) == list(none[part])
@@ -68,6 +72,21 @@ def test_the_document_keeps_its_keys_whatever_happened(home: Path) -> None:
     assert "37.7 h" in told("ad_budget", "--now", NOON.isoformat())
     wrong = CliRunner().invoke(cli.app, ["status", "no_such"])
     assert wrong.exit_code == 2
+
+
+def test_a_loop_that_stands_still_is_shown_as_it_stood_and_says_so(home: Path) -> None:
+    clock = Clock()
+    with resources()["ledger"].open(clock) as book:
+        tell(book, clock)
+    newest = told("ad_budget", "--json", "--now", NOON.isoformat())["workflows"]["ad_budget"]["now"][
+        "newest_day_decided"
+    ]
+    over = f"{date.fromisoformat(newest) + timedelta(days=2)}T00:00:00"
+    long_after = told("ad_budget", "--json")["workflows"]["ad_budget"]
+    assert long_after == told("ad_budget", "--json", "--now", over)["workflows"]["ad_budget"]
+    assert long_after["as_of"] == over and long_after["figures"]["days_decided"] > 0
+    assert f"stands still: what follows is as of {over[:10]} 00:00" in told("ad_budget")
+    assert "stands still" not in told("ad_budget", "--now", over)
 
 
 def test_the_asset_stores_a_row_a_day_and_shows_the_newest(home: Path) -> None:
