@@ -106,6 +106,8 @@ class Health:
 
     workflow: str
     until: datetime
+    as_of: datetime
+    """Where the window of the figures ends; what is open ``now`` is that of ``until``."""
     figures: dict[str, Any]
     causes: dict[str, int]
     now: dict[str, Any]
@@ -116,8 +118,8 @@ class Health:
     def as_dict(self) -> dict[str, Any]:
         """The document of ``signalbox status --json`` for one workflow: no NaN, times ISO 8601 UTC."""
         return {
-            "workflow": self.workflow, "as_of": self.until.isoformat(), "figures": self.figures, "retrainings_by_cause": self.causes, "now": self.now,
-            "months": list(self.months), "rollbacks": [one.as_dict() for one in self.rollbacks],
+            "workflow": self.workflow, "as_of": self.as_of.isoformat(), "figures": self.figures,
+            "retrainings_by_cause": self.causes, "now": self.now, "months": list(self.months), "rollbacks": [one.as_dict() for one in self.rollbacks],
         }  # fmt: skip
 
     def row(self, day: date) -> dict[str, Any]:
@@ -125,21 +127,18 @@ class Health:
         return {"day": day, **self.figures}
 
 
-def standing(ledger: Ledger, workflow: Workflow, now: datetime) -> datetime:
-    """As of when a loop is looked at, asked at ``now``: where nothing was decided for as long as the window is, the end of the
-    last day that was. The figures of a loop that stands still are those from before it stopped."""
-    days = [b.day for b in ledger.batches(workflow.name, kind="decision")]
-    last = delivering.over(max(days)) if days else now
-    return last if last < now - timedelta(days=WINDOW_DAYS) else now
-
-
 def examine(ledger: Ledger, workflow: Workflow, *, until: datetime, window_days: int = WINDOW_DAYS) -> Health:
     """What the ledger says of a workflow's loop at ``until`` (naive UTC); reads it, changes nothing.
 
-    Events after ``until`` do not count. What became of deliveries is as it stands in the ledger.
+    Events after ``until`` do not count. What became of deliveries is as it stands in the ledger. Where nothing was decided for
+    as long as the window is, the window ends with the last day that was: the figures of a loop that stands still are those from
+    before it stopped, and what people did to it since. What is open is always that of ``until``.
     """
-    name, since = workflow.name, until - timedelta(days=window_days)
+    name = workflow.name
     batches = [b for b in ledger.batches(name, kind="decision") if b.recorded_at <= until]
+    last = delivering.over(max(b.day for b in batches)) if batches else until
+    as_of = last if last < until - timedelta(days=window_days) else until
+    since = as_of - timedelta(days=window_days)
     events = [e for e in ledger.events(workflow=name) if e.at <= until]
     moves = [p for p in ledger.promotions(name) if p.at <= until]
     promoted = [p for p in moves if p.action == "promoted" and "heir of" not in p.evidence]
@@ -147,7 +146,7 @@ def examine(ledger: Ledger, workflow: Workflow, *, until: datetime, window_days:
     asked = [e for e in triggers if e.body["action"] == "asked"]
     told = _incidents(ledger, batches, events, moves, until)
     recent = tuple(one for one in told if one.asked > since)
-    daily = _days(workflow, batches, until)
+    daily = _days(workflow, batches, as_of)
     mine = [d for d in daily if d["day"] > since.date() - timedelta(days=1)]
     tried, overrides, rejected = (sum(d[k] for d in mine) for k in ("deliveries", "overrides", "rejected"))
     decided = [d for d in mine if d["step"] is not None]
@@ -178,7 +177,7 @@ def examine(ledger: Ledger, workflow: Workflow, *, until: datetime, window_days:
     }
     causes = Counter(str(e.body["cause"]) for e in asked if e.at > since)
     return Health(
-        name, until, figures, dict(sorted(causes.items())), _now(ledger, workflow, batches, until),
+        name, until, as_of, figures, dict(sorted(causes.items())), _now(ledger, workflow, batches, until),
         _months(promoted, asked, told, daily), tuple(daily), recent,
     )  # fmt: skip
 
@@ -352,6 +351,9 @@ def lines(health: Health) -> list[str]:
     else:
         told = [f"{health.workflow}: newest day decided {now['newest_day_decided'] or 'none'}, delivered "
                 f"{now['newest_day_delivered'] or 'none'}"]  # fmt: skip
+    if health.as_of < health.until:
+        days = f"{f['window_days']} days to {health.as_of:%Y-%m-%d}"
+        told.append("  STANDS STILL: no day was decided since")
     champion = f"version {now['champion']} since {(now['champion_since'] or '')[:16]}" if now["champion"] else "none"
     other = now["challenger"]
     told.append(f"  champion: {champion}" + (f"; version {other['version']} in {other['stage']}" if other else ""))

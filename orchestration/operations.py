@@ -120,7 +120,7 @@ def status(
 ) -> None:
     """How the loop itself is doing: who is live, what is open and waits for whom, and the last 30 days in figures.
 
-    Where nothing was decided for 30 days, it says so and shows how the loop stood when its last day was over.
+    Where nothing was decided for 30 days, it says so, and the figures are of the 30 days before.
     """
     from assets import health
     from assets.workflow import FOLDER
@@ -131,18 +131,13 @@ def status(
     moment = clock_now(at)
     chosen = [workflow_named(name) for name in names]
     with ledger() as book:
-        seen = [moment if at else health.standing(book, one, moment) for one in chosen]
-        found = [health.examine(book, one, until=until) for one, until in zip(chosen, seen, strict=True)]
+        found = [health.examine(book, one, until=moment) for one in chosen]
         head = book.head()
     document = {
         "at": moment.isoformat(), "ledger": {"seq": head.seq, "head": head.hash},
         "workflows": {one.workflow: one.as_dict() for one in found},
     }  # fmt: skip
-    lines = []
-    for one in found:
-        first, *rest = health.lines(one)
-        still = [f"  stands still: what follows is as of {one.until:%Y-%m-%d %H:%M}"] if one.until < moment else []
-        lines += [first, *still, *rest]
+    lines = [line for one in found for line in health.lines(one)]
     told(document, as_json, [*lines, f"ledger: {head.seq} events, head {head.hash}"])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import date, timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def test_the_document_keeps_its_keys_whatever_happened(home: Path) -> None:
     assert wrong.exit_code == 2
 
 
-def test_a_loop_that_stands_still_is_shown_as_it_stood_and_says_so(home: Path) -> None:
+def test_a_loop_that_stands_still_keeps_its_figures_and_shows_what_is_open_now(home: Path) -> None:
     clock = Clock()
     with resources()["ledger"].open(clock) as book:
         tell(book, clock)
@@ -82,11 +82,19 @@ def test_a_loop_that_stands_still_is_shown_as_it_stood_and_says_so(home: Path) -
         "newest_day_decided"
     ]
     over = f"{date.fromisoformat(newest) + timedelta(days=2)}T00:00:00"
+    before = told("ad_budget", "--json", "--now", over)["workflows"]["ad_budget"]
     long_after = told("ad_budget", "--json")["workflows"]["ad_budget"]
-    assert long_after == told("ad_budget", "--json", "--now", over)["workflows"]["ad_budget"]
-    assert long_after["as_of"] == over and long_after["figures"]["days_decided"] > 0
-    assert f"stands still: what follows is as of {over[:10]} 00:00" in told("ad_budget")
-    assert "stands still" not in told("ad_budget", "--now", over)
+    assert long_after["as_of"] == before["as_of"] == over and long_after["figures"] == before["figures"]
+    assert long_after["figures"]["days_decided"] > 0
+    assert "STANDS STILL" in told("ad_budget") and f"30 days to {over[:10]}" in told("ad_budget")
+    assert "STANDS STILL" not in told("ad_budget", "--now", over)
+    # what somebody does meanwhile is not of the past
+    champion = long_after["now"]["champion"]
+    assert champion is not None
+    with resources()["ledger"].open(lambda: datetime.fromisoformat(over) + timedelta(days=60)) as book:
+        book.promotion("ad_budget", champion, "rolled back", "robin", {"reason": "it did harm", "trigger": "person"})
+    assert told("ad_budget", "--json")["workflows"]["ad_budget"]["now"]["champion"] != champion
+    assert told("ad_budget", "--json", "--now", over)["workflows"]["ad_budget"]["now"]["champion"] == champion
 
 
 def test_the_asset_stores_a_row_a_day_and_shows_the_newest(home: Path) -> None:
