@@ -38,6 +38,7 @@ from delivery.database import (
 from delivery.leases import ABANDONED, Busy, Holder, Lease
 from delivery.people import PEOPLE, People
 from delivery.records import (
+    ACTED,
     FINAL,
     OPEN,
     Acknowledged,
@@ -60,7 +61,7 @@ from delivery.records import (
 )  # fmt: skip
 
 __all__ = [
-    "FINAL", "OPEN", "Acknowledged", "Approval", "Approver", "Attempt", "AttemptRow", "BatchRow", "Busy", "Conflict",
+    "ACTED", "FINAL", "OPEN", "Acknowledged", "Approval", "Approver", "Attempt", "AttemptRow", "BatchRow", "Busy", "Conflict",
     "Delivery", "Event", "Fenced", "Head", "Holder", "Lease", "Ledger", "LedgerError", "LedgerMismatch", "LedgerNewer",
     "LedgerUnavailable", "NewBatch", "Promotion", "Result", "Rollback", "State", "Switch", "Unknown", "Verdict", "utc_now",
 ]  # fmt: skip

@@ -21,6 +21,8 @@ OPEN = frozenset({"PENDING", "IN_FLIGHT", "UNKNOWN"})
 """States that a push still has to settle."""
 FINAL = frozenset({"ACKED", "REJECTED", "CONFLICT", "OVERWRITTEN", "SKIPPED", "NOT_REVERSIBLE"})
 """States that stay, but for ACKED, of which an overwrite may be found later."""
+ACTED = frozenset({"ACKED", "OVERWRITTEN", "UNKNOWN", "IN_FLIGHT"})
+"""States of a delivery whose value was proven to stand downstream, or of which something was sent that may stand there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,17 @@ class BatchRow(NewBatch):
     """Its rows were removed by the retention policy."""
     counts: Mapping[str, int]
     """Deliveries by state."""
+
+    @property
+    def acted(self) -> bool:
+        """Whether something of it was sent and stood downstream, or may. What nothing was sent of answers no question about
+        the past."""
+        return any(self.counts.get(state) for state in ACTED)
+
+    @property
+    def backfill(self) -> bool:
+        """Whether it was decided after the day that it would have taken effect on: never sent, and never what acted."""
+        return bool(self.record.get("backfill"))
 
 
 @dataclass(frozen=True)
