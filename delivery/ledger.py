@@ -58,12 +58,14 @@ from delivery.records import (
     State,
     Switch,
     Verdict,
+    generation,
 )  # fmt: skip
 
 __all__ = [
     "ACTED", "FINAL", "OPEN", "Acknowledged", "Approval", "Approver", "Attempt", "AttemptRow", "BatchRow", "Busy", "Conflict",
     "Delivery", "Event", "Fenced", "Head", "Holder", "Lease", "Ledger", "LedgerError", "LedgerMismatch", "LedgerNewer",
-    "LedgerUnavailable", "NewBatch", "Promotion", "Result", "Rollback", "State", "Switch", "Unknown", "Verdict", "utc_now",
+    "LedgerUnavailable", "NewBatch", "Promotion", "Result", "Rollback", "State", "Switch", "Unknown", "Verdict", "generation",
+    "utc_now",
 ]  # fmt: skip
 
 CHAINED = {

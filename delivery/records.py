@@ -25,6 +25,16 @@ ACTED = frozenset({"ACKED", "OVERWRITTEN", "UNKNOWN", "IN_FLIGHT"})
 """States of a delivery whose value was proven to stand downstream, or of which something was sent that may stand there."""
 
 
+def generation(batch_id: str) -> tuple[str, int]:
+    """A batch's name without, and with, the number of times that the same content was decided: ``X.2`` → (X, 2), ``X`` → (X, 1).
+
+    Deciding the same again, after something else was decided or after it was taken back, is a new decision with a delivery
+    of its own, and so a batch of its own.
+    """
+    base, dot, number = batch_id.rpartition(".")
+    return (base, int(number)) if dot and number.isdigit() else (batch_id, 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class NewBatch:
     """A batch as it is handed to the ledger."""
