@@ -76,7 +76,7 @@ CHAINED = {
     "promotion": tables.promotions,
 }
 """Kinds of event that a table repeats row by row."""
-_OWN = frozenset({*CHAINED, "batch", "push begun", "push ended", "superseded", "forgotten", "retention"})
+_OWN = frozenset({*CHAINED, "batch", "push begun", "push ended", "taken back", "superseded", "forgotten", "retention"})
 _WORDS = frozenset({"reason", "secret_hash"})
 _JSON = frozenset({"evidence"})
 _GIVEN = (
@@ -248,10 +248,12 @@ class Ledger:
 
     @plainly
     def record_batch(self, new: NewBatch, decisions: pa.Table) -> BatchRow:
-        """Record a batch, its decisions and a PENDING delivery for each changed one, in one transaction.
+        """Record a batch, its decisions and a PENDING delivery for each changed one, in one transaction; returns its row.
 
-        The same batch again changes nothing and returns the row; the same id with another content raises LedgerMismatch.
-        ``decisions``: the columns that the stage writes, entities and ids unique.
+        Deciding the same again changes nothing while it is still what may be sent. After something else was decided for the
+        day, or after it was superseded or taken back, it is a new decision: ``X.2`` (``generation``), with decision ids of
+        its own. The same id with another content raises LedgerMismatch. ``decisions``: the columns that the stage writes,
+        entities and ids unique.
         """
         stored, mapping = self._stored(new, decisions)
         root = chain.merkle_root(chain.leaf_hashes(stored))
@@ -260,15 +262,52 @@ class Ledger:
         with writing(self.engine) as connection, connection.begin():
             self._lock(connection)
             row = connection.execute(select(tables.batches).where(b.batch_id == new.batch_id)).first()
-            if row is None:
-                last = connection.execute(select(func.max(b.sequence))).scalar() or 0
-                self._insert_batch(connection, new, last + 1, root, stored, mapping, changed)
-            elif (row.digest, row.root) != (new.digest, root):
+            if row is not None and (row.digest, row.root) != (new.digest, root):
                 raise LedgerMismatch(
                     f"batch {new.batch_id} stands in the ledger with another content: a batch is recorded once; "
                     "decide again under a new id"
                 )
+            if row is not None:
+                newest = self._newest(connection, row)
+                if self._counts_still(connection, newest):
+                    return self._batch(connection, newest.batch_id)
+                number = generation(newest.batch_id)[1] + 1
+                new = replace(new, batch_id=f"{row.batch_id}.{number}")
+                ids = pc.binary_join_element_wise(stored["decision_id"], str(number), ".")
+                stored = stored.set_column(stored.schema.get_field_index("decision_id"), "decision_id", ids)
+                root = chain.merkle_root(chain.leaf_hashes(stored))
+            last = connection.execute(select(func.max(b.sequence))).scalar() or 0
+            self._insert_batch(connection, new, last + 1, root, stored, mapping, changed)
             return self._batch(connection, new.batch_id)
+
+    def _newest(self, connection: Connection, row: AnyRow) -> AnyRow:
+        """The last time that the content of a batch was decided."""
+        b = tables.batches.c
+        same = connection.execute(
+            select(tables.batches).where(
+                b.workflow == row.workflow, b.day == row.day, b.kind == row.kind, b.sequence >= row.sequence
+            )
+        )
+        base = generation(row.batch_id)[0]
+        mine = [one for one in same if one.batch_id == row.batch_id or generation(one.batch_id)[0] == base]
+        return max(mine, key=lambda one: generation(one.batch_id)[1])
+
+    def _counts_still(self, connection: Connection, row: AnyRow) -> bool:
+        """Whether a batch is still what may be sent, or was: nothing was decided, superseded or taken back since."""
+        if row.kind != "decision":
+            return True
+        b, r = tables.batches.c, tables.rollbacks.c
+        own = connection.execute(select(func.count()).where(r.batch_id == row.batch_id)).scalar()
+        newer = select(func.count()).where(b.workflow == row.workflow, b.sequence > row.sequence)
+        decided = connection.execute(newer.where(b.kind == "decision", b.day == row.day)).scalar()
+        undone = row.delivery == "NONE" and connection.execute(newer.where(b.kind == "rollback")).scalar()
+        return not (row.superseded_by or own or decided or undone)
+
+    @plainly
+    def newest(self, batch_id: str) -> BatchRow:
+        """The batch under which the content of ``batch_id`` was decided last: itself, or ``X.2`` and so on; raises Unknown."""
+        with reading(self.engine) as connection, connection.begin():
+            return self._rows(connection, [self._newest(connection, self._find(connection, batch_id))])[0]
 
     def _stored(self, new: NewBatch, decisions: pa.Table) -> tuple[pa.Table, pa.Table]:
         """The rows as the database keeps them (all but ``sequence``), and the names that they mention."""
@@ -720,34 +759,85 @@ class Ledger:
             connection.execute(insert(tables.conflicts), met)
 
     @plainly
-    def acknowledged(self, system: str, entities: Sequence[str]) -> dict[str, Acknowledged]:
+    def acknowledged(
+        self, system: str, entities: Sequence[str], *, workflow: str | None = None
+    ) -> dict[str, Acknowledged]:
         """The last proven value of ours for each entity that has one, also where it was sent for another entity of the
-        same target."""
-        k, b = tables.acknowledged, tables.batches
+        same target. ``workflow``: of this workflow alone; what another one proved since does not count as its own."""
         by_digest = dict(zip(self.people.digests("entity", entities), entities, strict=True))
-        rows = select(k.c.entity, k.c.target, k.c.value, k.c.verified_at, k.c.sequence, b.c.batch_id).join(
-            b, b.c.sequence == k.c.sequence
-        )
-        own: list[AnyRow] = []
-        latest: dict[str, AnyRow] = {}
         with reading(self.engine) as connection, connection.begin():
-            # Two steps, each along an index: the entities, then whoever else shares their targets.
+            own = self._acknowledged(connection, system, by_digest, workflow)
+        return {
+            by_digest[digest]: Acknowledged(row.value, row.verified_at, row.batch_id) for digest, row in own.items()
+        }
+
+    def _acknowledged(
+        self, connection: Connection, system: str, digests: Iterable[str], workflow: str | None
+    ) -> dict[str, AnyRow]:
+        k, b = tables.acknowledged, tables.batches
+        rows = select(
+            k.c.entity, k.c.target, k.c.value, k.c.verified_at, k.c.sequence, b.c.batch_id, b.c.workflow
+        ).join(b, b.c.sequence == k.c.sequence)
+        own: list[AnyRow] = []
+        # Two steps, each along an index: the entities, then whoever else shares their targets.
+        for some in chunks(digests):
+            own += connection.execute(rows.where(k.c.system == system, k.c.entity.in_(some))).all()
+        targets: list[AnyRow] = []
+        for some in chunks({row.target for row in own if row.target}):
+            targets += connection.execute(rows.where(k.c.system == system, k.c.target.in_(some))).all()
+        if workflow is not None and (others := {r.entity for r in (*own, *targets) if r.workflow != workflow}):
+            before = self._proved_by(connection, system, others, workflow)
+            own, targets = (
+                [before.get(r.entity, r) if r.workflow != workflow else r for r in some] for some in (own, targets)
+            )
+            own, targets = ([r for r in some if r.workflow == workflow] for some in (own, targets))
+        latest: dict[str, AnyRow] = {}
+        for row in targets:
+            known = latest.get(row.target)
+            if known is None or (known.verified_at, known.sequence) < (row.verified_at, row.sequence):
+                latest[row.target] = row
+        return {row.entity: latest.get(row.target, row) for row in own}
+
+    def _proved_by(
+        self, connection: Connection, system: str, digests: Iterable[str], workflow: str
+    ) -> dict[str, AnyRow]:
+        """A workflow's own last proven values, where another workflow has proved one on the same entity since."""
+        d, c, b = tables.deliveries, tables.decisions, tables.batches
+        query = (
+            select(
+                c.c.entity, d.c.target, d.c.observed.label("value"), d.c.verified_at, d.c.sequence, b.c.batch_id, b.c.workflow
+            )
+            .select_from(
+                d.join(c, and_(c.c.sequence == d.c.sequence, c.c.n == d.c.n)).join(b, b.c.sequence == d.c.sequence)
+            )
+            .where(b.c.workflow == workflow, b.c.system == system, d.c.state == "ACKED")
+            .order_by(d.c.verified_at, d.c.sequence)
+        )  # fmt: skip
+        found: dict[str, AnyRow] = {}
+        for some in chunks(digests):
+            found |= {row.entity: row for row in connection.execute(query.where(c.c.entity.in_(some)))}
+        return found
+
+    @plainly
+    def setters(self, system: str, entities: Sequence[str], workflow: str) -> dict[str, tuple[int, str]]:
+        """Where another workflow proved a value last: entity → (value, workflow)."""
+        by_digest = dict(zip(self.people.digests("entity", entities), entities, strict=True))
+        k, b = tables.acknowledged, tables.batches
+        rows = select(k.c.entity, k.c.value, b.c.workflow).join(b, b.c.sequence == k.c.sequence)
+        found: dict[str, tuple[int, str]] = {}
+        with reading(self.engine) as connection, connection.begin():
             for some in chunks(by_digest):
-                own += connection.execute(rows.where(k.c.system == system, k.c.entity.in_(some))).all()
-            for some in chunks({row.target for row in own if row.target}):
-                for row in connection.execute(rows.where(k.c.system == system, k.c.target.in_(some))):
-                    before = latest.get(row.target)
-                    if before is None or (before.verified_at, before.sequence) < (row.verified_at, row.sequence):
-                        latest[row.target] = row
-        found = {}
-        for mine in own:
-            last = latest.get(mine.target, mine)
-            found[by_digest[mine.entity]] = Acknowledged(last.value, last.verified_at, last.batch_id)
+                query = rows.where(k.c.system == system, k.c.entity.in_(some), b.c.workflow != workflow)
+                found |= {by_digest[r.entity]: (r.value, r.workflow) for r in connection.execute(query)}
         return found
 
     @plainly
     def open_push(self, lease: Lease, batch_id: str, run_id: str = "") -> None:
-        """Note that a push begins, or goes on, and by which run; raises Fenced, and LedgerError where the batch is refused or complete."""
+        """Note that a push begins, or goes on, and by which run.
+
+        Raises Fenced; LedgerError where the batch is refused or complete; LedgerMismatch where its decisions are not those
+        that were recorded, and approved: nothing of it is sent then.
+        """
         with writing(self.engine) as connection, connection.begin():
             self._held(connection, lease)
             self._lock(connection)
@@ -759,12 +849,77 @@ class Ledger:
                 raise LedgerMismatch(
                     f"batch {batch_id} is delivered to {row.system}, and the lease is one of {lease.system}"
                 )
+            self._as_recorded(connection, row)
             body = {"batch_id": batch_id, "workflow": row.workflow, "system": lease.system, "fence": lease.fence}
             self._append(connection, "push begun", body | ({"run_id": run_id} if run_id else {}))
             b = tables.batches
             connection.execute(
                 update(b).where(b.c.sequence == row.sequence).values(delivery="OPEN", system=lease.system, counts=None)
             )
+
+    def _as_recorded(self, connection: Connection, row: AnyRow) -> None:
+        """The decisions, the pools and the record are those that the chain holds: an approval is for exactly them."""
+        e = tables.events.c
+        event = connection.execute(select(e.body).where(e.seq == row.seq)).scalar()
+        body = json.loads(event) if event else {}
+        values = {k: row._mapping[k] for k in body if k in row._mapping and k != "findings"}
+        same = bool(body) and all(
+            chain.canonical(value) == chain.canonical(body[name])
+            for name, value in batch_body({"findings": "", **values}, self.people).items()
+            if name != "findings"  # words, of which a name may have been erased
+        )
+        if not same or row.root != chain.merkle_root(
+            chain.leaf_hashes(stored_rows(connection, tables.decisions, row.sequence))
+        ):
+            raise LedgerMismatch(
+                f"batch {row.batch_id}: its decisions or its record are not those that were recorded and approved: nothing "
+                "of it is sent. signalbox verify says what was changed; decide the day again"
+            )
+
+    @plainly
+    def take_back(self, lease: Lease, batch_id: str, entities: Collection[str] = ()) -> int:
+        """Give a delivery to what the batch leaves alone although an earlier batch's value stands there; returns how many.
+
+        That is every unchanged decision whose entity shows, by the last value that a decision of the same workflow proved
+        after this batch's ``as_of``, something else than was decided here; and ``entities``, of which an earlier batch's
+        write may still land. The push must be open. Raises Fenced.
+        """
+        k, d, b = tables.acknowledged, tables.deliveries, tables.batches
+        with writing(self.engine) as connection, connection.begin():
+            row = self._pushing(connection, lease, batch_id)
+            query = (
+                select(k.c.entity, k.c.value)
+                .join(b, b.c.sequence == k.c.sequence)
+                .where(
+                    k.c.system == lease.system, k.c.verified_at > row.as_of, b.c.workflow == row.workflow,
+                    b.c.kind == "decision", b.c.sequence < row.sequence,
+                )
+            )  # fmt: skip
+            stands: dict[str, int | None] = {one.entity: one.value for one in connection.execute(query)}
+            stands |= dict.fromkeys(self.people.digests("entity", list(entities)))
+            if not stands:
+                return 0
+            left = select_bulk(
+                connection,
+                'SELECT n, entity, "after" FROM decisions WHERE sequence = ? AND changed = 0 AND "after" IS NOT NULL',
+                [row.sequence],
+                pa.schema({"n": pa.int64(), "entity": pa.string(), "after": pa.int64()}),
+            )
+            left = left.filter(pc.is_in(left["entity"], pa.array(list(stands), pa.string())))
+            numbers = {r["n"] for r in left.to_pylist() if stands[r["entity"]] != r["after"]}
+            for some in chunks(sorted(numbers)):
+                known = select(d.c.n).where(d.c.sequence == row.sequence, d.c.n.in_(some))
+                numbers -= set(connection.execute(known).scalars())
+            if not numbers:
+                return 0
+            rows = [
+                {"sequence": row.sequence, "n": n, "state": "PENDING", "attempts": 0, "repeats": 0}
+                for n in sorted(numbers)
+            ]
+            connection.execute(insert(d), rows)
+            body = {"batch_id": batch_id, "workflow": row.workflow, "system": lease.system, "fence": lease.fence}
+            self._append(connection, "taken back", {**body, "n": sorted(numbers)})
+            return len(numbers)
 
     @plainly
     def close_push(self, lease: Lease, batch_id: str, complete: bool) -> None:
@@ -1038,6 +1193,37 @@ class Ledger:
         columns = [r.c.batch_id, r.c.action, r.c.actor, r.c.reason, r.c.trigger, r.c.evidence, r.c.at]
         where = None if batch_id is None else r.c.batch_id == batch_id
         return [Rollback(*row) for row in self._people(r, columns, where)]
+
+    @plainly
+    def pending_rollbacks(self, workflow: str) -> list[str]:
+        """Batches of a workflow whose rollback was asked for and is neither complete nor closed, oldest request first."""
+        r, b = tables.rollbacks, tables.batches
+        query = select(r.c.batch_id, r.c.action).join(b, b.c.batch_id == r.c.batch_id).where(b.c.workflow == workflow)
+        with reading(self.engine) as connection:
+            last = {row.batch_id: row.action for row in connection.execute(query.order_by(r.c.seq))}
+        return [batch_id for batch_id, action in last.items() if action == "asked"]
+
+    @plainly
+    def taken_back_since(self, batch_id: str) -> str | None:
+        """A rollback, recorded after this batch was decided, of an entity that the batch would change; None: there is none."""
+        b = tables.batches.c
+        with reading(self.engine) as connection, connection.begin():
+            row = self._find(connection, batch_id)
+            later = select(b.sequence, b.batch_id).where(
+                b.workflow == row.workflow, b.kind == "rollback", b.sequence > row.sequence
+            )
+            undone = connection.execute(later.order_by(b.sequence.desc())).all()
+            mine = self._changed(connection, row.sequence) if undone else pa.array([], pa.string())
+            for one in undone:
+                if pc.any(pc.is_in(self._changed(connection, one.sequence), mine)).as_py():
+                    return str(one.batch_id)
+        return None
+
+    def _changed(self, connection: Connection, sequence: int) -> pa.Array:
+        """The digests of the entities that a batch changes."""
+        query = "SELECT entity FROM decisions WHERE sequence = ? AND changed <> 0"
+        found = select_bulk(connection, query, [sequence], pa.schema({"entity": pa.string()}))
+        return found["entity"].combine_chunks()
 
     # --- erasing
 

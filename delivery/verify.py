@@ -39,6 +39,8 @@ class _Pushed:
     counts: str | None = None
     roots: dict[str, str] | None = None
     retired: bool = False
+    taken_back: set[int] = field(default_factory=set)
+    """Decisions that change nothing and have a delivery all the same, since an earlier batch's value stood there."""
 
 
 @dataclass
@@ -117,6 +119,8 @@ def _fold(proof: _Proof, kind: str, body: Mapping[str, Any]) -> None:
     elif kind == "retention":
         for batch_id in body["batches"]:
             proof.pushed[batch_id].retired = True
+    elif kind == "taken back":
+        proof.pushed[body["batch_id"]].taken_back |= set(body["n"])
     elif kind in ("push begun", "push ended", "superseded"):
         one = proof.pushed[body["batch_id"]]
         one.system, one.delivery, one.pushing = body["system"], "OPEN", kind != "push ended"
@@ -202,7 +206,8 @@ def _rows(proof: _Proof, where: str, sequence: int, body: Mapping[str, Any], eve
             "decisions", f"{where}: a decision was changed, deleted, inserted or moved: the Merkle root is another one"
         )
     delivered = stored_rows(proof.connection, tables.deliveries, sequence)
-    due = decided.filter(pc.not_equal(decided["changed"], 0))["n"]
+    back = pc.is_in(decided["n"], pa.array(sorted(events.taken_back), decided["n"].type))
+    due = decided.filter(pc.or_(pc.not_equal(decided["changed"], 0), back))["n"]
     if not due.equals(delivered["n"]):
         proof.wrong(
             "deliveries", f"{where}: deliveries were deleted or inserted: they are not those of its changed decisions"
