@@ -26,6 +26,7 @@ from delivery.connectors import catalog
 from delivery.connectors.base import Connector
 from delivery.guards import Finding
 from delivery.ledger import BatchRow, Ledger, NewBatch
+from delivery.limits import RECORDED, Limits
 from models.registry import Registry
 
 
@@ -68,6 +69,7 @@ def record(
             "step_reasons": list(batch.reasons),
             "late": batch.late,
             "certificates": batch.certificates,
+            **_terms(workflow),
         },
         findings=[dict(f) for f in batch.findings],
         pools=pools(workflow, batch.decisions),
@@ -76,8 +78,20 @@ def record(
     return ledger.record_batch(new, deciding.with_record(workflow, day, batch))
 
 
+def _terms(workflow: Workflow) -> dict[str, Any]:
+    """On what terms a batch was decided, and may be approved: the limits of a change, and what values mean downstream."""
+    if workflow.delivery is None:
+        return {}
+    kept = {f.name for f in dataclasses.fields(Limits)}
+    limits = workflow.guardrails.model_dump(mode="json", include=kept, exclude_none=True)
+    return {RECORDED: limits, "mapping": catalog.mapping(workflow.delivery.connector, workflow.folder)}
+
+
 def batch_of(ledger: Ledger, workflow: str, day: date) -> BatchRow:
-    """The batch that counts for a day: the one recorded last. Raises NothingToDeliver."""
+    """What is to be sent of a day: the batch decided last. Raises NothingToDeliver.
+
+    What acted is another question (``assets.acting``): a batch of which nothing was sent never answers it.
+    """
     found = [b for b in ledger.batches(workflow, since=day, kind="decision") if b.day == day]
     if not found:
         raise NothingToDeliver(
@@ -96,15 +110,20 @@ def open_batches(ledger: Ledger, workflow: Workflow, now: datetime) -> list[Batc
     assert workflow.delivery is not None, "asked for workflows that deliver"
     since = now.date() - timedelta(days=1)
     newest: dict[date, BatchRow] = {}
+    begun: set[date] = set()
     for row in sorted(ledger.batches(workflow.name, since=since, kind="decision"), key=lambda b: b.sequence):
+        if earlier := newest.get(row.day):
+            begun |= {row.day} if earlier.delivery != "NONE" else set()
         newest[row.day] = row
     four_eyes = workflow.delivery.approval.four_eyes
     return [
         row
-        for _, row in sorted(newest.items())
+        for day, row in sorted(newest.items())
         if row.delivery != "COMPLETE"
-        and row.changed
-        and now < over(row.day)
+        and not row.backfill
+        # one that changes nothing still takes back what an earlier batch of the day has sent
+        and (row.changed or day in begun)
+        and now < over(day)
         and standing(ledger, row, now, four_eyes).ok
     ]
 
@@ -161,6 +180,10 @@ def deliver(
     assert workflow.delivery is not None, "asked for workflows that deliver"
     if batch.status == "REFUSED":
         return Delivered(batch, None, f"REFUSED by its guardrails: batch {batch.batch_id} is never sent")
+    if batch.backfill:
+        return Delivered(
+            batch, None, f"a backfill: batch {batch.batch_id} was decided when its day was over, and is never sent"
+        )
     if not stale and clock() >= over(batch.day) and batch.delivery != "COMPLETE":
         raise TooLate(
             f"batch {batch.batch_id} was decided for {batch.day + timedelta(days=1)}, which is over; decide a newer day, "

@@ -884,32 +884,10 @@ class Ledger:
         after this batch's ``as_of``, something else than was decided here; and ``entities``, of which an earlier batch's
         write may still land. The push must be open. Raises Fenced.
         """
-        k, d, b = tables.acknowledged, tables.deliveries, tables.batches
+        d = tables.deliveries
         with writing(self.engine) as connection, connection.begin():
             row = self._pushing(connection, lease, batch_id)
-            query = (
-                select(k.c.entity, k.c.value)
-                .join(b, b.c.sequence == k.c.sequence)
-                .where(
-                    k.c.system == lease.system, k.c.verified_at > row.as_of, b.c.workflow == row.workflow,
-                    b.c.kind == "decision", b.c.sequence < row.sequence,
-                )
-            )  # fmt: skip
-            stands: dict[str, int | None] = {one.entity: one.value for one in connection.execute(query)}
-            stands |= dict.fromkeys(self.people.digests("entity", list(entities)))
-            if not stands:
-                return 0
-            left = select_bulk(
-                connection,
-                'SELECT n, entity, "after" FROM decisions WHERE sequence = ? AND changed = 0 AND "after" IS NOT NULL',
-                [row.sequence],
-                pa.schema({"n": pa.int64(), "entity": pa.string(), "after": pa.int64()}),
-            )
-            left = left.filter(pc.is_in(left["entity"], pa.array(list(stands), pa.string())))
-            numbers = {r["n"] for r in left.to_pylist() if stands[r["entity"]] != r["after"]}
-            for some in chunks(sorted(numbers)):
-                known = select(d.c.n).where(d.c.sequence == row.sequence, d.c.n.in_(some))
-                numbers -= set(connection.execute(known).scalars())
+            numbers = self._left_standing(connection, row, lease.system, entities)
             if not numbers:
                 return 0
             rows = [
@@ -918,7 +896,7 @@ class Ledger:
             ]
             connection.execute(insert(d), rows)
             body = {"batch_id": batch_id, "workflow": row.workflow, "system": lease.system, "fence": lease.fence}
-            self._append(connection, "taken back", {**body, "n": sorted(numbers)})
+            self._append(connection, "taken back", {**body, "n": numbers})
             return len(numbers)
 
     @plainly
@@ -987,6 +965,69 @@ class Ledger:
                     select(func.count()).where(d.c.sequence == row.sequence, d.c.state.in_(OPEN))
                 ).scalar()
                 self._seal(connection, lease, row, complete=not open_left)
+
+    @plainly
+    def would_take_back(self, system: str, batch_id: str) -> list[Delivery]:
+        """The deliveries that ``take_back`` would add now, as they would be."""
+        c, e = tables.decisions, tables.names
+        with reading(self.engine) as connection, connection.begin():
+            row = self._find(connection, batch_id)
+            numbers = self._left_standing(connection, row, system, ())
+            found: list[Delivery] = []
+            for some in chunks(numbers):
+                query = (
+                    select(c.c.n, c.c.decision_id, e.c.name, c.c.arm, c.c.before, c.c.after, c.c.expected_gain)
+                    .select_from(c.outerjoin(e, e.c.digest == c.c.entity))
+                    .where(c.c.sequence == row.sequence, c.c.n.in_(some))
+                    .order_by(c.c.n)
+                )
+                nothing = dict.fromkeys(("target", "expected", "sent", "prior", "observed", "verified_at", "says"))
+                found += [
+                    Delivery(
+                        batch_id,
+                        n,
+                        decision,
+                        entity,
+                        arm,
+                        before,
+                        after,
+                        gain,
+                        "PENDING",
+                        attempts=0,
+                        repeats=0,
+                        **nothing,
+                    )
+                    for n, decision, entity, arm, before, after, gain in connection.execute(query)
+                ]
+        return found
+
+    def _left_standing(self, connection: Connection, row: AnyRow, system: str, entities: Collection[str]) -> list[int]:
+        """Decisions of a batch that change nothing, have no delivery, and whose entity shows an earlier batch's value."""
+        k, b, d = tables.acknowledged, tables.batches, tables.deliveries
+        query = (
+            select(k.c.entity, k.c.value)
+            .join(b, b.c.sequence == k.c.sequence)
+            .where(
+                k.c.system == system, k.c.verified_at > row.as_of, b.c.workflow == row.workflow,
+                b.c.kind == "decision", b.c.sequence < row.sequence,
+            )
+        )  # fmt: skip
+        stands: dict[str, int | None] = {one.entity: one.value for one in connection.execute(query)}
+        stands |= dict.fromkeys(self.people.digests("entity", list(entities)))
+        if not stands:
+            return []
+        left = select_bulk(
+            connection,
+            'SELECT n, entity, "after" FROM decisions WHERE sequence = ? AND changed = 0 AND "after" IS NOT NULL',
+            [row.sequence],
+            pa.schema({"n": pa.int64(), "entity": pa.string(), "after": pa.int64()}),
+        )
+        left = left.filter(pc.is_in(left["entity"], pa.array(list(stands), pa.string())))
+        numbers = {r["n"] for r in left.to_pylist() if stands[r["entity"]] != r["after"]}
+        for some in chunks(sorted(numbers)):
+            known = select(d.c.n).where(d.c.sequence == row.sequence, d.c.n.in_(some))
+            numbers -= set(connection.execute(known).scalars())
+        return sorted(numbers)
 
     # --- leases
 

@@ -35,6 +35,7 @@ from delivery.connectors.base import (
     Unavailable,
     Write,
     Written,
+    mapping_of,
 )
 from delivery.judging import Final, Item, Judgement, Send, Third, Wait
 from delivery.ledger import (
@@ -50,9 +51,11 @@ from delivery.ledger import (
     State,
     utc_now,
 )  # fmt: skip
+from delivery.limits import Limits
 from delivery.pacing import Backoff, Breaker, Bucket, Pause
 from delivery.reports import (
     Blocked,
+    Changed,
     Diff,
     DiffRow,
     NotApproved,
@@ -65,7 +68,7 @@ from delivery.reports import (
 )  # fmt: skip
 
 __all__ = [
-    "Blocked", "Diff", "DiffRow", "NotApproved", "Progress", "PushError", "PushSettings", "Refused", "Report", "Stopped",
+    "Blocked", "Changed", "Diff", "DiffRow", "NotApproved", "Progress", "PushError", "PushSettings", "Refused", "Report", "Stopped",
     "dry_run", "idempotency_key", "push", "resolve",
 ]  # fmt: skip
 
@@ -112,15 +115,18 @@ def push(
     ``stop``: set it to end after the calls that are under way. ``by_person``: a rollback that a person asked for is sent even
     while the workflow is stopped. ``holder``: who takes the lease, this process if not given.
 
-    Raises Refused, NotApproved, Stopped, Blocked (nothing was sent), ``ledger.Busy`` (another push has this system),
+    A name under which the same was decided several times (``ledger.generation``) means the last of them. Limits are judged
+    against what stands when a value is sent (``delivery.limits``).
+
+    Raises Refused, NotApproved, Stopped, Blocked, Changed (nothing was sent), ``ledger.Busy`` (another push has this system),
     ``ledger.Fenced`` (another process took over: this one sends nothing more), Misconfigured, and the ledger's errors;
     all of them leave a state from which running it again goes on.
     """
-    batch = ledger.batch(batch_id)
+    batch = ledger.newest(batch_id)
     settings = settings or PushSettings()
     if batch.delivery == "COMPLETE":
         return _report(ledger, connector, batch, "it is complete already, nothing was sent")
-    _may_begin(ledger, batch, settings, clock(), by_person)
+    _may_begin(ledger, connector, batch, settings, clock(), by_person)
     with _begun(
         ledger, connector, batch, settings, holder, run_id=run_id, clock=clock, sleep=sleep, monotonic=monotonic,
         rng=rng or random.Random(), progress=progress, stop=stop or threading.Event(), by_person=by_person,
@@ -175,30 +181,38 @@ def dry_run(
     Where the system can check a write without making it, it is asked to. With pools, as if every decrease succeeds.
     Raises PushError where the system cannot be read.
     """
-    batch = ledger.batch(batch_id)
+    batch = ledger.newest(batch_id)
     settings = settings or PushSettings()
     notes = []
     try:
-        _may_begin(ledger, batch, settings, clock(), by_person)
+        _may_begin(ledger, connector, batch, settings, clock(), by_person)
     except PushError as error:
         notes.append(str(error))
     over = sum(count for state, count in batch.counts.items() if state not in OPEN)
     if over:
         notes.append(f"{over} of {batch.changed} deliveries are over already")
     if batch.delivery == "COMPLETE":
-        return Diff(batch_id, connector.system, (), tuple(notes))
+        return Diff(batch.batch_id, connector.system, (), tuple(notes))
     with _Push(
         ledger, connector, batch, settings, run_id=run_id, clock=clock, sleep=sleep, monotonic=monotonic,
         rng=random.Random(0), progress=None, stop=threading.Event(), by_person=by_person, held=_NoLease(monotonic),
     ) as run:  # fmt: skip
         rows, more = run.look()
-    return Diff(batch_id, connector.system, tuple(rows), (*notes, *more))
+    return Diff(batch.batch_id, connector.system, tuple(rows), (*notes, *more))
 
 
-def _may_begin(ledger: Ledger, batch: BatchRow, settings: PushSettings, now: datetime, by_person: bool) -> None:
-    """Whether people and guardrails let this batch go."""
+def _may_begin(
+    ledger: Ledger, connector: Connector, batch: BatchRow, settings: PushSettings, now: datetime, by_person: bool
+) -> None:
+    """Whether people and guardrails let this batch go, to a system in which its values mean what they meant."""
     if batch.status == "REFUSED":
         raise Refused(f"batch {batch.batch_id} was refused by its guardrails and is not sent: decide the day again")
+    if batch.backfill:
+        raise Refused(
+            f"batch {batch.batch_id} is a backfill: {batch.day} was decided when the day on which it would have acted was "
+            "over, and it is never sent. Decide a newer day"
+        )
+    _means_the_same(ledger, connector, batch)
     if batch.status == "HELD":
         from delivery.approvals import standing
 
@@ -207,6 +221,25 @@ def _may_begin(ledger: Ledger, batch: BatchRow, settings: PushSettings, now: dat
             raise NotApproved(stands.text)
     if not _allowed_while_stopped(batch, by_person) and (switch := ledger.stopped(batch.workflow)) is not None:
         raise Stopped(_stopped(switch.workflow, switch.actor, switch.reason))
+
+
+def _means_the_same(ledger: Ledger, connector: Connector, batch: BatchRow) -> None:
+    """Raise Changed where the connector's settings give values another meaning than when the batch was decided."""
+    now = mapping_of(connector)
+    of = batch if batch.reverses is None else ledger.batch(batch.reverses)
+    then = of.record.get("mapping")
+    if not now or now == then or (then is None and batch.status != "HELD"):
+        return
+    if then is None:
+        raise Changed(
+            f"batch {batch.batch_id}: the ledger does not hold what its values meant downstream when it was approved: decide "
+            f"{batch.day} again, and approve that batch"
+        )
+    raise Changed(
+        f"batch {batch.batch_id}: the connector of {batch.workflow} writes values differently than when it was decided "
+        f"(names, columns, units or the like were changed): put workflow.yaml's section connector back as it was, or decide "
+        f"{batch.day} again"
+    )
 
 
 def _allowed_while_stopped(batch: BatchRow, by_person: bool) -> bool:
@@ -222,7 +255,8 @@ def _leased(
     ledger: Ledger, system: str, settings: PushSettings, monotonic: Callable[[], float], holder: Holder | None
 ) -> Iterator[_Held]:
     """The lease of a system; given back at the end unless it was taken from us."""
-    held = _Held(ledger, ledger.lease(system, holder, settings.lease_s), settings.lease_s, monotonic)
+    asked = monotonic()  # its end counts from the grant, and not from whenever the answer came
+    held = _Held(ledger, ledger.lease(system, holder, settings.lease_s), settings.lease_s, monotonic, asked)
     try:
         yield held
     except Exception:
@@ -253,9 +287,11 @@ def _begun(
 class _Held:
     """A lease that is renewed in time; ``sure`` says whether it may still be believed in without asking."""
 
-    def __init__(self, ledger: Ledger, lease: Lease, ttl_s: float, monotonic: Callable[[], float]) -> None:
+    def __init__(
+        self, ledger: Ledger, lease: Lease, ttl_s: float, monotonic: Callable[[], float], asked: float
+    ) -> None:
         self.lease, self._ledger, self._ttl, self._monotonic = lease, ledger, ttl_s, monotonic
-        self._renewed = monotonic()
+        self._renewed = asked
 
     @property
     def sure(self) -> bool:
@@ -353,6 +389,10 @@ class _Push:
         self.windows: list[float] = []
         self.replanned: list[tuple[str, int, int]] = []
         self.ledger_s = 0.0
+        self.may_hold: dict[str, int] = {}
+        """What writes of earlier batches of the day may still bring about, by entity."""
+        self.foreign: dict[str, tuple[int, str]] = {}
+        """Values that another workflow proved last, and which one, by entity."""
         self.why = ""
         """Why no more is sent by this push."""
         self.note = ""
@@ -374,15 +414,12 @@ class _Push:
             if one.batch_id != batch.batch_id and one.system in (None, lease.system)
         ]  # fmt: skip
         if batch.kind == "decision":
-            later = [one for one in others if one.delivery != "NONE" and _is_later(one, batch)]
-            if later:
-                return self._superseded(max(later, key=_age))
-            unfinished = [one.batch_id for one in others if one.kind == "rollback" and one.delivery == "OPEN"]
-            if unfinished:
-                raise Blocked(
-                    f"the rollback {', '.join(unfinished)} of {batch.workflow} is not complete: run it again first, "
-                    f"then push {batch.batch_id}"
-                )
+            if (instead := self._instead(others)) is not None:
+                return self._superseded(*instead)
+            if pending := self._pending(
+                one.batch_id for one in others if one.kind == "rollback" and one.delivery == "OPEN"
+            ):
+                raise Blocked(pending)
         self._timed(self.ledger.open_push, lease, batch.batch_id, self.run_id)
         older_may_hold: dict[str, int] = {}
         if batch.kind == "decision":
@@ -390,6 +427,8 @@ class _Push:
                 one for one in others
                 if one.kind == "decision" and one.delivery != "COMPLETE" and one.status != "REFUSED" and _age(one) < _age(batch)
             ])  # fmt: skip
+            self.may_hold = older_may_hold
+            self._timed(self.ledger.take_back, lease, batch.batch_id, list(older_may_hold))
         items = self._items(batch, {one.batch_id: one for one in [*others, batch]})
         if not self.why:
             if batch.pools is not None:
@@ -399,6 +438,33 @@ class _Push:
                     items = self._grouped(items)
                 self._run(items, "send")
         return self._close()
+
+    def _instead(self, others: Sequence[BatchRow]) -> tuple[BatchRow, str] | None:
+        """What stands in this batch's place, with the words for it; None where it is the one to be sent."""
+        batch = self.batch
+        later = [one for one in others if _is_later(one, batch) and (one.delivery != "NONE" or _replaces(one, batch))]
+        if later:
+            by = max(later, key=_age)
+            what = "is newer and has been sent" if by.delivery != "NONE" else f"was decided for {by.day} after it"
+            return by, f"superseded by {by.batch_id}, which {what}"
+        undone = self._timed(self.ledger.taken_back_since, batch.batch_id)
+        if undone is None:
+            return None
+        by = next(one for one in others if one.batch_id == undone)
+        return by, (
+            f"superseded by {undone}, which has taken back values that this batch was decided from: decide {batch.day} again"
+        )
+
+    def _pending(self, begun: Iterable[str] = ()) -> str:
+        """Which rollback of the workflow comes first, in words; empty where none does. It counts from when it was asked for."""
+        asked = self._timed(self.ledger.pending_rollbacks, self.batch.workflow)
+        waits = list(dict.fromkeys([*(f"rollback-{one}" for one in asked), *begun]))
+        if not waits:
+            return ""
+        return (
+            f"the rollback {', '.join(waits[:3])} of {self.batch.workflow} is not complete: run it again first "
+            f"(signalbox rollback {waits[0].removeprefix('rollback-')}), then push {self.batch.batch_id}"
+        )
 
     def resolve(self, by: str) -> Report:
         self.obeys_switch = False  # it only reads
@@ -412,10 +478,12 @@ class _Push:
         notes: list[str] = []
         others = [one for one in self.ledger.batches(self.batch.workflow) if one.system in (None, self.system)]
         if self.batch.kind == "decision":
-            later = [one for one in others if one.delivery != "NONE" and _is_later(one, self.batch)]
-            if later:
-                notes.append(f"superseded by {max(later, key=_age).batch_id}, which is newer and has been sent")
-        items, gone = self._look_up(self.batch, {one.batch_id: one for one in others})
+            if (instead := self._instead([one for one in others if one.batch_id != self.batch.batch_id])) is not None:
+                notes.append(instead[1])
+            elif pending := self._pending():
+                notes.append(pending)
+        back = self.ledger.would_take_back(self.system, self.batch.batch_id) if self.batch.kind == "decision" else []
+        items, gone = self._look_up(self.batch, {one.batch_id: one for one in others}, also=back)
         rows = [_row(d.item, None, d.final.state, d.final.says) for d in gone if d.final is not None]
         decisions: list[dict[str, Any]] = []
         if self.batch.pools is not None:
@@ -493,11 +561,11 @@ class _Push:
                 rows.append(_row(item, readings[item.key], "SEND", why))
         return rows
 
-    def _superseded(self, by: BatchRow) -> Report:
-        """This batch is older than one that has been sent: nothing of it goes out any more."""
+    def _superseded(self, by: BatchRow, why: str) -> Report:
+        """This batch is older than what stands in its place: nothing of it goes out any more."""
         self.total = self.batch.changed
         self._timed(self.ledger.supersede, self.held.lease, [self.batch.batch_id], by.batch_id)
-        self.why = f"superseded by {by.batch_id}, which is newer and has been sent"
+        self.why = why
         if self._timed(self.ledger.batch, self.batch.batch_id).delivery != "COMPLETE":
             self._resolve(self.batch, f"superseded by {by.batch_id}")
             return self._close()
@@ -535,10 +603,13 @@ class _Push:
         return items
 
     def _look_up(
-        self, batch: BatchRow, batches: Mapping[str, BatchRow], ending: bool = False
+        self, batch: BatchRow, batches: Mapping[str, BatchRow], ending: bool = False, also: Sequence[Delivery] = ()
     ) -> tuple[list[Item], list[_Done]]:
-        """What is open in the ledger, with the value that each must show before it is written to; and what cannot be tried."""
-        deliveries = self._timed(self.ledger.deliveries, batch.batch_id)
+        """What is open in the ledger, with the value that each must show before it is written to; and what cannot be tried.
+
+        ``also``: deliveries that are not in the ledger yet (a dry run's).
+        """
+        deliveries = [*self._timed(self.ledger.deliveries, batch.batch_id), *also]
         open_ = [d for d in deliveries if d.state in OPEN]
         if batch.batch_id == self.batch.batch_id:
             self.total = len(deliveries)
@@ -548,7 +619,10 @@ class _Push:
             for attempt in self._timed(self.ledger.attempts, batch.batch_id):
                 tried.setdefault(attempt.n, []).append(attempt)
         names = [d.entity for d in open_ if d.entity is not None]
-        proved = self._timed(self.ledger.acknowledged, self.system, names) if names else {}
+        workflow = batch.workflow
+        proved = self._timed(self.ledger.acknowledged, self.system, names, workflow=workflow) if names else {}
+        self.foreign |= self._timed(self.ledger.setters, self.system, names, workflow) if names else {}
+        limits = Limits.recorded(batch.record)
         now, at = self.clock(), self.monotonic()
         items, gone = [], []
         for d in open_:
@@ -558,13 +632,27 @@ class _Push:
                 gone.append(_Done(_item(batch, d, d.before), Final(left, what, None)))
                 continue
             known = proved.get(d.entity)
-            item = _item(batch, d, known.value if known and known.verified_at > batch.as_of else d.before)
+            expected = known.value if known and known.verified_at > batch.as_of else d.before
+            if d.before == d.after:  # left alone by this batch, and taken back from an earlier one
+                expected = self.may_hold.get(d.entity, expected)
+            item = _item(batch, d, expected)
             if known and known.batch_id != batch.batch_id and (setter := batches.get(known.batch_id)) is not None:
                 newer = setter.sequence > batch.sequence if batch.kind == "rollback" else _is_later(setter, batch)
                 if newer and not d.attempts:
                     gone.append(
                         _Done(item, Final("SKIPPED", f"{known.batch_id}, which is newer, has set it since", None))
                     )
+                    continue
+            if (
+                batch.kind == "decision"
+                and not ending
+                and not d.attempts
+                and expected is not None
+                and expected != d.before != d.after
+            ):
+                over = limits.broken(expected, d.before, d.after, approved=batch.status == "HELD")
+                if over:
+                    gone.append(_Done(item, Final("SKIPPED", f"{over}: decide the day again", None)))
                     continue
             if known and self.can.stale_reads_s > 0:
                 fresh = (known.verified_at - now).total_seconds() + self.can.stale_reads_s
@@ -586,7 +674,23 @@ class _Push:
                 # ended has no second try: its late write must not come as a surprise to the next one.
                 item.clear_at = at + (self.late_s if ending else self.window_s)
             items.append(item)
+        if batch.kind == "decision" and not ending and (over := self._over_in_total(batch, limits, items)):
+            fresh_ones = [i for i in items if not i.sent and not i.maybe]
+            gone += [_Done(i, Final("SKIPPED", f"{over}: decide the day again", None)) for i in fresh_ones]
+            items = [i for i in items if i.sent or i.maybe]
         return items, gone
+
+    def _over_in_total(self, batch: BatchRow, limits: Limits, items: Sequence[Item]) -> str:
+        """Why the batch as a whole is over its limits, where what stands is not what it was decided from."""
+        moved = {i.key: i.expected for i in items if i.expected is not None and i.expected != i.deliveries[0].before}
+        if not moved:
+            return ""
+        rows = self._timed(self.ledger.decisions, batch.batch_id).select(["entity_id", "arm", "before", "after"])
+        return limits.broken_in_total(
+            (r["arm"] or "", moved.get(r["entity_id"], r["before"]), r["before"], r["after"])
+            for r in rows.to_pylist()
+            if r["before"] is not None and r["after"] is not None
+        )
 
     def _grouped(self, items: Sequence[Item]) -> list[Item]:
         """Read everything once and put together what shares a target; settles what needs no write, returns the rest."""
@@ -904,6 +1008,12 @@ class _Push:
     ) -> list[Item]:
         """Write each once and take in the answers; returns those to be read (again)."""
         self.bucket.take()
+        if self.halt.is_set() or not self.held.sure:
+            # the wait for the rate limit may have been long: who slept through its lease writes nothing
+            self._later(
+                [i for i, _ in sends], dones, self.monotonic(), "not sent: the lease may have run out meanwhile"
+            )
+            return []
         try:
             answers = self.connector.apply([self._write(item, reading) for item, reading in sends])
         except Misconfigured:
@@ -996,7 +1106,10 @@ class _Push:
     def _with_evidence(
         self, item: Item, reading: Reading, judgement: Judgement, changes: Mapping[str, Sequence[Change]] | None
     ) -> Judgement:
-        """The judgement, where the change history has a say in it."""
+        """The judgement, where the change history or another workflow's record has a say in it."""
+        theirs = self.foreign.get(item.key)
+        if isinstance(judgement, Final) and judgement.state == "CONFLICT" and theirs and theirs[0] == judgement.found:
+            return replace(judgement, says=f"{judgement.says}; the workflow {theirs[1]} has set it")
         own = None if changes is None else changes.get(item.key)
         if isinstance(judgement, Third):
             judgement = judging.third(item, reading, own)
@@ -1155,6 +1268,8 @@ class _Push:
             switch = self._timed(self.ledger.stopped, self.batch.workflow)
             if switch is not None:
                 return _stopped(switch.workflow, switch.actor, switch.reason)
+            if self.batch.kind == "decision" and (pending := self._pending()):
+                return pending
         return ""
 
     def _nap(self, seconds: float) -> None:
@@ -1252,6 +1367,11 @@ def _age(batch: BatchRow) -> tuple[Any, int]:
 
 def _is_later(one: BatchRow, batch: BatchRow) -> bool:
     return one.reverses == batch.batch_id or _age(one) > _age(batch)
+
+
+def _replaces(one: BatchRow, batch: BatchRow) -> bool:
+    """Whether it is a newer decision of the same day: what is to be sent is the newest, whatever became of it."""
+    return one.kind == "decision" and one.day == batch.day and one.sequence > batch.sequence and not one.backfill
 
 
 def _chunks(items: Sequence[V], size: int) -> list[Sequence[V]]:

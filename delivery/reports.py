@@ -32,6 +32,10 @@ class Blocked(PushError):
     """A rollback of the same workflow is not complete; it comes first."""
 
 
+class Changed(PushError):
+    """The connector's settings say something else of values than when the batch was decided, or approved."""
+
+
 class PushSettings(BaseModel):
     """How a workflow's batches are sent."""
 

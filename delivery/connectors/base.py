@@ -6,10 +6,12 @@ Values are whole numbers in the unit of the decision (micros of money, priority 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 EntityState = Literal["open", "closed", "missing"]
 """open: can be changed; closed: is there and cannot be changed any more; missing: is not there."""
@@ -126,6 +128,18 @@ class Change:
     actor: str
     ours: bool
     """Made with the connector's own credentials."""
+
+
+def meaning(**said: Any) -> str:
+    """SHA-256 over what a connector's settings say of values and entities: where these say something else, a number that was
+    decided, or approved, means something else downstream. Addresses, secrets, pace and sizes are no part of it."""
+    text = json.dumps(said, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def mapping_of(connector: object) -> str:
+    """A connector's ``mapping``; empty where it has none to speak of (a system without settings, as in tests)."""
+    return str(getattr(connector, "mapping", ""))
 
 
 class Connector(Protocol):

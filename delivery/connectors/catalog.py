@@ -32,6 +32,14 @@ _MODULES = {
 }
 
 
+def mapping(settings: ConnectorSettings, folder: Path) -> str:
+    """What gives a value its meaning in that system (``base.meaning``), from the settings alone: no secret, no call.
+
+    Raises Misconfigured where a file that they name cannot be read.
+    """
+    return str(_MODULES[settings.kind].mapping(settings, folder))
+
+
 def connect(
     settings: ConnectorSettings, *, environ: Mapping[str, str], folder: Path, clock: Callable[[], datetime]
 ) -> Connector:

@@ -43,7 +43,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from delivery.connectors.base import Capabilities, Change, Misconfigured, Reading, Unavailable, Write, Written
+from delivery.connectors.base import Capabilities, Change, Misconfigured, Reading, Unavailable, Write, Written, meaning
 from delivery.connectors.cells import Cells
 
 Carried = Literal["before", "batch_id", "decision_id", "run_id", "idempotency_key"]
@@ -90,6 +90,12 @@ class FileDropSettings(Cells):
         return self
 
 
+def mapping(settings: FileDropSettings, folder: Path) -> str:
+    """What gives a value its meaning (``base.meaning``)."""
+    said = settings.model_dump(mode="json", include={"kind", "key", "value", "decimals", "names", "missing_means"})
+    return meaning(**said)
+
+
 def connect(
     settings: FileDropSettings, *, environ: Mapping[str, str], folder: Path, clock: Callable[[], datetime]
 ) -> FileDrop:
@@ -128,6 +134,7 @@ class FileDrop:
     """One state file, or one folder of dropped files. See the module for what a value and a change are."""
 
     def __init__(self, settings: FileDropSettings, *, folder: Path, clock: Callable[[], datetime]) -> None:
+        self.mapping = mapping(settings, folder)
         self._settings = settings
         self._clock = clock
         self._path = (folder / settings.path).resolve()

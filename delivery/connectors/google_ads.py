@@ -40,6 +40,7 @@ from delivery.connectors.base import (
     Unavailable,
     Write,
     Written,
+    meaning,
 )
 from delivery.connectors.discovery import Document
 from delivery.connectors.http import Answer, BadAnswer, Http, NoAnswer, NotSent, clean, retry_after, strict_json
@@ -136,6 +137,11 @@ class GoogleAdsSettings(BaseModel):
         return self
 
 
+def mapping(settings: GoogleAdsSettings, folder: Path) -> str:
+    """What gives a value its meaning (``base.meaning``)."""
+    return meaning(**settings.model_dump(mode="json", include={"kind", "customer_id", "entity", "match"}))
+
+
 def connect(
     settings: GoogleAdsSettings, *, environ: Mapping[str, str], folder: Path, clock: Callable[[], datetime]
 ) -> GoogleAds:
@@ -224,6 +230,7 @@ class GoogleAds:
         from googleapiclient.discovery import build_from_document
 
         self.settings = settings
+        self.mapping = mapping(settings, Path())
         self.system = f"google_ads:{settings.customer_id}"
         self.unit_micros = settings.unit_micros
         self.history_delay_s = settings.history_delay_s

@@ -40,6 +40,7 @@ from delivery.connectors.base import (
     Unavailable,
     Write,
     Written,
+    meaning,
 )
 from delivery.connectors.http import Answer, BadAnswer, Http, NoAnswer, NotSent, outcome_of, retry_after
 
@@ -76,6 +77,11 @@ class HelpdeskSettings(BaseModel):
         if len(_ID.findall(key)) != 1 or re.search(r"[{}]", _ID.sub("", key)):
             raise ValueError(f"key {key!r}: must hold {{id}}, or {{id:07d}} for a number with zeros, exactly once")
         return key
+
+
+def mapping(settings: HelpdeskSettings, folder: Path) -> str:
+    """What gives a value its meaning (``base.meaning``)."""
+    return meaning(**settings.model_dump(mode="json", include={"kind", "key"}))
 
 
 def connect(
@@ -123,6 +129,7 @@ class HelpdeskConnector:
     def __init__(self, settings: HelpdeskSettings, http: Http, clock: Callable[[], datetime]) -> None:
         parts = urlsplit(settings.url)
         self.system = f"helpdesk:{parts.netloc}{parts.path.rstrip('/')}"
+        self.mapping = mapping(settings, Path())
         self._said, self._http, self._clock = settings, http, clock
         self._open = ",".join(str(s) for s in settings.open_statuses)
         self._lock = threading.Lock()

@@ -27,6 +27,7 @@ from delivery.connectors.base import (
     Unavailable,
     Write,
     Written,
+    meaning,
 )
 from delivery.connectors.http import Answer, BadAnswer, Http, NoAnswer, NotSent, check_headers, outcome_of, retry_after
 from delivery.connectors.rest_spec import (
@@ -87,6 +88,7 @@ class RestConnector:
         ca_file: Path | None = None,
     ) -> None:
         self.system = spec.system
+        self.mapping = _mapping(spec)
         self._spec, self._clock = spec, clock
         headers, secrets = _credentials(spec, environ)
         self._http = Http(
@@ -719,6 +721,21 @@ def _credentials(spec: RestSystem, environ: Mapping[str, str]) -> tuple[dict[str
         key = secret(auth.value_env)
         return {auth.name: auth.prefix + key}, [key]
     return {}, []
+
+
+def mapping(settings: RestSettings, folder: Path) -> str:
+    """What gives a value its meaning (``base.meaning``). Raises Misconfigured where the system's YAML cannot be read."""
+    return _mapping(load(folder / settings.file))
+
+
+def _mapping(spec: RestSystem) -> str:
+    read = spec.read.model_dump(mode="json", include={"key", "target", "value"})
+    write = spec.write.model_dump(
+        mode="json",
+        include={"one": {"method", "path", "query", "body"}, "many": {"method", "path", "query", "body", "row"}},
+    )
+    values = spec.values.model_dump(mode="json", exclude={"min", "max"})
+    return meaning(kind="rest", entity=spec.entity, read=read, write=write, values=values)
 
 
 def connect(

@@ -39,6 +39,7 @@ from delivery.connectors.base import (
     Unavailable,
     Write,
     Written,
+    meaning,
 )
 from delivery.connectors.cells import Cells
 
@@ -99,6 +100,12 @@ class SqlTableSettings(Cells):
     timeout_s: float = Field(default=10.0, gt=0, description="Longest wait for a connection, a lock, or a statement")
 
 
+def mapping(settings: SqlTableSettings, folder: Path) -> str:
+    """What gives a value its meaning (``base.meaning``)."""
+    own = {"kind", "table", "schema_name", "key", "value", "decimals", "names", "missing_means"}
+    return meaning(**settings.model_dump(mode="json", include=own))
+
+
 def connect(
     settings: SqlTableSettings, *, environ: Mapping[str, str], folder: Path, clock: Callable[[], datetime]
 ) -> SqlTable:
@@ -135,6 +142,7 @@ class SqlTable:
     """One value column of one table. See the module for what its outcomes mean."""
 
     def __init__(self, settings: SqlTableSettings, url: sa.URL, *, folder: Path, clock: Callable[[], datetime]) -> None:
+        self.mapping = mapping(settings, folder)
         self._settings = settings
         self._clock = clock
         self._lock = threading.Lock()

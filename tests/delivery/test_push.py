@@ -946,10 +946,10 @@ def test_two_pushers_at_once_send_nothing_twice(tmp_path: Path) -> None:
             fake = FakeSystem(values, can=can, clock=clock, system=f"fake {can.conditional_write} {batches}")
             with Ledger.open(url, key=b"k" * 32) as ledger:
                 ids = {name: f"{name} {fake.system}" for name in batches}
-                for name, batch_id in ids.items():
+                for n, batch_id in enumerate(ids.values()):
                     record(
                         ledger, [{"entity": key, "before": 1, "after": 2} for key in values], batch_id, workflow=fake.system,
-                        day=DAY + timedelta(days=len(name)),
+                        day=DAY + timedelta(days=n),
                     )  # fmt: skip
             ended: list[str] = []
             ready = threading.Barrier(2)
