@@ -88,6 +88,12 @@ FAULTS: list[Fault] = ["", "", "", "unknown_applied", "unknown_lost", "not_appli
     steps=[("person", "a", -60), ("batch", [5, 3, 8, 4, 1], None), ("batch", [3, 8, 6, 8, 9], None), ("batch", [4, 7, 1, 4, 6], 55)],
     which=[4, 0], since=True, between=None, kills=[], faults=[""] * 7,
 )  # fmt: skip
+# the third batch's push was killed while it found out what the second, killed on its way, had left: that one was sealed already
+@example(
+    can=SYSTEMS[0],
+    steps=[("batch", [1, 1, 1, 1, 7], None), ("batch", [1, 1, 5, 1, 1], 32), ("batch", [1, 1, 1, 1, 1], 37)],
+    which=[0], since=False, between=None, kills=[], faults=[""] * 7,
+)  # fmt: skip
 def test_every_value_is_right_or_listed(
     empty: Path,
     can: Capabilities,
