@@ -28,6 +28,7 @@ from delivery.ledger import (
     Result,
 )  # fmt: skip
 from tests.support.ledgers import KEY, Clock, new_batch, some_decisions
+from tests.support.properties import examples
 
 ENTITIES = [f"line-{i}" for i in range(5)]
 PEOPLE = ["ann", "bob"]
@@ -266,5 +267,5 @@ class Model(RuleBasedStateMachine):
 
 TestLedger = Model.TestCase
 TestLedger.settings = settings(
-    max_examples=12, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck), database=None
+    max_examples=examples(12), stateful_step_count=20, suppress_health_check=list(HealthCheck)
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
 import tempfile
 from collections import Counter
@@ -21,8 +20,8 @@ from delivery.push import PushError
 from delivery.rollback import Batch, Since
 from tests.support.desks import Desk, opened
 from tests.support.fakes import DAY, Clock, Fault
+from tests.support.properties import examples
 
-EXAMPLES = 1_000 if os.environ.get("SIGNALBOX_SOAK") else 8
 START = {"a": 100, "b": 200, "c": 300, "d": 400, "e": 500}
 ARMS = {"a": "champion", "b": "champion", "c": "champion", "d": "explore", "e": "explore"}
 SYSTEMS = [
@@ -69,7 +68,7 @@ step = st.one_of(
 FAULTS: list[Fault] = ["", "", "", "unknown_applied", "unknown_lost", "not_applied", "conflict", "unavailable"]
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(8), suppress_health_check=list(HealthCheck))
 @given(
     can=st.sampled_from(SYSTEMS),
     steps=st.lists(step, min_size=2, max_size=5),
