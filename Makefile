@@ -14,7 +14,8 @@ help:
 	@echo "make demo   two workflows with days of history, on generated data"
 	@echo "make serve  the pages: Dagster, MLflow, Evidently, reports"
 	@echo "make test   lint, types and tests        make bench  the measurements of docs/benchmarks.md"
-	@echo "make soak   hundreds of kills in the middle of pushes and rollbacks, and what stood afterwards"
+	@echo "make soak   hundreds of kills in the middle of pushes and rollbacks, and what stood afterwards; then every"
+	@echo "            property test at random, TIMES=25 as many examples, for at most MINUTES=60"
 	@echo "make real   both workflows on the real data sets below DATA=../shared/data"
 
 install: $(VENV)/.installed
@@ -51,6 +52,8 @@ bench: install
 
 soak: install
 	$(BIN)/python -m tests.support.crashing --kills $(or $(KILLS),300)
+	SIGNALBOX_SOAK=$(or $(TIMES),25) SIGNALBOX_SOAK_MINUTES=$(or $(MINUTES),60) $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder \
+		$$(grep -rl "from hypothesis" tests --include="test_*.py")
 
 lock: install
 	$(BIN)/uv pip compile pyproject.toml --extra sandbox --group dev --universal --python-version 3.11 --generate-hashes --no-strip-extras --no-header --upgrade -q -o requirements.lock

@@ -100,6 +100,8 @@ class Ledger:
         self.engine = engine
         self.people = people
         self.clock = clock
+        self._opened: set[tuple[str, int]] = set()
+        """(batch, fence) of pushes that are known to be open, so that not every write asks the events."""
 
     @staticmethod
     @plainly
@@ -607,7 +609,22 @@ class Ledger:
             raise LedgerMismatch(
                 f"batch {batch_id} is delivered to {row.system}, and the lease is one of {lease.system}"
             )
+        if (batch_id, lease.fence) not in self._opened:
+            self._opened_again(connection, batch_id)
+            self._opened.add((batch_id, lease.fence))
         return row
+
+    def _opened_again(self, connection: Connection, batch_id: str) -> None:
+        """Raise LedgerError where the last push of a batch has ended: what it left is sealed, and a change would break the seal."""
+        e = tables.events.c
+        named = f'"batch_id":{chain.canonical(batch_id)}'
+        query = select(e.kind).where(
+            e.kind.in_(("push begun", "push ended", "superseded")), e.body.contains(named, autoescape=True)
+        )
+        if connection.execute(query.order_by(e.seq.desc()).limit(1)).scalar() == "push ended":
+            raise LedgerError(
+                f"the push of batch {batch_id} has ended, and is sealed as it stands: open_push comes first"
+            )
 
     def _states(self, connection: Connection, row: AnyRow, numbers: Sequence[int]) -> dict[int, AnyRow]:
         d, c = tables.deliveries, tables.decisions
@@ -925,6 +942,7 @@ class Ledger:
             "complete": complete, "counts": counts, **roots(connection, row.sequence),
         }  # fmt: skip
         self._append(connection, "push ended", body)
+        self._opened.discard((row.batch_id, lease.fence))
         if complete:
             connection.execute(
                 update(b)
@@ -934,7 +952,11 @@ class Ledger:
 
     @plainly
     def supersede(self, lease: Lease, older_batch_ids: Sequence[str], by: str) -> None:
-        """Skip what is still PENDING of older batches; one with nothing open left is sealed. Raises Fenced."""
+        """Skip what is still PENDING of older batches; one with nothing open left is sealed. Raises Fenced.
+
+        One with something left that may have been sent stays open, as after ``open_push``: what is found out of it is
+        settled next, and ``close_push`` seals it.
+        """
         d, b = tables.deliveries, tables.batches
         with writing(self.engine) as connection, connection.begin():
             self._held(connection, lease)
@@ -964,7 +986,8 @@ class Ledger:
                 open_left = connection.execute(
                     select(func.count()).where(d.c.sequence == row.sequence, d.c.state.in_(OPEN))
                 ).scalar()
-                self._seal(connection, lease, row, complete=not open_left)
+                if not open_left:
+                    self._seal(connection, lease, row, complete=True)
 
     @plainly
     def would_take_back(self, system: str, batch_id: str) -> list[Delivery]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime, time, timedelta
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pyarrow as pa
@@ -20,11 +21,20 @@ from delivery.sandbox.worlds import advertising, tickets
 from models import catalog
 from models.registry import Registry, Version
 from tests.support import postgres as postgres_server
+from tests.support import properties
+
+properties.load_profile()  # before any test module is imported: what ``@settings`` does not say, it takes from here
+_BEGAN = monotonic()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The real data take minutes in one file: begun first, they do not keep everybody waiting at the end."""
     items.sort(key=lambda item: "test_real_data" not in item.nodeid)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if properties.SOAK and monotonic() - _BEGAN > properties.MINUTES * 60:
+        pytest.skip(f"the soak's {properties.MINUTES:g} minutes are over (SIGNALBOX_SOAK_MINUTES)")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from assets import deciding
 from assets.deciding import FeaturesMissing, ReplayImpossible, replay
 from assets.lake import Lake, TableMissing, content_digest
 from models.registry import CHAMPION, ModelUnreadable, Registry
+from tests.support.properties import examples
 
 
 @pytest.fixture
@@ -298,7 +299,7 @@ FEATURES = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(40), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=FEATURES, step=st.sampled_from(deciding.STEPS), shift=st.integers(0, 60))
 def test_money_is_conserved_in_every_arm_and_the_holdout_is_left_alone(
     ads: Any, rows: list[Any], step: str, shift: int

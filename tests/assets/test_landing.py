@@ -20,6 +20,7 @@ from assets import landing
 from assets.lake import Lake, content_digest
 from assets.landing import IngestResult, discover, ingest
 from assets.workflow import Contract, Source, Workflow
+from tests.support.properties import examples
 
 NOW = datetime(2024, 5, 2, 4)
 LATER = NOW + timedelta(days=1)
@@ -436,7 +437,7 @@ def test_an_interrupted_file_that_changed_before_the_next_run_leaves_nothing_beh
 _DAMAGE = st.sampled_from(['"', ",", "\n", "\r", "\x00", ";", "nan", "-", "1e999", "é", " ", '""', "\\", "'"])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.lists(st.tuples(st.sampled_from("abc"), st.integers(-3, 2000)), max_size=12),
     damage=st.lists(st.tuples(st.integers(0, 400), _DAMAGE), max_size=4),
@@ -477,7 +478,7 @@ def _read(text: str, chunk: int) -> landing.Raw:
             landing._CHUNK_LINES = usual
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15))
 @given(
     rows=st.lists(st.tuples(st.sampled_from("abcd"), st.integers(-3, 2000)), max_size=10),
     damage=st.lists(st.tuples(st.integers(0, 400), _DAMAGE), max_size=3),

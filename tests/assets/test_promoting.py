@@ -27,6 +27,7 @@ from delivery.ledger import Ledger
 from models.gate import Verdict
 from models.registry import CHALLENGER, CHAMPION, PREVIOUS, ModelBlocked, ModelMissing, Registry, Version
 from tests.conftest import Bench, moved
+from tests.support.properties import examples
 
 NAME = "ad_budget"
 SHADOW, CANARY, BOTH = Promotion(shadow_days=1), Promotion(canary_days=1), Promotion(shadow_days=1, canary_days=1)
@@ -1078,7 +1079,7 @@ _names = iter(range(10**6))
 
 
 @settings(
-    max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate, Phase.shrink],
+    max_examples=examples(25), phases=[Phase.generate, Phase.shrink],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )  # fmt: skip
 @given(steps=st.lists(STEP, min_size=3, max_size=9))

@@ -20,6 +20,7 @@ from assets.retraining import ORDER, Cause, Evidence, Runs, Trigger, Walk, decid
 from assets.workflow import FOLDER, Retraining, Workflow, load
 from data_checks.performance import SCHEMA
 from delivery.ledger import Ledger
+from tests.support.properties import examples
 
 DAY = date(2026, 4, 10)
 NOW = datetime(2026, 4, 11, 5)
@@ -384,7 +385,7 @@ DAILY = st.tuples(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=examples(150))
 @given(st.lists(DAILY, min_size=1, max_size=25), st.integers(1, 4), st.integers(0, 5))
 def test_every_trigger_that_fires_comes_to_exactly_one_end(
     days: list[tuple[set[Cause], str, int, bool]], budget: int, cooldown: int

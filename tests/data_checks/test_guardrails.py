@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from data_checks.guardrails import Guardrails, check, sentence
+from tests.support.properties import examples
 
 MONEY = st.integers(-(2**62), 2**62)
 
@@ -48,14 +49,14 @@ def transfers(draw: st.DrawFn) -> tuple[list[int], list[int], list[str]]:
     return before, after, arms
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(transfers())
 def test_money_moved_within_an_arm_is_ready(moved: tuple[list[int], list[int], list[str]]) -> None:
     before, after, arms = moved
     assert check(batch(before, after, arm=arms), Guardrails(pool="conserved")).status == "READY"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(transfers(), st.data())
 def test_one_micro_more_or_less_in_an_arm_is_refused_and_names_the_arm(
     moved: tuple[list[int], list[int], list[str]], data: st.DataObject
@@ -68,7 +69,7 @@ def test_one_micro_more_or_less_in_an_arm_is_refused_and_names_the_arm(
     assert [(f["name"], f["arm"], f["observed"] - f["limit"]) for f in verdict.findings] == [("pool", arms[line], step)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(transfers(), st.data())
 def test_money_moved_between_arms_is_refused_although_the_whole_is_kept(
     moved: tuple[list[int], list[int], list[str]], data: st.DataObject
@@ -83,7 +84,7 @@ def test_money_moved_between_arms_is_refused_although_the_whole_is_kept(
     assert verdict.status == "REFUSED" and {f["arm"] for f in verdict.findings} == {arms[0], arms[other]}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(st.lists(MONEY, min_size=1, max_size=8))
 def test_sums_beyond_64_bits_are_exact(values: list[int]) -> None:
     after = [*values[:-1], values[-1] + 1]
@@ -106,7 +107,7 @@ def test_pools_given_replace_what_was_there_before_and_every_arm_needs_one() -> 
     }
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(st.integers(0, 9), st.integers(-5, 5).filter(bool))
 def test_a_touched_holdout_is_refused_and_named(line: int, step: int) -> None:
     before = list(range(10, 20))

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from data_checks import regression, sequential
 from data_checks.regression import Judgement, Metric, RegressionSpec
+from tests.support.properties import examples
 
 START = date(2026, 3, 2)
 VALUE = Metric(name="value", column="value", better="higher")
@@ -137,7 +138,7 @@ def test_a_rollback_once_reached_stays_reached(design: str) -> None:
     assert judgement.looks.to_pylist()[-1]["verdict"] != "ROLLBACK"
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(12), suppress_health_check=[HealthCheck.too_slow])
 @given(
     design=st.sampled_from(DESIGNS), harm=st.sampled_from([-0.1, 0.0, 0.05, 0.2]), seed=st.integers(0, 10_000),
     scale=st.sampled_from([1e-6, 0.3, 1e6]),

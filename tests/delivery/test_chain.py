@@ -5,7 +5,7 @@ from datetime import date, datetime
 
 import pyarrow as pa
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from delivery import chain
@@ -45,7 +45,6 @@ def split_from_above(leaves: list[bytes]) -> bytes:
     return hashlib.sha256(b"\x01" + split_from_above(leaves[:k]) + split_from_above(leaves[k:])).digest()
 
 
-@settings(deadline=None)
 @given(LEAVES)
 def test_the_root_is_that_of_rfc_6962(leaves: list[bytes]) -> None:
     assert chain.merkle_root(leaves) == split_from_above(leaves).hex()
@@ -61,7 +60,6 @@ def test_the_root_of_known_leaves_is_the_published_one() -> None:
     assert chain.merkle_root(leaves) == "76e67dadbcdf1e10e1b74ddc608abd2f98dfb16fbce75277b5232a127f2087ef"
 
 
-@settings(deadline=None)
 @given(LEAVES, st.data())
 def test_a_proof_holds_for_its_leaf_and_for_no_other(leaves: list[bytes], data: st.DataObject) -> None:
     i = data.draw(st.integers(0, len(leaves) - 1))
@@ -82,7 +80,6 @@ ROWS = st.lists(st.tuples(TEXT, TEXT, WHOLE, REAL), min_size=2, max_size=6)
 COLUMNS = {"a": pa.string(), "b": pa.string(), "c": pa.int64(), "d": pa.float64()}
 
 
-@settings(deadline=None)
 @given(ROWS)
 @example([("a:", "b", 1, 0.5), ("a", ":b", 1, 0.5)])
 @example([("", "-", 1, 0.5), (None, None, 1, 0.5), ("-", "", 1, 0.5), (None, "", 1, 0.5)])

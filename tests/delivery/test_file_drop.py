@@ -31,6 +31,7 @@ from delivery.connectors.file_drop import FileDrop, FileDropSettings
 from delivery.ledger import Ledger, utc_now
 from delivery.push import PushSettings, push
 from tests.support.ledgers import KEY, new_batch, some_decisions
+from tests.support.properties import examples
 
 NOW = datetime(2026, 5, 1, 6, 0)
 FORMATS = pytest.mark.parametrize("format", ["csv", "parquet"])
@@ -492,7 +493,7 @@ def test_a_killed_process_leaves_whole_files(tmp_path: Path, shape: str, format:
     assert not list((tmp_path / "drop").glob(".*.new"))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(
     st.lists(st.tuples(st.text(min_size=1, max_size=8), st.integers(-(2**63) + 1, 2**63 - 1)), min_size=1, max_size=6),
     st.integers(0, 9),

@@ -24,6 +24,7 @@ from delivery.connectors.base import Connector, Misconfigured, Reading, Unavaila
 from delivery.connectors.google_ads import GoogleAds, GoogleAdsSettings, connect
 from delivery.sandbox.advertising_api import AdvertisingSandbox, Refusal, Server, Trouble, serve
 from delivery.sandbox.worlds import advertising
+from tests.support.properties import examples
 
 TOKEN = "ya29.marked-secret-token"
 WORLD = advertising.World(3, "easy", 40)
@@ -158,7 +159,7 @@ def test_of_several_budgets_of_a_name_the_standing_one_counts_and_two_standing_o
 
 
 @given(st.text(max_size=40))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_key_can_leave_its_place_in_the_query(ads: GoogleAds, sandbox: AdvertisingSandbox, key: str) -> None:
     found = ads.read([key, LINES[0]])
     assert found[LINES[0]].value == sandbox.amounts()[LINES[0]]

@@ -30,6 +30,7 @@ from delivery.connectors.http import (
     retry_after,
     strict_json,
 )
+from tests.support.properties import examples
 from tests.support.rest_servers import Request, Scripted, serving, talking
 
 SECRET = "s3cr3t/+token=="
@@ -307,14 +308,12 @@ def test_retry_after_is_seconds_or_a_date(said: str, seconds: float | None) -> N
     assert retry_after({"retry-after": said}, NOW) == seconds
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_retry_after_never_breaks(said: str) -> None:
     found = retry_after({"retry-after": said}, NOW)
     assert found is None or 0 <= found <= 3600
 
 
-@settings(deadline=None)
 @given(st.text(max_size=400), st.integers(0, 400))
 def test_clean_texts_are_one_short_line_without_the_secret(text: str, where: int) -> None:
     shown = clean(text[:where] + SECRET + text[where:], [SECRET])
@@ -328,7 +327,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=examples(50))
 @given(JSON)
 def test_json_comes_back_as_it_was(value: Any) -> None:
     assert strict_json(json.dumps(value).encode()) == value

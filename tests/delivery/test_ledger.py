@@ -326,6 +326,42 @@ def test_superseding_skips_what_was_not_sent_and_seals_what_has_nothing_open(boo
     assert book.verify().ok
 
 
+def test_a_superseded_batch_is_sealed_only_after_what_was_unknown_of_it_is_found_out(
+    book: Ledger, clock: Clock
+) -> None:
+    for name in ("b1", "b2"):
+        book.record_batch(new_batch(name), some_decisions(name, ["a", "b"]))
+    lease = book.lease("ads")
+    book.open_push(lease, "b1")
+    book.begin(lease, "b1", [Attempt(0, 120, 100, "k", clock())])
+    book.supersede(lease, ["b1"], "b2")
+    assert book.verify().ok
+    book.settle(lease, "b1", [Result(0, "ACKED", target="t", sent=120, observed=120, verified_at=clock())])
+    assert book.verify().problems == [], "a process that dies here leaves it open, and it is nobody's forgery"
+    book.close_push(lease, "b1", True)
+    assert book.verify().ok and book.batch("b1").delivery == "COMPLETE"
+
+
+def test_what_a_push_left_is_sealed_until_it_is_opened_again(book: Ledger, file_url: str, clock: Clock) -> None:
+    book.record_batch(new_batch("b1"), some_decisions("b1", ["a", "b_%"]))
+    book.record_batch(new_batch("b_1"), some_decisions("b_1", ["a", "b"]))
+    lease = book.lease("ads")
+    book.open_push(lease, "b_1")
+    book.open_push(lease, "b1")
+    book.close_push(lease, "b1", False)
+    late = Result(0, "ACKED", target="t", sent=120, observed=120, verified_at=clock())
+    for write in (
+        lambda: book.settle(lease, "b1", [late]),
+        lambda: book.begin(lease, "b1", [Attempt(0, 120, 100, "k", clock())]),
+    ):
+        with pytest.raises(LedgerError, match="b1 has ended, and is sealed as it stands: open_push comes first"):
+            write()
+    book.settle(lease, "b_1", [late])
+    book.open_push(lease, "b1")
+    book.settle(lease, "b1", [late])
+    assert book.verify().ok
+
+
 # --- one writer
 
 

@@ -28,6 +28,7 @@ from delivery.ledger import (
     Result,
 )  # fmt: skip
 from tests.support.ledgers import KEY, Clock, new_batch, some_decisions
+from tests.support.properties import examples
 
 ENTITIES = [f"line-{i}" for i in range(5)]
 PEOPLE = ["ann", "bob"]
@@ -43,6 +44,8 @@ class Batch:
     states: dict[int, str]
     attempts: dict[int, int]
     delivery: str = "NONE"
+    opened: bool = False
+    """Whether a push of it has begun and not ended: else it is sealed as it stands."""
     approvals: list[str | None] = field(default_factory=list)
 
 
@@ -142,7 +145,7 @@ class Model(RuleBasedStateMachine):
                 self.book.open_push(self.lease, name)
             return
         self.book.open_push(self.lease, name)
-        self.batches[name].delivery = "OPEN"
+        self.batches[name].delivery, self.batches[name].opened = "OPEN", True
 
     @precondition(lambda self: self.held and any(b.delivery == "OPEN" and b.states for b in self.batches.values()))
     @rule(data=st.data(), state=STATES, begin=st.booleans(), value=st.integers(1, 3))
@@ -153,7 +156,7 @@ class Model(RuleBasedStateMachine):
         now = self.clock()
         if begin:
             tried = [Attempt(n, value, 100, f"{name}-{n}", now) for n in some]
-            if any(batch.states[n] in FINAL for n in some):
+            if not batch.opened or any(batch.states[n] in FINAL for n in some):
                 with pytest.raises(LedgerError):
                     self.book.begin(self.lease, name, tried)
             else:
@@ -166,7 +169,7 @@ class Model(RuleBasedStateMachine):
             Result(n, state, target=f"t-{batch.entities[n]}", sent=value, observed=value, verified_at=now, says=state)  # type: ignore[arg-type]
             for n in some
         ]
-        allowed = all(
+        allowed = batch.opened and all(
             batch.states[n] in OPEN or state == batch.states[n] or (batch.states[n], state) == ("ACKED", "OVERWRITTEN")
             for n in some
         )
@@ -191,8 +194,7 @@ class Model(RuleBasedStateMachine):
                 self.book.close_push(self.lease, name, True)
             return
         self.book.close_push(self.lease, name, complete)
-        # A push that ended is sealed as it stands until it is opened again.
-        self.book.open_push(self.lease, name) if not complete else None
+        batch.opened = False
         batch.delivery = "COMPLETE" if complete else "OPEN"
 
     @precondition(lambda self: self.held and len(self.batches) > 1)
@@ -204,9 +206,8 @@ class Model(RuleBasedStateMachine):
         self.book.supersede(self.lease, [older], by)
         batch = self.batches[older]
         batch.states = {n: "SKIPPED" if state == "PENDING" else state for n, state in batch.states.items()}
-        batch.delivery = "OPEN" if set(batch.states.values()) & OPEN else "COMPLETE"
-        if batch.delivery == "OPEN":
-            self.book.open_push(self.lease, older)
+        batch.opened = bool(set(batch.states.values()) & OPEN)
+        batch.delivery = "OPEN" if batch.opened else "COMPLETE"
 
     @precondition(lambda self: self.batches)
     @rule(data=st.data(), who=st.sampled_from(PEOPLE), right=st.booleans())
@@ -266,5 +267,5 @@ class Model(RuleBasedStateMachine):
 
 TestLedger = Model.TestCase
 TestLedger.settings = settings(
-    max_examples=12, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck), database=None
+    max_examples=examples(12), stateful_step_count=20, suppress_health_check=list(HealthCheck)
 )

@@ -3,7 +3,7 @@
 import hmac
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from delivery.people import People
@@ -11,7 +11,6 @@ from delivery.people import People
 NAMES = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=30)
 
 
-@settings(deadline=None)
 @given(st.binary(min_size=16, max_size=200), NAMES)
 def test_a_digest_is_the_start_of_an_hmac(key: bytes, name: str) -> None:
     assert People(key).digest("entity", name) == hmac.digest(key, b"entity\0" + name.encode(), "sha256").hex()[:32]

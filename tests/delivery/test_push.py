@@ -647,6 +647,21 @@ def test_a_newer_batch_first_finds_out_what_an_older_one_left_open(room: Room, f
     assert room.ledger.batch("old").delivery == "COMPLETE"
 
 
+@pytest.mark.parametrize("when", ["supersede", "settle", "close_push"])
+def test_a_push_that_dies_while_it_ends_an_older_one_leaves_a_ledger_that_verifies(room: Room, when: str) -> None:
+    fake = room.system()
+    fake.fault = once("crash_after")
+    record(room.ledger, ROWS, "old")
+    with pytest.raises(Crash):
+        room.push(fake, "old", settings=PushSettings(concurrency=1))
+    record(room.ledger, [{"entity": "a", "before": 100, "after": 130}], "new", day=DAY + timedelta(days=1))
+    with pytest.raises(Crash):
+        room.push(fake, "new", fault=lambda method: "crash_after" if method == when else "")
+    assert room.ledger.verify().problems == []
+    assert room.push(fake, "new").complete and room.ledger.verify().ok
+    assert room.ledger.batch("old").delivery == "COMPLETE"
+
+
 def test_a_rollback_that_is_not_complete_comes_before_new_decisions(room: Room) -> None:
     fake = room.system()
     record(room.ledger, ROWS, "r1", kind="rollback")

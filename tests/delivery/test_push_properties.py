@@ -27,6 +27,7 @@ from delivery.connectors.base import Capabilities
 from delivery.ledger import OPEN, Ledger, Result
 from delivery.push import PushSettings, Report, Stopped, push
 from tests.support.fakes import DAY, Clock, Crash, FakeSystem, Mortal, Process, dead_holder, record
+from tests.support.properties import examples
 
 KEYS = ("a", "b", "c", "d", "e")
 ARMS = {"a": "x", "b": "x", "c": "x", "d": "y", "e": "y"}
@@ -254,12 +255,9 @@ class Watched:
 
 TestPush = Machine.TestCase
 TestPush.settings = settings(
-    max_examples=int(os.environ.get("SIGNALBOX_EXAMPLES", "25")),
+    max_examples=examples(25),
     stateful_step_count=8,
-    deadline=None,
     suppress_health_check=list(HealthCheck),
-    derandomize="SIGNALBOX_EXAMPLES" not in os.environ,
-    print_blob=True,
     # Shrinking takes minutes here; a failure names its steps as they are. SIGNALBOX_SHRINK=1 turns it on.
     phases=[Phase.explicit, Phase.generate, *([Phase.shrink] if "SIGNALBOX_SHRINK" in os.environ else [])],
 )

@@ -21,6 +21,7 @@ from delivery.connectors.rest import RestConnector, RestSettings, connect, load
 from delivery.connectors.rest_spec import RestSystem, Test, Values
 from delivery.connectors.template import ABSENT, at, fill, fill_path, placeholders
 from delivery.said import models_of
+from tests.support.properties import examples
 from tests.support.rest_servers import Reply, Request, Scripted, serving, talking
 
 NOW = datetime(2026, 3, 1, 12)
@@ -236,7 +237,6 @@ def test_placeholders_keep_their_type_where_they_stand_alone() -> None:
         fill("{entity:integer}", {"entity": "7a"})
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_no_id_adds_a_part_to_a_path_or_climbs(text: str) -> None:
     try:
@@ -316,7 +316,7 @@ def test_ids_out_of_the_data_stay_one_part_of_the_path(tmp_path: Path) -> None:
     # Everything is let through by the pattern: what then keeps an id in its place is the quoting
     with against(tmp_path, script, entity="(?s).*") as (_, connector):
 
-        @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+        @settings(max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
         @given(st.text(alphabet="./\\%2eEfF?#&=: \r\n\0aé\u202e,{}", max_size=8))
         def tries(key: str) -> None:
             assert connector.read([key])[key].state == "missing"
@@ -725,7 +725,7 @@ def test_every_write_gets_one_answer_in_its_place(tmp_path: Path) -> None:
     means = {"done": "accepted", "failed": "refused", "both": "refused", "silent": "unknown"}
     with against(tmp_path, lambda r: (207, said, {}), write__many=KEYED, write__one=None) as (_, connector):
 
-        @settings(max_examples=40, deadline=None)
+        @settings(max_examples=examples(40))
         @given(st.lists(st.sampled_from(list(means)), min_size=1, max_size=12), st.randoms())
         def tries(kinds: list[str], shuffled: Any) -> None:
             rows = [(str(n), kind) for n, kind in enumerate(kinds)]

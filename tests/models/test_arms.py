@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from models.arms import ARMS, Arms, draw, epoch_of, normalised, perturb
+from tests.support.properties import examples
 
 SHARES = {"holdout": 0.1, "champion": 0.7, "explore": 0.2}
 
@@ -64,7 +65,7 @@ def test_the_draw_is_the_hash_of_workflow_epoch_and_unit():
     weights=st.lists(st.integers(0, 9), min_size=4, max_size=4).filter(any),
     epoch=st.integers(0, 1000),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 def test_every_stratum_gets_each_arms_share_rounded_down_or_up(sizes, weights, epoch):
     strata = [f"s{s}" for s, size in enumerate(sizes) for _ in range(size)]
     units = [f"unit-{i}" for i in range(len(strata))]
@@ -159,7 +160,7 @@ def explored(draw):
 
 
 @given(explored(), st.text(max_size=5))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 def test_exploring_keeps_the_money_to_the_micro_and_stays_inside_the_bounds(case, key):
     names, base, low, high, step = case
     found = perturb(names, base, low, high, step=step, key=key)

@@ -13,6 +13,7 @@ from scipy.optimize import linprog
 
 from models.arms import Explore
 from models.budget import MICROS, BudgetPolicy, Plan, allocate, decide
+from tests.support.properties import examples
 
 SHAPES = ("concave", "s_shaped", "flat", "ties", "wild")
 
@@ -242,7 +243,7 @@ def test_few_lines_are_solved_exactly_on_the_curves_themselves(target):
 
 
 @given(seed=st.integers(0, 2**32), n=st.integers(1, 30), k=st.integers(1, 9), target=st.sampled_from([None, 0.5]))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80))
 def test_the_order_of_the_lines_changes_nothing(seed, n, k, target):
     rng = np.random.default_rng(seed)
     spends, values = curves(rng, n, k)

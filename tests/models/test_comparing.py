@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from models import comparing
 from models.comparing import Days, discoveries, groups, harm, losses, slices
+from tests.support.properties import examples
 
 SEED = 11
 
@@ -33,7 +34,7 @@ def test_the_harm_is_the_difference_as_a_share_of_what_the_other_loses() -> None
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.floats(0, 1e6), st.floats(0.01, 1e6)), min_size=2, max_size=60))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 def test_an_interval_holds_its_point_and_turning_the_models_round_turns_the_sign(rows: list[Any]) -> None:
     day, a, b = (np.array(x) for x in zip(*rows, strict=True))
     found = harm(days(day), a, b)
@@ -160,7 +161,7 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are() -> None:
 
 
 @given(st.lists(st.floats(0, 1), max_size=30), st.floats(0.01, 0.5))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 def test_discoveries_are_those_below_the_largest_rank_that_passes(p: list[float], alpha: float) -> None:
     found = discoveries(p, alpha)
     ranked = sorted(p)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from models.priority import PriorityPolicy, coverage_curve, decide, index, review_line
+from tests.support.properties import examples
 
 NOON = datetime(2026, 1, 5, 12)
 SPEC: dict[str, Any] = {
@@ -78,7 +79,7 @@ def test_the_index_is_the_expected_cost_of_waiting_per_hour_of_work() -> None:
     assert late[0] == pytest.approx(0.1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(queues, st.data())
 def test_a_ticket_whose_miss_costs_more_never_goes_down(tickets: list[dict[str, Any]], data: st.DataObject) -> None:
     free = [{**t, "arm": "champion", "uncertainty": 0.0} for t in tickets]
@@ -90,7 +91,7 @@ def test_a_ticket_whose_miss_costs_more_never_goes_down(tickets: list[dict[str, 
     assert all(a >= b for j, (a, b) in enumerate(zip(after, before, strict=True)) if j != i)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(queues)
 def test_holdout_and_review_keep_their_priority_and_say_so(tickets: list[dict[str, Any]]) -> None:
     made = decide(*tables(tickets), {**SPEC, "review_above": 0.6}).to_pylist()
@@ -105,7 +106,7 @@ def test_holdout_and_review_keep_their_priority_and_say_so(tickets: list[dict[st
         assert d["arm"] == t["arm"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(queues)
 def test_a_team_can_begin_everything_of_a_priority_within_its_cut(tickets: list[dict[str, Any]]) -> None:
     free = [{**t, "arm": "champion", "uncertainty": 0.0} for t in tickets]
@@ -118,7 +119,7 @@ def test_a_team_can_begin_everything_of_a_priority_within_its_cut(tickets: list[
                 assert len(work) == sum(t["team"] == team for t in free), "a cut with room left leaves nobody behind it"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(queues, st.randoms(use_true_random=False))
 def test_the_order_of_the_rows_does_not_matter(tickets: list[dict[str, Any]], random: Any) -> None:
     features, scores, arms = tables(tickets)
@@ -131,7 +132,7 @@ def test_the_order_of_the_rows_does_not_matter(tickets: list[dict[str, Any]], ra
     assert shuffled.equals(straight.take(mixed))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(queues)
 def test_another_teams_tickets_change_nothing_here(tickets: list[dict[str, Any]]) -> None:
     together = decide(*tables(tickets), SPEC)
