@@ -105,7 +105,10 @@ class Year:
             took = time.perf_counter() - start
         restored, left = (sum(one.restored for one in report.batches), sum(len(one.left) for one in report.batches))
         done = "complete" if report.complete else "NOT complete"
-        print(f"{which}: {done}, {len(report.batches)} batches, {restored:,} restored, {left:,} left: {took:.1f} s", flush=True)
+        print(
+            f"{which}: {done}, {len(report.batches)} batches, {restored:,} restored, {left:,} left: {took:.1f} s",
+            flush=True,
+        )
         return took
 
 
@@ -123,7 +126,9 @@ def main() -> int:
             kept.mkdir(parents=True, exist_ok=True)
             start = time.perf_counter()
             build(kept, said.days, said.size)
-            print(f"built {said.days} days of {said.size:,} decisions in {time.perf_counter() - start:.0f} s", flush=True)
+            print(
+                f"built {said.days} days of {said.size:,} decisions in {time.perf_counter() - start:.0f} s", flush=True
+            )
         year = Year(Path(shutil.copytree(kept, Path(temporary) / "copy")), said.days, said.size)
         year.take_back(rollback.Batch(f"day{said.days - said.back - 1}"))
         year.take_back(rollback.Batch(f"day{said.days // 2}"))

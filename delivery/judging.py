@@ -134,6 +134,10 @@ Judgement = Final | Wait | Send | Third | Gone
 
 GONE = "is not there downstream"
 """Begins what is said of an entity that the system does not know."""
+CLOSED = "is closed downstream and cannot be changed"
+"""Begins what is said of an entity that takes no value any more."""
+STORED = "stored "
+"""Begins what is said of a value that the system made of ours."""
 
 
 def shown(reading: Reading) -> str:
@@ -156,7 +160,7 @@ def judge(item: Item, reading: Reading, *, at: float, stale_s: float) -> Judgeme
         if until is not None:
             return Wait(until)
         gone = reading.state == "missing"
-        words = GONE if gone else "is closed downstream and cannot be changed"
+        words = GONE if gone else CLOSED
         says = f"{words}{f' ({reading.says})' if reading.says else ''}"
         if gone and item.rollback:
             return Gone(f"{says}, where a batch had set it: is the address right, and the account?")
@@ -188,14 +192,14 @@ def third(item: Item, reading: Reading, changes: Sequence[Change] | None) -> Fin
     if item.token_after is not None and reading.token is not None:
         if reading.token != item.token_after:
             return conflict(item, reading.value, f"{what}: somebody else wrote after us")
-        return Final("REJECTED", f"stored {shown(reading)} instead of {item.value}{_words(item)}", reading.value)
+        return Final("REJECTED", f"{STORED}{shown(reading)} instead of {item.value}{_words(item)}", reading.value)
     if changes:
         last = changes[-1]
         if not last.ours:
             return conflict(item, reading.value, f"{what}: {last.actor or 'somebody else'} wrote after us")
-        return Final("REJECTED", f"stored {shown(reading)} instead of {item.value}{_words(item)}", reading.value)
+        return Final("REJECTED", f"{STORED}{shown(reading)} instead of {item.value}{_words(item)}", reading.value)
     if item.accepted:
-        return Final("REJECTED", f"stored {shown(reading)} instead of {item.value}{_words(item)}", reading.value)
+        return Final("REJECTED", f"{STORED}{shown(reading)} instead of {item.value}{_words(item)}", reading.value)
     return conflict(item, reading.value, f"{what}, which was not answered")
 
 
