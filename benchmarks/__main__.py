@@ -8,7 +8,7 @@ from pathlib import Path
 
 ORDER = (
     "daily_run", "budget_policy", "advertising_world", "priority_policy", "ledger", "push", "regression", "drift",
-    "conformal", "students", "training_memory",
+    "rollback", "conformal", "students", "training_memory",
 )  # fmt: skip
 
 

@@ -64,6 +64,8 @@ class Item:
     """Monotonic: when this push first tried it."""
     answered: str = ""
     """What the system last said."""
+    alone: bool = False
+    """It was missing where others were there: it is this one, and not the address."""
     started_before: int = 0
     """``accepted`` count of the whole push when this item was first sent."""
     arms: tuple[str, ...] = ()
@@ -121,7 +123,21 @@ class Third:
     reading: Reading
 
 
-Judgement = Final | Wait | Send | Third
+@dataclass(frozen=True)
+class Gone:
+    """What a batch had proven to be there is not there now: no end, since a wrong address says the same."""
+
+    says: str
+
+
+Judgement = Final | Wait | Send | Third | Gone
+
+GONE = "is not there downstream"
+"""Begins what is said of an entity that the system does not know."""
+CLOSED = "is closed downstream and cannot be changed"
+"""Begins what is said of an entity that takes no value any more."""
+STORED = "stored "
+"""Begins what is said of a value that the system made of ours."""
 
 
 def shown(reading: Reading) -> str:
@@ -144,12 +160,11 @@ def judge(item: Item, reading: Reading, *, at: float, stale_s: float) -> Judgeme
         if until is not None:
             return Wait(until)
         gone = reading.state == "missing"
-        words = "is not there downstream" if gone else "is closed downstream and cannot be changed"
-        return Final(
-            "NOT_REVERSIBLE" if item.rollback else "REJECTED" if gone else "SKIPPED",
-            f"{words}{f' ({reading.says})' if reading.says else ''}",
-            reading.value,
-        )
+        words = GONE if gone else CLOSED
+        says = f"{words}{f' ({reading.says})' if reading.says else ''}"
+        if gone and item.rollback:
+            return Gone(f"{says}, where a batch had set it: is the address right, and the account?")
+        return Final("NOT_REVERSIBLE" if item.rollback else "REJECTED" if gone else "SKIPPED", says, reading.value)
     if item.refused is not None and until is None:
         return Final("REJECTED", item.refused, reading.value)
     if reading.value != item.expected:
@@ -177,14 +192,14 @@ def third(item: Item, reading: Reading, changes: Sequence[Change] | None) -> Fin
     if item.token_after is not None and reading.token is not None:
         if reading.token != item.token_after:
             return conflict(item, reading.value, f"{what}: somebody else wrote after us")
-        return Final("REJECTED", f"stored {shown(reading)} instead of {item.value}{_words(item)}", reading.value)
+        return Final("REJECTED", f"{STORED}{shown(reading)} instead of {item.value}{_words(item)}", reading.value)
     if changes:
         last = changes[-1]
         if not last.ours:
             return conflict(item, reading.value, f"{what}: {last.actor or 'somebody else'} wrote after us")
-        return Final("REJECTED", f"stored {shown(reading)} instead of {item.value}{_words(item)}", reading.value)
+        return Final("REJECTED", f"{STORED}{shown(reading)} instead of {item.value}{_words(item)}", reading.value)
     if item.accepted:
-        return Final("REJECTED", f"stored {shown(reading)} instead of {item.value}{_words(item)}", reading.value)
+        return Final("REJECTED", f"{STORED}{shown(reading)} instead of {item.value}{_words(item)}", reading.value)
     return conflict(item, reading.value, f"{what}, which was not answered")
 
 

@@ -51,6 +51,7 @@ from delivery.records import (
     Delivery,
     Event,
     Head,
+    Leftover,
     NewBatch,
     Promotion,
     Result,
@@ -64,7 +65,7 @@ from delivery.records import (
 __all__ = [
     "ACTED", "FINAL", "OPEN", "Acknowledged", "Approval", "Approver", "Attempt", "AttemptRow", "BatchRow", "Busy", "Conflict",
     "Delivery", "Event", "Fenced", "Head", "Holder", "Lease", "Ledger", "LedgerError", "LedgerMismatch", "LedgerNewer",
-    "LedgerUnavailable", "NewBatch", "Promotion", "Result", "Rollback", "State", "Switch", "Unknown", "Verdict", "generation",
+    "LedgerUnavailable", "Leftover", "NewBatch", "Promotion", "Result", "Rollback", "State", "Switch", "Unknown", "Verdict", "generation",
     "utc_now",
 ]  # fmt: skip
 
@@ -1239,6 +1240,13 @@ class Ledger:
         """Record that the batch is taken back, with what could not be in ``evidence``; raises Unknown."""
         self._rollback(batch_id, "complete", actor, reason, trigger, evidence)
 
+    @plainly
+    def rollback_closed(
+        self, batch_id: str, *, actor: str, reason: str, trigger: str, evidence: Mapping[str, Any] | None = None
+    ) -> None:
+        """Record that a person ended the rollback of a batch with what was left, counted in ``evidence``; raises Unknown."""
+        self._rollback(batch_id, "closed", actor, reason, trigger, evidence)
+
     def _rollback(
         self, batch_id: str, action: str, actor: str, reason: str, trigger: str, evidence: Mapping[str, Any] | None
     ) -> None:
@@ -1252,7 +1260,7 @@ class Ledger:
 
     @plainly
     def rollbacks(self, batch_id: str | None = None) -> list[Rollback]:
-        """Rollbacks asked for and complete, oldest first."""
+        """Rollbacks asked for, complete and closed, oldest first."""
         r = tables.rollbacks
         columns = [r.c.batch_id, r.c.action, r.c.actor, r.c.reason, r.c.trigger, r.c.evidence, r.c.at]
         where = None if batch_id is None else r.c.batch_id == batch_id
@@ -1288,6 +1296,59 @@ class Ledger:
         query = "SELECT entity FROM decisions WHERE sequence = ? AND changed <> 0"
         found = select_bulk(connection, query, [sequence], pa.schema({"entity": pa.string()}))
         return found["entity"].combine_chunks()
+
+    @plainly
+    def held_by(self, undoing: str, batch_id: str, standing: Sequence[str], undone: Sequence[str]) -> dict[int, str]:
+        """Which deliveries of the rollback ``undoing`` of ``batch_id``, not sent yet, are of entities or targets that a newer
+        batch holds: n → the newest of them.
+
+        ``standing``: newer batches that are not rolled back, each of which holds what it proved. ``undone``: rollbacks of
+        newer batches; what one of them did not bring back is still held. One pass over the rows of those batches.
+        """
+        if not standing and not undone:
+            return {}
+        with reading(self.engine) as connection, connection.begin():
+            of = self._sequences(connection, [undoing, batch_id, *standing, *undone])
+            named = {sequence: name for name, (sequence, _) in of.items()}
+            waiting = _waiting(of[undoing][0], of[batch_id][0])
+            held: dict[str, int] = {}
+            for column, query in (("entity", _PROVED), ("target", _PROVED_AT)):
+                for some in chunks(of[name][0] for name in standing):
+                    where = f"d.sequence IN ({', '.join(map(str, some))}) AND {column} IN (SELECT {column} FROM ({waiting}) w)"
+                    for key, sequence in _raw(connection, f"{query} WHERE {where} AND {_STOOD} GROUP BY {column}"):
+                        held[key] = max(sequence, held.get(key, 0))
+            for name in undone:
+                sequence, reverses = of[name]
+                newer = self._find(connection, reverses).sequence if reverses else 0
+                named[newer] = reverses or ""
+                for entity, target in _raw(connection, _NOT_BACK.format(undoing=sequence, newer=newer)):
+                    for key in (entity, target):
+                        if key is not None:
+                            held[key] = max(newer, held.get(key, 0))
+            rows = _raw(connection, waiting) if held else []
+        found = {n: held.get(entity) or held.get(target or "") for n, entity, target in rows}
+        return {n: named[sequence] for n, sequence in found.items() if sequence}
+
+    @plainly
+    def left_of(self, batch_id: str, undone: Sequence[str]) -> list[Leftover]:
+        """What these rollbacks did not bring back of the entities that ``batch_id`` decides on."""
+        with reading(self.engine) as connection, connection.begin():
+            mine = self._find(connection, batch_id).sequence
+            of = {sequence: name for name, (sequence, _) in self._sequences(connection, undone).items()}
+            rows: list[tuple[Any, ...]] = []
+            for some in chunks(of):
+                rows += _raw(connection, _LEFT.format(undone=", ".join(map(str, some)), mine=mine))
+            numbers = dict(_raw(connection, f"SELECT entity, n FROM decisions WHERE sequence = {mine}")) if rows else {}
+        return [Leftover(of[sequence], numbers[entity], *rest) for sequence, entity, *rest in rows]
+
+    def _sequences(self, connection: Connection, batch_ids: Sequence[str]) -> dict[str, tuple[int, str | None]]:
+        """Name → number, and the batch that it reverses."""
+        b = tables.batches.c
+        found: dict[str, tuple[int, str | None]] = {}
+        for some in chunks(batch_ids):
+            rows = connection.execute(select(b.batch_id, b.sequence, b.reverses).where(b.batch_id.in_(some)))
+            found |= {row.batch_id: (row.sequence, row.reverses) for row in rows}
+        return found
 
     # --- erasing
 
@@ -1381,6 +1442,47 @@ _ACKNOWLEDGE = text(
     "target = excluded.target, value = excluded.value, verified_at = excluded.verified_at, sequence = excluded.sequence, "
     "n = excluded.n"
 ).bindparams(bindparam("verified_at", type_=tables.acknowledged.c.verified_at.type))
+
+
+_STOOD = "d.state IN ('ACKED', 'OVERWRITTEN')"
+_ROWS = "deliveries d JOIN decisions c ON c.sequence = d.sequence AND c.n = d.n"
+_PROVED = f"SELECT c.entity, MAX(d.sequence) FROM {_ROWS}"
+_PROVED_AT = "SELECT d.target, MAX(d.sequence) FROM deliveries d"
+# ``+ 0``: along the index of decision ids, and not through the whole batch for each row.
+_OF_ORIGINAL = "c.decision_id = substr(uc.decision_id, 10) AND c.sequence + 0 = {newer}"
+_NOT_BACK = (
+    "SELECT c.entity, d.target FROM deliveries u JOIN decisions uc ON uc.sequence = u.sequence AND uc.n = u.n"
+    f" JOIN decisions c ON {_OF_ORIGINAL} JOIN deliveries d ON d.sequence = c.sequence AND d.n = c.n"
+    f" WHERE u.sequence = {{undoing}} AND {_STOOD}"
+    " AND (u.state IN ('SKIPPED', 'REJECTED', 'PENDING', 'UNKNOWN', 'IN_FLIGHT')"
+    " OR (u.state = 'ACKED' AND u.observed <> uc.\"after\"))"
+)
+_LEFT = (
+    'SELECT d.sequence, c.entity, c."before", c."after", d.state, d.observed FROM ' + _ROWS +
+    " WHERE d.sequence IN ({undone}) AND d.state IN ('SKIPPED', 'PENDING', 'CONFLICT')"
+    " AND c.entity IN (SELECT entity FROM decisions WHERE sequence = {mine})"
+)  # fmt: skip
+
+
+def _waiting(undoing: int, newer: int) -> str:
+    """Deliveries of a rollback that were not sent yet, with the entity and the target that the batch had found for it."""
+    return (
+        "SELECT u.n, uc.entity AS entity, d.target AS target FROM deliveries u"
+        " JOIN decisions uc ON uc.sequence = u.sequence AND uc.n = u.n"
+        f" LEFT JOIN decisions c ON {_OF_ORIGINAL.format(newer=newer)}"
+        " LEFT JOIN deliveries d ON d.sequence = c.sequence AND d.n = c.n"
+        f" WHERE u.sequence = {undoing} AND u.state = 'PENDING' AND u.sent IS NULL"
+    )
+
+
+def _raw(connection: Connection, statement: str) -> list[tuple[Any, ...]]:
+    """Rows of a query in which no value comes from outside, without SQLAlchemy's cost for each cell."""
+    cursor = connection.connection.cursor()
+    try:
+        cursor.execute(statement)
+        return list(cursor.fetchall())
+    finally:
+        cursor.close()
 
 
 def _cells(row: AnyRow) -> tuple[Any, ...]:

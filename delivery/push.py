@@ -37,7 +37,7 @@ from delivery.connectors.base import (
     Written,
     mapping_of,
 )
-from delivery.judging import Final, Item, Judgement, Send, Third, Wait
+from delivery.judging import Final, Gone, Item, Judgement, Send, Third, Wait
 from delivery.ledger import (
     OPEN,
     Attempt,
@@ -332,6 +332,8 @@ class _Done:
     until: float = 0.0
     window: bool = False
     """Waiting for the staleness window (not bounded by patience), not for a system that does not answer."""
+    missing: bool | None = None
+    """Whether the last reading found nothing there; None: it was not read."""
     free: bool = False
     """It shows what we expect, nothing of ours is on its way, and this step was not to send."""
     outcome: str | None = None
@@ -495,6 +497,8 @@ class _Push:
         )
         if self.why:
             raise PushError(self.why)
+        if len(items) > 1 and all(readings[i.key].state == "missing" for i in items):
+            notes.append(self._all_missing(len(items)))
         sends = []
         by_target: dict[str, list[Item]] = {}
         for item in items:
@@ -515,6 +519,8 @@ class _Push:
                     rows.append(_row(item, reading, judged.state, judged.says))
                 elif isinstance(judged, Send):
                     sends.append(item)
+                elif isinstance(judged, Gone):
+                    rows.append(_row(item, reading, "PENDING", judged.says))
                 else:
                     rows.append(
                         _row(item, reading, "UNKNOWN", "an earlier write is not settled, the push would find out")
@@ -705,6 +711,11 @@ class _Push:
                 by_target.setdefault(readings[item.key].target, []).append(item)
             else:
                 alone.append(item)
+        gone = [item for item in alone if item.key in readings]
+        if len(gone) > 1 and not by_target:
+            self.why = self.why or self._all_missing(len(gone))
+        for item in gone:
+            item.alone = bool(by_target)
         out, over = alone, []
         for target, sharing in by_target.items():
             first = _together(target, sharing)
@@ -797,6 +808,8 @@ class _Push:
         arms: dict[str, set[str]] = {}
         values: dict[str, list[int | None]] = {}
         mine: dict[str, list[int | None]] = {}
+        # What a rollback cannot find stands there for all we know, and holds its money.
+        ours = {item.key: item.expected for item in items if item.rollback and not item.done}
         for item in items:
             if (item.maybe and not item.done) or (item.sent and self.can.stale_reads_s > 0):
                 mine.setdefault(item.target, []).append(item.value)
@@ -808,6 +821,7 @@ class _Push:
                 reading = readings[key]
                 target = reading.target if reading.state != "missing" else f"missing {key}"
                 held = [0 if reading.value is None and reading.state != "open" else reading.value]
+                held += [ours[key]] if key in ours and reading.state == "missing" else []
                 held += [floors[key]] if key in floors else []
             arms.setdefault(target, set()).add(row["arm"])
             values.setdefault(target, mine.get(target, [])[:]).extend(held)
@@ -873,10 +887,28 @@ class _Push:
                 raise error
             wrong = wrong or error
             dones += [_Done(i, until=now, says=f"not finished: {type(error).__name__}") for i in chunk]
+        self._none_there(dones)
         self._settle(dones, begun)
         if wrong is not None:
             raise wrong
         return dones
+
+    def _none_there(self, dones: Sequence[_Done]) -> None:
+        """Where a whole wave is missing it is more likely the address than the entities: stop, and leave them open."""
+        gone = [done for done in dones if done.missing and not done.item.alone]
+        if any(done.missing is False for done in dones):
+            for done in gone:
+                done.item.alone = True
+        elif len(gone) > 1 and not all(done.window for done in gone):
+            self.why = self.why or self._all_missing(len(gone))
+            for done in gone:
+                done.final, done.until, done.window, done.says = None, float("inf"), False, self.why
+
+    def _all_missing(self, count: int) -> str:
+        return (
+            f"none of {count} entities is there downstream: is the address of {self.system} right (its base path too), and "
+            "the account? Nothing was concluded: mend it and run it again"
+        )
 
     def _begin(self, items: Sequence[Item]) -> None:
         """In the ledger before anything is sent."""
@@ -964,6 +996,7 @@ class _Push:
                     self._shared(item, blocker, dones)
                 else:
                     item.target = reading.target
+                    dones[id(item)].missing = reading.state == "missing"
                     judged.append((item, reading, self._judge(item, reading, at)))
             try:
                 changes = self._history(judged)
@@ -978,6 +1011,8 @@ class _Push:
                     judgement = self._spent(item, reading)
                 if isinstance(judgement, Final):
                     done.final, done.verified_at = judging.with_beside(item, judgement, reading), verified_at
+                elif isinstance(judgement, Gone):
+                    done.until, done.window, done.says = float("inf"), False, judgement.says
                 elif isinstance(judgement, Wait):
                     done.until, done.window = min(judgement.until, at + max(SHORTEST_POLL_S, self.window_s / 10)), True
                     done.says = "waits for a reading that is new enough"

@@ -190,6 +190,18 @@ class Acknowledged:
 
 
 @dataclass(frozen=True)
+class Leftover:
+    """What the rollback ``batch_id`` did not bring back; ``n`` is the same entity's row in the batch that was asked for."""
+
+    batch_id: str
+    n: int
+    before: int | None
+    after: int | None
+    state: str
+    observed: int | None
+
+
+@dataclass(frozen=True)
 class Approval:
     """A person's yes to exactly one batch."""
 
@@ -235,10 +247,10 @@ class Promotion:
 
 @dataclass(frozen=True)
 class Rollback:
-    """A rollback asked for, or complete."""
+    """A rollback asked for, complete, or closed by a person with what was left."""
 
     batch_id: str
-    action: Literal["asked", "complete"]
+    action: Literal["asked", "complete", "closed"]
     actor: str | None
     reason: str
     trigger: str

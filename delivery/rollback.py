@@ -1,8 +1,9 @@
 """Taking batches back: a rollback is a push of the values that stood before, newest batch first.
 
-Belongs here: which batches, what each of their deliveries goes back to, and what the result was. Does not: sending
-(``delivery.push`` does, under the rules of any push), moving a model's alias or stopping a workflow (the caller does).
-Rerunnable: the rollback of a batch is itself a batch, with an id that follows from it, recorded before anything is sent.
+Belongs here: which batches, what each of their deliveries goes back to, what the result was, and closing one that cannot come
+to its end. Does not: sending (``delivery.push`` does, under the rules of any push), moving a model's alias or stopping a
+workflow (the caller does). Rerunnable: the rollback of a batch is itself a batch, with an id that follows from it, recorded
+before anything is sent.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import hashlib
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
-from delivery.ledger import NewBatch, Result, Unknown, utc_now
+from delivery import judging
+from delivery.ledger import OPEN, NewBatch, Result, Unknown, utc_now
 from delivery.push import PushSettings, push, resolve
 
 if TYPE_CHECKING:
@@ -30,8 +33,7 @@ _NEVER = datetime(9999, 12, 31)
 _LANDED = ("ACKED", "OVERWRITTEN")
 """States of a delivery whose value was proven downstream."""
 _UNKNOWN = ("UNKNOWN", "IN_FLIGHT")
-_NOT_BACK = ("SKIPPED", "REJECTED", "PENDING", "UNKNOWN", "IN_FLIGHT")
-"""States of a rollback's delivery after which the value that was to be taken back may still stand."""
+_ERASED = "its name was erased from the ledger, so the system cannot be asked for it"
 
 
 class RollbackError(RuntimeError):
@@ -76,13 +78,16 @@ class Left:
 
 @dataclass(frozen=True)
 class RolledBack:
-    """What became of one batch.
+    """What became of one batch: each of its deliveries is counted once, or stands in one list.
 
-    ``already``: an earlier run had completed it, and nothing was done. ``never_sent``: deliveries that still waited and now
-    never go out. ``restored``: deliveries proven by read-back to hold the value from before. ``conflicts``: changed by a
-    person since, left. ``not_reversible``: closed, gone, or the name erased. ``left``: changed since by a newer batch that
-    stands, refused by the system, or without money in the pool. ``partly``: restored as far as the pool had money.
-    ``open``: not known yet, run it again. ``push``: the last push of it, as ``Report.as_dict``.
+    ``already``: an earlier run had completed it, and nothing was done. ``closed``: a person ended it with what was left.
+    ``never_sent``: deliveries that still waited and now never go out. ``untouched``: nothing of them stands (refused, never
+    arrived, stood there already). ``restored``: deliveries proven by read-back to hold the value from before.
+    ``conflicts``: changed by a person, or by another workflow, since; left. ``not_reversible``: closed, the name erased, no
+    value stood there before, or given up by a person. ``left``: changed since by a newer batch that stands, refused by the
+    system, or without money in the pool. ``partly``: restored as far as the pool had money. ``open``: not there, or not
+    known yet: run it again. Beside these, ``beside``: watched fields that a write of the batch, or of its rollback, changed
+    with the value; they are not restored. ``push``: the last push of it, as ``Report.as_dict``.
     """
 
     batch_id: str
@@ -97,6 +102,9 @@ class RolledBack:
     partly: tuple[Left, ...] = ()
     open: tuple[Left, ...] = ()
     push: dict[str, Any] | None = None
+    untouched: int = 0
+    beside: tuple[Left, ...] = ()
+    closed: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,11 +112,13 @@ class RollbackReport:
     """All batches that were chosen, newest first. ``waiting``: not begun, since a newer one is not complete yet.
 
     ``newer``: batches of the same workflows that are newer than a chosen one, were not chosen and stay as they are.
+    ``retired``: chosen, but the retention policy removed what was delivered: what they changed stays as it is.
     """
 
     batches: tuple[RolledBack, ...]
     waiting: tuple[str, ...] = ()
     newer: tuple[str, ...] = ()
+    retired: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -125,8 +135,29 @@ def rollback_id(batch_id: str) -> str:
     return f"rollback-{batch_id}"
 
 
+@dataclass(frozen=True)
+class _Known:
+    """The batches of a workflow (None: of all) as they stand now, read at once."""
+
+    decisions: tuple[BatchRow, ...]
+    undoing: Mapping[str, BatchRow]
+    """Batch → its rollback, where that is recorded."""
+
+    @staticmethod
+    def of(ledger: Ledger, workflow: str | None) -> _Known:
+        rows = ledger.batches(workflow)
+        undoing = {one.reverses: one for one in rows if one.kind == "rollback" and one.reverses is not None}
+        return _Known(tuple(one for one in rows if one.kind == "decision"), undoing)
+
+    def done(self, batch: BatchRow) -> bool:
+        """Both are settled: what was sent is known, and what was to go back has."""
+        undoing = self.undoing.get(batch.batch_id)
+        return undoing is not None and _complete(batch, undoing)
+
+
 def choose(ledger: Ledger, which: Selection) -> list[BatchRow]:
-    """The batches meant, newest first (by day, then by when they were recorded).
+    """The batches meant, newest first (by day, then by when they were recorded); those whose rows the retention policy removed
+    are among them.
 
     Raises RollbackError where there is none, or one that cannot be taken back; ``ledger.Unknown`` for an unknown id.
     """
@@ -136,10 +167,16 @@ def choose(ledger: Ledger, which: Selection) -> list[BatchRow]:
         if one.kind == "rollback":
             raise RollbackError(
                 f"{one.batch_id} is itself a rollback, which is not rolled back: decide {one.day} of {one.workflow} again "
-                "and push that batch"
+                "and push that batch; the same decisions get a batch of their own (such as X.2)"
             )
         if one.status == "REFUSED":
             raise RollbackError(f"batch {one.batch_id} was refused by its guardrails: nothing of it was sent")
+        undoing = _find(ledger, rollback_id(one.batch_id))
+        if one.retired and (undoing is None or not _complete(one, undoing)):
+            raise RollbackError(
+                f"{one.batch_id}: the retention policy removed what was delivered, so it cannot be rolled back; "
+                "choose batches that are younger"
+            )
         what = ""
     elif isinstance(which, Since):
         found = ledger.batches(which.workflow, since=which.day, kind="decision")
@@ -150,11 +187,6 @@ def choose(ledger: Ledger, which: Selection) -> list[BatchRow]:
     found = [one for one in found if one.status != "REFUSED"]
     if not found:
         raise RollbackError(f"{what}: nothing to roll back (signalbox batches lists them)")
-    if retired := [one.batch_id for one in found if one.retired and not _done(ledger, one)]:
-        raise RollbackError(
-            f"{', '.join(retired)}: the retention policy removed what was delivered, so it cannot be rolled back; "
-            "choose batches that are younger"
-        )
     return sorted(found, key=_age, reverse=True)
 
 
@@ -179,33 +211,133 @@ def roll_back(
 ) -> RollbackReport:
     """Bring back what stood before the chosen batches, as far as nobody changed it since; run it again until ``complete``.
 
+    It is recorded for all of them before anything else is done: from then on no newer batch of the workflow goes out.
     ``connector_of``: workflow → its downstream system; the caller closes it. ``evidence``: what the guard saw. A person's
     rollback goes out while the workflow is stopped, a guard's does not (``push.Stopped``). ``stop``: set it to end after the
-    calls under way. The rest is as in ``push``, and so is what it raises; RollbackError before anything is done.
+    calls under way. The rest is as in ``push``, and so is what it raises; RollbackError before anything is sent.
     """
     if not reason.strip():
         raise RollbackError("say why it is rolled back: --reason REASON")
-    chosen = choose(ledger, which)
+    chosen, known = choose(ledger, which), _Known.of(ledger, _workflow(ledger, which))
+    retired = [one for one in chosen if one.retired and not known.done(one)]
+    chosen = [one for one in chosen if not one.retired or known.done(one)]
     asked: dict[str, Any] = {"actor": actor, "reason": reason, "trigger": trigger, "evidence": evidence}
+    closed = _ask(ledger, chosen, known, asked, anew=isinstance(which, Batch) and trigger == "person")
+    for gone in retired:
+        if _last(ledger, gone.batch_id) == "asked":  # before its rows went
+            ledger.rollback_closed(gone.batch_id, **(asked | {"evidence": {"retired": True}}))
     how: dict[str, Any] = {
         "settings": settings, "run_id": run_id, "clock": clock, "sleep": sleep, "monotonic": monotonic, "rng": rng,
         "stop": stop, "holder": holder,
     }  # fmt: skip
     done: list[RolledBack] = []
     for batch in chosen:
-        known = _find(ledger, rollback_id(batch.batch_id))
-        if known is None or not _complete(batch, known):
-            ledger.rollback_asked(batch.batch_id, **asked)
-            one = _one(ledger, connector_of(batch.workflow), batch, how, progress, by_person=trigger == "person")
+        undoing = known.undoing.get(batch.batch_id)
+        if batch.batch_id in closed or known.done(batch):
+            one = _result(ledger, batch, undoing, already=True, push=None)
         else:
-            one = _result(ledger, batch, known, already=True, push=None)
-        if one.complete and not any(past.action == "complete" for past in ledger.rollbacks(batch.batch_id)):
+            clean = {o.batch_id for o in done if not (o.left or o.partly or o.open or o.closed)}
+            one = _one(
+                ledger, connector_of(batch.workflow), batch, how, progress, by_person=trigger == "person", clean=clean
+            )
+        if one.complete and _last(ledger, batch.batch_id) not in ("complete", "closed"):
             ledger.rollback_complete(batch.batch_id, **(asked | {"evidence": _counted(one)}))
         done.append(one)
         if not one.complete:
             break
     waiting = tuple(one.batch_id for one in chosen[len(done) :])
-    return RollbackReport(tuple(done), waiting, _newer_that_stand(ledger, chosen))
+    newer = _newer_that_stand(ledger, [*chosen, *retired])
+    return RollbackReport(tuple(done), waiting, newer, tuple(one.batch_id for one in retired))
+
+
+def _ask(
+    ledger: Ledger, chosen: Sequence[BatchRow], known: _Known, asked: Mapping[str, Any], *, anew: bool
+) -> set[str]:
+    """Record that these are to be taken back, those that are no less; returns those that a person had closed.
+
+    ``anew``: asked for by name, a rollback that was closed before it was begun is begun all the same.
+    """
+    last = {one.batch_id: one for one in ledger.rollbacks()}
+    closed = {one.batch_id for one in chosen if (found := last.get(one.batch_id)) and found.action == "closed"}
+    if anew:
+        closed &= known.undoing.keys()
+    for batch in chosen:
+        past = last.get(batch.batch_id)
+        pending = past is not None and past.action == "asked"
+        same = past is not None and (past.actor, past.reason, past.trigger) == (
+            asked["actor"], asked["reason"], asked["trigger"],
+        )  # fmt: skip
+        if not (known.done(batch) or batch.batch_id in closed or (pending and same)):
+            ledger.rollback_asked(batch.batch_id, **asked)
+    return closed
+
+
+def close(
+    ledger: Ledger,
+    system_of: Callable[[str], str],
+    which: Selection,
+    *,
+    actor: str,
+    reason: str,
+    settings: PushSettings | None = None,
+    run_id: str = "",
+    holder: Holder | None = None,
+) -> RollbackReport:
+    """End rollbacks that were asked for and cannot come to their end, with what is left listed; nothing is sent or read.
+
+    What is open of a rollback, or unknown of the batch that it takes back, ends as NOT_REVERSIBLE and stays as it is
+    downstream; what of the batch was never sent never is. Newer batches of the workflow go out again. ``system_of``:
+    workflow → the name of its downstream system, asked where nothing was sent yet.
+
+    Raises RollbackError where no rollback of them was asked for; ``ledger.Busy`` where a push or a rollback is under way.
+    """
+    if not reason.strip():
+        raise RollbackError("say why it is closed: --reason REASON")
+    if isinstance(which, Batch) and (named := ledger.batch(which.batch_id)).reverses is not None:
+        which = Batch(named.reverses)
+    chosen = [ledger.batch(which.batch_id)] if isinstance(which, Batch) else choose(ledger, which)
+    last = {one.batch_id: one.action for one in ledger.rollbacks()}
+    chosen = [
+        one for one in chosen if one.batch_id in last and (isinstance(which, Batch) or last[one.batch_id] == "asked")
+    ]
+    if not chosen:
+        what = which.batch_id if isinstance(which, Batch) else "these batches"
+        raise RollbackError(f"no rollback of {what} is asked for and open: there is nothing to close")
+    done = []
+    for batch in chosen:
+        undoing = _find(ledger, rollback_id(batch.batch_id))
+        over = last[batch.batch_id] != "asked"
+        if not over:
+            system = batch.system or (undoing.system if undoing else None) or system_of(batch.workflow)
+            lease = ledger.lease(system, holder, (settings or PushSettings()).lease_s)
+            try:
+                for row in (batch, undoing):
+                    if row is not None:
+                        _end(ledger, lease, row, run_id)
+            finally:
+                ledger.release(lease)
+            batch, undoing = ledger.batch(batch.batch_id), _find(ledger, rollback_id(batch.batch_id))
+        one = _result(ledger, batch, undoing, already=over, push=None, closing=not over)
+        if not over:
+            ledger.rollback_closed(batch.batch_id, actor=actor, reason=reason, trigger="person", evidence=_counted(one))
+        done.append(one)
+    return RollbackReport(tuple(done))
+
+
+def _end(ledger: Ledger, lease: Lease, row: BatchRow, run_id: str) -> None:
+    """Settle what is open of a batch without asking the system, and seal it."""
+    if row.delivery == "COMPLETE" or row.status == "REFUSED" or row.retired:
+        return
+    results = []
+    for d in ledger.deliveries(row.batch_id, OPEN):
+        if row.kind == "decision" and d.state == "PENDING":
+            results.append(Result(d.n, "SKIPPED", says=_NEVER_SENT))
+        else:
+            seen = d.says or ("it was not read" if d.observed is None else f"{d.observed} stood there")
+            results.append(Result(d.n, "NOT_REVERSIBLE", says=f"closed by a person; last seen: {seen}"))
+    ledger.open_push(lease, row.batch_id, run_id)
+    ledger.settle(lease, row.batch_id, results)
+    ledger.close_push(lease, row.batch_id, True)
 
 
 def _one(
@@ -216,21 +348,28 @@ def _one(
     progress: Callable[[Progress], None] | None,
     *,
     by_person: bool,
+    clean: Collection[str],
 ) -> RolledBack:
-    """Take one batch back, or go on with it."""
+    """Take one batch back, or go on with it. ``clean``: newer ones of which nothing stands any more."""
     rid = rollback_id(batch.batch_id)
+    if batch.system not in (None, connector.system):
+        raise RollbackError(
+            f"batch {batch.batch_id} was delivered to {batch.system}, and {batch.workflow} now delivers to "
+            f"{connector.system}: connect it to {batch.system} again to take the batch back, or close its rollback"
+        )
     if batch.delivery != "COMPLETE":
         # First of all nothing more of it goes out. What stays unknown is in the rollback too: reading will tell.
         resolve(ledger, connector, batch.batch_id, by=_NEVER_SENT, **how)
     settings: PushSettings = how["settings"] or PushSettings()
     lease = ledger.lease(connector.system, how["holder"], settings.lease_s)
     try:
-        known = _find(ledger, rid)
-        if known is None:
-            known = _record(ledger, connector, ledger.batch(batch.batch_id), how["clock"](), how["run_id"])
-        if known.delivery != "COMPLETE":
+        known = _Known.of(ledger, batch.workflow)
+        undoing = known.undoing.get(batch.batch_id)
+        if undoing is None:
+            undoing = _record(ledger, connector, ledger.batch(batch.batch_id), known, how["clock"](), how["run_id"])
+        if undoing.delivery != "COMPLETE":
             lease = ledger.renew(lease, settings.lease_s)
-            if _leave_to_newer(ledger, lease, batch, rid):
+            if _leave_to_newer(ledger, lease, batch, rid, known, clean):
                 # By then a reading shows whether they landed: as a value that a rollback does not write over.
                 how["sleep"](max(connector.capabilities.stale_reads_s, settings.late_s))
     finally:
@@ -239,42 +378,39 @@ def _one(
     return _result(ledger, ledger.batch(batch.batch_id), ledger.batch(rid), already=False, push=report)
 
 
-def undone(delivery: Delivery, tried: int | None, *, knows_authors: bool) -> tuple[int, int] | None:
+def undone(delivery: Delivery, tried: int | None, *, knows_authors: bool) -> tuple[int | None, int] | None:
     """What a delivery's value goes back to: (what of ours stands there, what stood before); None: nothing to take back.
 
     ``tried``: the value of the last attempt, where nothing is known of it yet. ``knows_authors``: the system has a change
-    history, so that a value other than the one sent, under REJECTED, is known to be what the system made of ours. Without
-    one it is compared with what was sent, and so left, since it may be a person's.
+    history, so that a value other than the one sent, under REJECTED, is known to be what the system made of ours (None: it
+    emptied the field). Without one it is compared with what was sent, and so left, since it may be a person's.
     """
     ours = tried if delivery.state in _UNKNOWN else delivery.sent
     # Killed between the write and noting it, it was written only where ``expected`` stood.
     prior = delivery.expected if delivery.prior is None else delivery.prior
     if delivery.state == "OVERWRITTEN":
         prior = delivery.observed  # what the person had
-    elif delivery.state == "REJECTED" and delivery.observed not in (None, prior):
-        ours = delivery.observed if knows_authors and ours is not None else ours
-    elif delivery.state not in ("ACKED", *_UNKNOWN):
+    elif delivery.state not in ("ACKED", "REJECTED", *_UNKNOWN):
         return None
-    return None if ours is None or prior is None or prior == ours else (ours, prior)
+    if ours is None or prior is None:
+        return None
+    if delivery.state == "REJECTED":
+        if delivery.observed == prior:
+            return None
+        stored = delivery.observed is not None or (delivery.says or "").startswith(judging.STORED)
+        if knows_authors and stored:
+            return delivery.observed, prior
+    return None if prior == ours else (ours, prior)
 
 
-def _record(ledger: Ledger, connector: Connector, batch: BatchRow, now: datetime, run_id: str) -> BatchRow:
+def _record(
+    ledger: Ledger, connector: Connector, batch: BatchRow, known: _Known, now: datetime, run_id: str
+) -> BatchRow:
     """Write down the batch that takes ``batch`` back. The lease must be held: nothing of ``batch`` may go out meanwhile."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    deliveries = ledger.deliveries(batch.batch_id)
-    tried = {d.n: ledger.attempts(batch.batch_id, d.n)[-1].value for d in deliveries if d.state in _UNKNOWN}
-    sure = connector.capabilities.change_history
-    back = {d.n: pair for d in deliveries if (pair := undone(d, tried.get(d.n), knows_authors=sure)) is not None}
-    rejected = {d.entity: d.n for d in deliveries if d.n in back and d.state == "REJECTED" and d.entity is not None}
-    for entity, proven in ledger.acknowledged(connector.system, list(rejected)).items():
-        # what stands there instead is no clamped value of this batch but what another of ours, a rollback, has set since
-        if proven.batch_id != batch.batch_id and proven.value == back[rejected[entity]][0]:
-            del back[rejected[entity]]
-    back = _further_back(
-        ledger, batch, back, {d.entity: d.n for d in deliveries if d.n in back and d.entity is not None}
-    )
+    back = _back(ledger, connector, batch, known)
     rows = ledger.decisions(batch.batch_id)
     pools = None
     if batch.pools is not None:
@@ -316,93 +452,178 @@ def _record(ledger: Ledger, connector: Connector, batch: BatchRow, now: datetime
     )  # fmt: skip
 
 
+def _back(ledger: Ledger, connector: Connector, batch: BatchRow, known: _Known) -> dict[int, tuple[int | None, int]]:
+    """Delivery → what of ours stands there and what it goes back to, by what the ledger knows."""
+    deliveries = ledger.deliveries(batch.batch_id)
+    tried = {}
+    if any(d.state in _UNKNOWN for d in deliveries):
+        tried = {attempt.n: attempt.value for attempt in ledger.attempts(batch.batch_id)}
+    sure = connector.capabilities.change_history
+    back = {d.n: pair for d in deliveries if (pair := undone(d, tried.get(d.n), knows_authors=sure)) is not None}
+    rejected = {d.entity: d.n for d in deliveries if d.n in back and d.state == "REJECTED" and d.entity is not None}
+    for entity, proven in ledger.acknowledged(connector.system, list(rejected)).items():
+        # what stands there instead is no clamped value of this batch but what another of ours, a rollback, has set since
+        if proven.batch_id != batch.batch_id and proven.value == back[rejected[entity]][0]:
+            del back[rejected[entity]]
+    return _further_back(ledger, batch, back, known)
+
+
 def _further_back(
-    ledger: Ledger, batch: BatchRow, back: Mapping[int, tuple[int, int]], numbers: Mapping[str, int]
-) -> dict[int, tuple[int, int]]:
+    ledger: Ledger, batch: BatchRow, back: Mapping[int, tuple[int | None, int]], known: _Known
+) -> dict[int, tuple[int | None, int]]:
     """Go on to the value before an older batch, where its rollback had to leave an entity to this batch."""
     further = dict(back)
-    older = [one for one in ledger.batches(batch.workflow, kind="decision") if _age(one) < _age(batch)]
-    for one in sorted(older, key=_age, reverse=True):
-        if _find(ledger, rollback_id(one.batch_id)) is None:
+    older = {
+        undoing.batch_id: _age(one)
+        for one in known.decisions
+        if _age(one) < _age(batch) and (undoing := known.undoing.get(one.batch_id)) is not None and _leaves(undoing)
+    }
+    left = ledger.left_of(batch.batch_id, list(older)) if older else []
+    for one in sorted(left, key=lambda left: older[left.batch_id], reverse=True):
+        if one.n not in further or one.after is None or further[one.n][1] != one.before:
             continue
-        for left in ledger.deliveries(rollback_id(one.batch_id), ("SKIPPED", "PENDING", "CONFLICT")):
-            n = numbers.get(left.entity or "")
-            if n not in further or left.after is None or further[n][1] != left.before:
-                continue
-            # a conflict is this batch's doing where it met this batch's value, else a person's
-            if left.state != "CONFLICT" or left.observed == further[n][0]:
-                further[n] = (further[n][0], left.after)
+        # a conflict is this batch's doing where it met this batch's value, else a person's
+        if one.state != "CONFLICT" or one.observed == further[one.n][0]:
+            further[one.n] = (further[one.n][0], one.after)
     return {n: pair for n, pair in further.items() if pair[0] != pair[1]}
 
 
-def _leave_to_newer(ledger: Ledger, lease: Lease, batch: BatchRow, rid: str) -> bool:
-    """Skip what a newer batch that stands has changed since, before anything goes out; again on every run.
+def _leaves(undoing: BatchRow) -> bool:
+    """Whether a rollback left, or may leave, an entity to a newer batch."""
+    return undoing.delivery != "COMPLETE" or any(undoing.counts.get(state) for state in ("SKIPPED", "CONFLICT"))
 
-    Returns whether newer batches have deliveries that may have landed or not.
+
+def _leave_to_newer(
+    ledger: Ledger, lease: Lease, batch: BatchRow, rid: str, known: _Known, clean: Collection[str] = ()
+) -> bool:
+    """Skip what a newer batch that stands has changed since, before anything goes out; again on every run. What another
+    workflow has set since is a conflict.
+
+    Returns whether newer batches have deliveries that may have landed or not. ``clean``: newer batches that need no look.
     """
-    waiting = [d for d in ledger.deliveries(rid, ("PENDING",)) if not d.attempts]
+    newer = [
+        one for one in known.decisions
+        if _age(one) > _age(batch) and one.delivery != "NONE" and one.batch_id not in clean and not one.retired
+    ]  # fmt: skip
+    waiting = [d for d in ledger.deliveries(rid, ("PENDING",)) if d.sent is None]
     if not waiting:
         return False
-    unknown = False
-    holders: dict[tuple[str, str], str] = {}
-    for newer in ledger.batches(batch.workflow, kind="decision"):
-        if _age(newer) <= _age(batch) or newer.delivery == "NONE":
-            continue
-        undoing = _find(ledger, rollback_id(newer.batch_id))
-        came_back: set[str] | None = None
-        if undoing is not None:
-            tried = {d.entity: d for d in ledger.deliveries(undoing.batch_id) if d.entity is not None}
-            came_back = {e for e, d in tried.items() if d.state not in _NOT_BACK and not _is_partly(d)}
-            came_back |= {d.entity for d in ledger.deliveries(newer.batch_id) if d.entity and d.entity not in tried}
-        unknown = unknown or bool(ledger.deliveries(newer.batch_id, _UNKNOWN))
-        for d in ledger.deliveries(newer.batch_id, _LANDED):
-            if d.entity is not None and (came_back is None or d.entity not in came_back):
-                holders["entity", d.entity] = newer.batch_id
-                if d.target is not None:
-                    holders["target", d.target] = newer.batch_id
-    targets = {rollback_id(d.decision_id): d.target for d in ledger.deliveries(batch.batch_id)}
-    skipped = []
-    for d in waiting:
-        by = holders.get(("entity", d.entity or "")) or holders.get(("target", targets.get(d.decision_id) or ""))
-        if by is not None:
-            says = f"left as it is: batch {by}, which is newer and not rolled back, has changed it since"
-            skipped.append(Result(d.n, "SKIPPED", says=says))
+    standing = [one.batch_id for one in newer if one.batch_id not in known.undoing]
+    undoing = [undone.batch_id for one in newer if (undone := known.undoing.get(one.batch_id)) is not None]
+    skipped = [
+        Result(
+            n, "SKIPPED", says=f"left as it is: batch {by}, which is newer and not rolled back, has changed it since"
+        )
+        for n, by in sorted(ledger.held_by(rid, batch.batch_id, standing, undoing).items())
+    ]
+    over = {one.n for one in skipped}
+    own = {one.batch_id for one in (*known.decisions, *known.undoing.values())}
+    skipped += _of_others(ledger, lease.system, batch, [d for d in waiting if d.n not in over], own)
     if skipped:
         ledger.open_push(lease, rid)
         ledger.settle(lease, rid, skipped)
-    return unknown
+    return any(one.counts.get(state) for one in newer for state in _UNKNOWN)
 
 
-def _result(ledger: Ledger, batch: BatchRow, undoing: BatchRow, *, already: bool, push: Report | None) -> RolledBack:
-    """What the ledger says became of a batch's rollback."""
-    originals, back = ledger.deliveries(batch.batch_id), ledger.deliveries(undoing.batch_id)
+def _of_others(
+    ledger: Ledger, system: str, batch: BatchRow, waiting: Sequence[Delivery], own: Collection[str]
+) -> list[Result]:
+    """Conflicts: what another workflow has proven on the same system since ours was."""
+    names = [d.entity for d in waiting if d.entity is not None]
+    foreign = {e: one for e, one in ledger.acknowledged(system, names).items() if one.batch_id not in own}
+    if not foreign:
+        return []
+    ours = {rollback_id(d.decision_id): d.verified_at for d in ledger.deliveries(batch.batch_id)}
+    found = []
+    for d in waiting:
+        theirs, at = foreign.get(d.entity or ""), ours.get(d.decision_id)
+        if theirs is not None and at is not None and theirs.verified_at > at:
+            says = f"batch {theirs.batch_id} of another workflow has set {theirs.value} since: not ours to take back"
+            found.append(Result(d.n, "CONFLICT", observed=theirs.value, found=theirs.value, says=says))
+    return found
 
-    def listed(ours: Sequence[Delivery]) -> tuple[Left, ...]:
-        return tuple(Left(d.entity or "(erased)", d.state, d.says or "") for d in ours)
 
-    asked = {d.decision_id for d in back}
-    unasked = [d for d in originals if d.sent is not None and rollback_id(d.decision_id) not in asked]
-    erased = tuple(
-        Left("(erased)", "NOT_REVERSIBLE", "its name was erased from the ledger, so the system cannot be asked for it")
-        for d in unasked
-        if d.entity is None and d.state in (*_LANDED, *_UNKNOWN)
-    )
-    lost = [d for d in unasked if d.entity is not None and d.state == "OVERWRITTEN"]
-    open_ = ("PENDING", "IN_FLIGHT", "UNKNOWN")
+def _result(
+    ledger: Ledger,
+    batch: BatchRow,
+    undoing: BatchRow | None,
+    *,
+    already: bool,
+    push: Report | None,
+    closing: bool = False,
+) -> RolledBack:
+    """What the ledger says became of a batch's rollback: each delivery counted once, or listed."""
+    originals = ledger.deliveries(batch.batch_id)
+    back = {d.decision_id: d for d in ledger.deliveries(undoing.batch_id)} if undoing is not None else {}
+    lists: dict[str, list[Left]] = {}
+    counts: Counter[str] = Counter()
+    for d in originals:
+        undo = back.get(rollback_id(d.decision_id))
+        where, said = _became(d, undo, begun=undoing is not None)
+        counts[where] += 1
+        shown = undo if undo is not None and d.state not in OPEN else d
+        lists.setdefault(where, []).append(Left(d.entity or "(erased)", _state(where, shown), said))
+    beside = [d for d in [*originals, *back.values()] if judging.BESIDE in (d.says or "")]
+    closed = closing or _last(ledger, batch.batch_id) == "closed"
     return RolledBack(
         batch_id=batch.batch_id,
-        rollback_id=undoing.batch_id,
-        complete=_complete(batch, undoing),
+        rollback_id=rollback_id(batch.batch_id),
+        complete=closed or (undoing is not None and _complete(batch, undoing)),
         already=already,
-        never_sent=sum(d.state == "SKIPPED" and d.says == _NEVER_SENT for d in originals),
-        restored=sum(d.state == "ACKED" and not _is_partly(d) for d in back),
-        conflicts=listed([d for d in [*back, *lost] if d.state in ("CONFLICT", "OVERWRITTEN")]),
-        not_reversible=listed([d for d in back if d.state == "NOT_REVERSIBLE"]) + erased,
-        left=listed([d for d in back if d.state in ("SKIPPED", "REJECTED")]),
-        partly=listed([d for d in back if _is_partly(d)]),
-        open=listed([d for d in [*originals, *back] if d.state in open_]),
+        never_sent=counts["never_sent"],
+        untouched=counts["untouched"],
+        restored=counts["restored"],
+        **{name: tuple(lists.get(name, ())) for name in ("conflicts", "not_reversible", "left", "partly", "open")},
         push=push.as_dict() if push is not None else None,
+        beside=tuple(Left(d.entity or "(erased)", d.state, d.says or "") for d in beside),
+        closed=closed,
     )
+
+
+def _state(where: str, shown: Delivery) -> str:
+    return "NOT_REVERSIBLE" if where == "not_reversible" else shown.state
+
+
+_LISTED = {
+    "CONFLICT": "conflicts", "OVERWRITTEN": "conflicts", "NOT_REVERSIBLE": "not_reversible", "SKIPPED": "left",
+    "REJECTED": "left",
+}  # fmt: skip
+
+
+def _became(d: Delivery, undo: Delivery | None, *, begun: bool) -> tuple[str, str]:
+    """Where a delivery of a batch stands in the report of its rollback, and why in words. ``undo``: the one that takes it
+    back; ``begun``: whether the rollback was recorded at all."""
+    if d.state in OPEN:
+        return "open", (undo.says if undo is not None and undo.says else d.says) or ""
+    if undo is not None:
+        if undo.state == "ACKED":
+            return "partly" if _is_partly(undo) else "restored", undo.says or ""
+        return _LISTED.get(undo.state, "open"), undo.says or ""
+    if d.state == "SKIPPED" and d.says == _NEVER_SENT:
+        return "never_sent", ""
+    if d.state == "NOT_REVERSIBLE":
+        return "not_reversible", d.says or ""
+    if d.entity is None and d.attempts and (d.state == "SKIPPED" or undone(d, None, knows_authors=True) is not None):
+        return "not_reversible", _ERASED
+    if d.sent is None:
+        return "untouched", d.says or ""
+    if d.state in ("CONFLICT", "OVERWRITTEN"):
+        return "conflicts", d.says or ""
+    if not begun and undone(d, None, knows_authors=True) is not None:
+        return "not_reversible", f"closed before it was begun: {d.sent} was sent, {d.prior} stood there before"
+    return _unasked(d)
+
+
+def _unasked(d: Delivery) -> tuple[str, str]:
+    """A value that was sent, in a rollback that had nothing to put back for it."""
+    prior = d.expected if d.prior is None else d.prior
+    if d.state == "ACKED" and prior is None:
+        return "not_reversible", f"no value stood there before {d.sent} was set, and no value cannot be set"
+    if d.state == "REJECTED" and prior is None and d.observed is not None:
+        return "not_reversible", f"no value stood there before {d.sent} was sent, and {d.observed} stands there"
+    if d.state == "SKIPPED" and d.observed != prior and (d.says or "").startswith(judging.CLOSED):
+        return "not_reversible", d.says or ""
+    return "untouched", d.says or ""
 
 
 def _is_partly(delivery: Delivery) -> bool:
@@ -415,26 +636,35 @@ def _counted(one: RolledBack) -> dict[str, int]:
     return {
         "restored": one.restored, "never_sent": one.never_sent, "conflicts": len(one.conflicts),
         "not_reversible": len(one.not_reversible), "left": len(one.left), "partly": len(one.partly),
+        "untouched": one.untouched, "beside": len(one.beside),
     }  # fmt: skip
 
 
 def _newer_that_stand(ledger: Ledger, chosen: Sequence[BatchRow]) -> tuple[str, ...]:
     ids = {one.batch_id for one in chosen}
     oldest = {one.workflow: _age(one) for one in chosen}  # newest first: the last one stays
-    return tuple(
-        one.batch_id
-        for workflow in sorted(oldest)
-        for one in ledger.batches(workflow, kind="decision")
-        if one.batch_id not in ids
-        and one.status != "REFUSED"
-        and _age(one) > oldest[workflow]
-        and not _done(ledger, one)
-    )
+    found = []
+    for workflow in sorted(oldest):
+        known = _Known.of(ledger, workflow)
+        found += [
+            one.batch_id
+            for one in known.decisions
+            if one.batch_id not in ids
+            and one.status != "REFUSED"
+            and _age(one) > oldest[workflow]
+            and not known.done(one)
+        ]
+    return tuple(found)
 
 
-def _done(ledger: Ledger, batch: BatchRow) -> bool:
-    undoing = _find(ledger, rollback_id(batch.batch_id))
-    return undoing is not None and _complete(batch, undoing)
+def _workflow(ledger: Ledger, which: Selection) -> str | None:
+    return ledger.batch(which.batch_id).workflow if isinstance(which, Batch) else which.workflow
+
+
+def _last(ledger: Ledger, batch_id: str) -> str | None:
+    """What was last recorded of a batch's rollback: asked, complete or closed."""
+    past = ledger.rollbacks(batch_id)
+    return past[-1].action if past else None
 
 
 def _complete(batch: BatchRow, undoing: BatchRow) -> bool:
