@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from datetime import UTC, date, datetime, time, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from data_checks.guardrails import Guardrails
 from data_checks.performance import METRICS, Kind, PerformanceSpec
 from data_checks.regression import RegressionSpec
 from delivery import said
+from delivery.connectors import catalog
 from delivery.connectors.catalog import ConnectorSettings
 from delivery.guards import Guards
 from delivery.reports import PushSettings
@@ -286,6 +288,10 @@ class Delivery(Strict):
         pattern=r"^[A-Z][A-Z0-9_]*$",
         description="Environment variable that replaces the connector's address where it is set (staging, production)",
     )
+    shared: bool = Field(
+        default=False,
+        description="Another workflow may write the same field of the same system; each then meets the other's values as conflicts",
+    )
     push: PushSettings = Field(
         default_factory=lambda: PushSettings.model_validate({}), description="Pace, patience and size of waves"
     )
@@ -467,6 +473,35 @@ def load(folder: Path) -> Workflow:
         if not (folder / path).is_file():
             raise WorkflowInvalid(f"{folder / path}: is missing; workflow.yaml names it")
     return workflow
+
+
+def sharing(workflows: Sequence[Workflow]) -> dict[str, list[str]]:
+    """Which workflows send to the same system, by the name of each that does, in words.
+
+    Raises WorkflowInvalid where two may write the same field of it and one of them does not say ``shared: true``. Raises
+    ``Misconfigured`` where a connector's file cannot be read.
+    """
+    by_system: dict[str, list[tuple[Workflow, str]]] = {}
+    for workflow in workflows:
+        if workflow.delivery is not None:
+            found = catalog.writes(workflow.delivery.connector, workflow.folder)
+            by_system.setdefault(found.system, []).append((workflow, found.field))
+    told: dict[str, list[str]] = {}
+    for system, users in sorted(by_system.items()):
+        for workflow, field in users:
+            others = [(other, theirs) for other, theirs in users if other is not workflow]
+            same = [other.name for other, theirs in others if theirs == field]
+            assert workflow.delivery is not None, "only those that deliver are among them"
+            if same and not workflow.delivery.shared:
+                raise WorkflowInvalid(
+                    f"{workflow.folder / 'workflow.yaml'}: delivery: {workflow.name} and {', '.join(same)} may both write {field} of "
+                    f"{system}; write `shared: true` in the delivery section of each if that is meant, or let one of them send "
+                    "elsewhere"
+                )
+            words = [f"{other.name} ({'the same field' if theirs == field else theirs})" for other, theirs in others]
+            if words:
+                told[workflow.name] = [f"shares {system} with {', '.join(words)}"]
+    return told
 
 
 def load_all(folder: Path = FOLDER) -> list[Workflow]:

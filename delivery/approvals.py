@@ -174,6 +174,17 @@ def approve(
         raise NothingToApprove(f"batch {batch_id} is within the automatic limits: there is nothing to approve")
     if batch.superseded_by is not None:
         raise NothingToApprove(f"batch {batch_id} is superseded by {batch.superseded_by}: look at that one")
+    newer = [
+        one.batch_id
+        for one in ledger.batches(batch.workflow, since=batch.day, kind="decision")
+        if one.day == batch.day and one.sequence > batch.sequence and not one.backfill
+    ]
+    if newer:
+        raise NothingToApprove(
+            f"batch {batch_id} is not what would be sent: {batch.day} was decided again as {newer[-1]}, look at that one"
+        )
+    if batch.backfill:
+        raise NothingToApprove(f"batch {batch_id} is a backfill, which is never sent: there is nothing to approve")
     if batch.delivery == "COMPLETE":
         raise NothingToApprove(f"batch {batch_id} is dealt with already: there is nothing left to approve")
     authenticate(ledger, name, secret)

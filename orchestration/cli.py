@@ -73,15 +73,22 @@ def init(as_json: Json = False) -> None:
 @app.command()
 def validate(as_json: Json = False) -> None:
     """Read every workflow's folder and say what is wrong with it: file, path and what is allowed there."""
-    from assets.workflow import FOLDER, WorkflowInvalid, load
+    from assets.workflow import FOLDER, WorkflowInvalid, load, sharing
+    from delivery.connectors.base import Misconfigured
 
-    rows = []
+    rows: list[dict[str, Any]] = []
+    good = []
     for file in sorted(FOLDER.glob("*/workflow.yaml")):
         try:
-            load(file.parent)
+            good.append(load(file.parent))
             rows.append({"workflow": file.parent.name, "result": "good"})
         except WorkflowInvalid as error:
             rows.append({"workflow": file.parent.name, "result": str(error)})
+    try:
+        for name, words in sharing(good).items():
+            next(row for row in rows if row["workflow"] == name)["reasons"] = words
+    except (WorkflowInvalid, Misconfigured) as error:
+        rows.append({"workflow": "together", "result": str(error)})
     _shown(rows, "Workflows", as_json)
     if any(r["result"] != "good" for r in rows):
         raise typer.Exit(1)

@@ -137,6 +137,16 @@ def meaning(**said: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Writes:
+    """What a connector writes, as its settings say: two that name the same one write over each other's values."""
+
+    system: str
+    """The system and account (a host, a database, a folder), as far as it is known without asking it."""
+    field: str
+    """The field or column in it."""
+
+
 def mapping_of(connector: object) -> str:
     """A connector's ``mapping``; empty where it has none to speak of (a system without settings, as in tests)."""
     return str(getattr(connector, "mapping", ""))

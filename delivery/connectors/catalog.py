@@ -13,7 +13,7 @@ from typing import Annotated
 from pydantic import Field
 
 from delivery.connectors import file_drop, google_ads, helpdesk, rest, sql_table
-from delivery.connectors.base import Connector
+from delivery.connectors.base import Connector, Writes
 
 ConnectorSettings = Annotated[
     google_ads.GoogleAdsSettings
@@ -38,6 +38,12 @@ def mapping(settings: ConnectorSettings, folder: Path) -> str:
     Raises Misconfigured where a file that they name cannot be read.
     """
     return str(_MODULES[settings.kind].mapping(settings, folder))
+
+
+def writes(settings: ConnectorSettings, folder: Path) -> Writes:
+    """Which field of which system it writes, from the settings alone. Raises Misconfigured where a file cannot be read."""
+    written: Writes = _MODULES[settings.kind].writes(settings, folder)
+    return written
 
 
 def connect(

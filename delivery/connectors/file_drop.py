@@ -43,7 +43,17 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from delivery.connectors.base import Capabilities, Change, Misconfigured, Reading, Unavailable, Write, Written, meaning
+from delivery.connectors.base import (
+    Capabilities,
+    Change,
+    Misconfigured,
+    Reading,
+    Unavailable,
+    Write,
+    Writes,
+    Written,
+    meaning,
+)
 from delivery.connectors.cells import Cells
 
 Carried = Literal["before", "batch_id", "decision_id", "run_id", "idempotency_key"]
@@ -94,6 +104,11 @@ def mapping(settings: FileDropSettings, folder: Path) -> str:
     """What gives a value its meaning (``base.meaning``)."""
     said = settings.model_dump(mode="json", include={"kind", "key", "value", "decimals", "names", "missing_means"})
     return meaning(**said)
+
+
+def writes(settings: FileDropSettings, folder: Path) -> Writes:
+    """Which column of which file or folder."""
+    return Writes(f"file_drop:{(folder / settings.path).resolve()}", settings.value)
 
 
 def connect(

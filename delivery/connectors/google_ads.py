@@ -39,6 +39,7 @@ from delivery.connectors.base import (
     Reading,
     Unavailable,
     Write,
+    Writes,
     Written,
     meaning,
 )
@@ -140,6 +141,11 @@ class GoogleAdsSettings(BaseModel):
 def mapping(settings: GoogleAdsSettings, folder: Path) -> str:
     """What gives a value its meaning (``base.meaning``)."""
     return meaning(**settings.model_dump(mode="json", include={"kind", "customer_id", "entity", "match"}))
+
+
+def writes(settings: GoogleAdsSettings, folder: Path) -> Writes:
+    """The budgets of which account."""
+    return Writes(f"google_ads:{settings.customer_id}", "campaign_budget.amount_micros")
 
 
 def connect(

@@ -39,6 +39,7 @@ from delivery.connectors.base import (
     Reading,
     Unavailable,
     Write,
+    Writes,
     Written,
     meaning,
 )
@@ -82,6 +83,12 @@ class HelpdeskSettings(BaseModel):
 def mapping(settings: HelpdeskSettings, folder: Path) -> str:
     """What gives a value its meaning (``base.meaning``)."""
     return meaning(**settings.model_dump(mode="json", include={"kind", "key"}))
+
+
+def writes(settings: HelpdeskSettings, folder: Path) -> Writes:
+    """The priorities of which help desk."""
+    parts = urlsplit(settings.url)
+    return Writes(f"helpdesk:{parts.netloc}{parts.path.rstrip('/')}", "priority")
 
 
 def connect(

@@ -26,6 +26,7 @@ from delivery.connectors.base import (
     Reading,
     Unavailable,
     Write,
+    Writes,
     Written,
     meaning,
 )
@@ -736,6 +737,12 @@ def _mapping(spec: RestSystem) -> str:
     )
     values = spec.values.model_dump(mode="json", exclude={"min", "max"})
     return meaning(kind="rest", entity=spec.entity, read=read, write=write, values=values)
+
+
+def writes(settings: RestSettings, folder: Path) -> Writes:
+    """Which field of which system: where it reads the value."""
+    spec = load(folder / settings.file, settings.base_url)
+    return Writes(spec.system, spec.read.value)
 
 
 def connect(

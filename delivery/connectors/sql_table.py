@@ -38,6 +38,7 @@ from delivery.connectors.base import (
     Reading,
     Unavailable,
     Write,
+    Writes,
     Written,
     meaning,
 )
@@ -104,6 +105,12 @@ def mapping(settings: SqlTableSettings, folder: Path) -> str:
     """What gives a value its meaning (``base.meaning``)."""
     own = {"kind", "table", "schema_name", "key", "value", "decimals", "names", "missing_means"}
     return meaning(**settings.model_dump(mode="json", include=own))
+
+
+def writes(settings: SqlTableSettings, folder: Path) -> Writes:
+    """Which column of which table; the database is known by the variable that holds its address."""
+    table = f"{settings.schema_name}.{settings.table}" if settings.schema_name else settings.table
+    return Writes(f"sql_table:{settings.url_env}", f"{table}.{settings.value}")
 
 
 def connect(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from assets.workflow import FOLDER, Workflow, WorkflowInvalid, load, load_all
+from assets.workflow import FOLDER, Workflow, WorkflowInvalid, load, load_all, sharing
 
 SHIPPED = ("ad_budget", "ticket_priority")
 
@@ -270,3 +270,53 @@ def test_a_workflow_cannot_be_changed_after_reading(folder: Path) -> None:
     with pytest.raises(ValueError, match="frozen"):
         workflow.features.lookback_days = 1  # type: ignore[misc]
     assert isinstance(workflow, Workflow)
+
+
+def other(folder: Path, name: str, **said: Any) -> Workflow:
+    """The same workflow once more, under another name."""
+    where = Path(shutil.copytree(folder, folder.parent / name))
+    put(where, "name", name)
+    for path, value in said.items():
+        put(where, path.replace("__", "."), value)
+    return load(where)
+
+
+def test_two_workflows_that_may_write_the_same_field_are_refused(folder: Path) -> None:
+    first, second = load(folder), other(folder, "prices")
+    with pytest.raises(WorkflowInvalid, match=r"ad_budget and prices may both write .* write `shared: true`"):
+        sharing([first, second])
+    put(folder, "delivery.shared", True)
+    with pytest.raises(WorkflowInvalid, match="prices and ad_budget may both write"):
+        sharing([load(folder), second])  # one of them does not know of it
+    third = other(folder, "bids")
+    assert "with bids (the same field)" in sharing([load(folder), third])["ad_budget"][0]
+
+
+def test_workflows_that_share_a_system_are_named_and_others_are_not(folder: Path) -> None:
+    put(
+        folder,
+        "delivery",
+        {
+            "connector": {
+                "kind": "file_drop",
+                "path": "p.csv",
+                "shape": "state",
+                "format": "csv",
+                "key": "id",
+                "value": "bid",
+            }
+        },
+    )
+    said = {
+        "kind": "file_drop",
+        "path": str(folder / "p.csv"),
+        "shape": "state",
+        "format": "csv",
+        "key": "id",
+        "value": "budget",
+    }
+    second = other(folder, "budgets", delivery__connector=said)
+    elsewhere = other(folder, "apart", delivery__connector=said | {"path": "another.csv"})
+    told = sharing([load(folder), second, elsewhere])
+    assert set(told) == {"ad_budget", "budgets"} and told["ad_budget"][0].endswith("with budgets (budget)")
+    assert sharing(load_all()) == {}

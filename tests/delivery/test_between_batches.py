@@ -18,7 +18,7 @@ from delivery import approvals
 from delivery.connectors import file_drop
 from delivery.connectors.base import Capabilities
 from delivery.ledger import Holder, LedgerMismatch, NewBatch
-from delivery.push import Blocked, Changed, PushSettings, Refused, dry_run, push
+from delivery.push import Blocked, Changed, NotApproved, PushSettings, Refused, dry_run, push
 from delivery.rollback import Batch, roll_back
 from tests.delivery.test_push import (  # noqa: F401
     CONDITION,
@@ -173,6 +173,21 @@ def test_a_backfill_is_never_sent(room: Room) -> None:
     with pytest.raises(Refused, match="is a backfill"):
         room.push(fake, "late")
     assert not fake.writes
+
+
+def test_only_what_would_be_sent_can_be_approved(room: Room) -> None:
+    approvals.enrol(room.ledger, "robin", "correct horse battery")
+    decided(room, {"a": 100}, {"a": 300}, "X", status="HELD")
+    decided(room, {"a": 100}, {"a": 200}, "Y", status="HELD")
+    decided(room, {"a": 100}, {"a": 300}, "old", status="HELD", day=DAY - timedelta(days=9), record={"backfill": True})
+    for name, words in (("X", "decided again as Y"), ("old", "is a backfill")):
+        with pytest.raises(approvals.NothingToApprove, match=words):
+            approvals.approve(room.ledger, name, "robin", "correct horse battery", "fine")
+    approvals.approve(room.ledger, "Y", "robin", "correct horse battery", "fine")
+    decided(room, {"a": 100}, {"a": 300}, "X", status="HELD")
+    decided(room, {"a": 100}, {"a": 200}, "Y", status="HELD")
+    with pytest.raises(NotApproved):
+        room.push(room.system(), "Y")  # Y.2 is another decision, which nobody has agreed to
 
 
 # --- rollbacks that were asked for
