@@ -27,7 +27,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -693,21 +693,104 @@ class Crashes:
         self.tally.batches += 2
         self.tally.deliveries += len(states)
 
+    def between(self, pushes: int, rollbacks: int) -> None:
+        """What lies between batches, every step through kills.
+
+        A day is sent, whole or in part, and decided anew: what the first batch changed and the second leaves alone goes back.
+        Another workflow, which knows of none of it, meets conflicts. The next day is decided; the first is taken back before
+        it is sent, and so it never is. The first day is decided once more as at first, sent, and taken back.
+        """
+        was = self.downstream.values()
+        base = len(self.downstream.applied())
+        day, as_of = self._next_day(), utc_now()
+        (first, pools), (second, _) = (self.downstream.rows(self.rng) for _ in range(2))
+        alone = self.rng.choice(sorted({r.arm for r in second} - {"holdout"}))
+        second = [
+            replace(r, after=r.before) if (r.arm == alone if pools else self.rng.random() < 0.4) else r for r in second
+        ]
+        x, y, z, theirs = (f"batch-{self.batches}-{name}" for name in ("x", "y", "z", "theirs"))
+        self._record(x, first, day=day, pools=pools, as_of=as_of)
+        goal = {r.entity: r.after for r in first}
+        if self.rng.random() < 0.5:
+            self._until_complete("push", x, pushes, base, goal)
+        else:
+            self._life("push", x, ("applied", self.rng.randint(1, 3)), base, goal)
+        self.downstream.settled()
+        self._record(y, second, day=day, pools=pools, as_of=as_of)
+        goal = {r.entity: r.after for r in second}
+        kills = self._until_complete("push", y, pushes, base, goal)
+        self.downstream.settled()
+        self._stands(goal)
+
+        stale = [
+            Row(r.entity, r.before, r.before + (2 if r.after == r.before + 1 else 1))
+            for r in second
+            if r.before != r.after
+        ]
+        self._record(theirs, stale, day=day, pools=None, as_of=as_of, workflow="another")
+        kills += self._until_complete("push", theirs, 1, base, {})
+        self._stands(goal)
+        states = self._ledger(lambda ledger: Counter(d.state for d in ledger.deliveries(theirs)))
+        self._must(states == {"CONFLICT": len(stale)}, f"{theirs}, of another workflow, ended as {dict(states)}")
+
+        third, pools = self.downstream.rows(self.rng)
+        self._record(z, third, day=self._next_day(), pools=pools, as_of=utc_now())
+        for taken in (y, x):
+            kills += self._until_complete("rollback", taken, rollbacks, base, was)
+        self.downstream.settled()
+        self._stands(was)
+        kills += self._until_complete("push", z, 1, base, was)
+        self._stands(was)
+        states = self._ledger(lambda ledger: Counter(d.state for d in ledger.deliveries(z)))
+        self._must(set(states) <= {"SKIPPED"}, f"{z}, decided before a rollback, ended as {dict(states)}")
+
+        again = [z]
+        self._record(z, third, day=date(2026, 3, 1) + timedelta(days=self.batches), pools=pools, as_of=as_of)
+        again.append(f"{z}.2")
+        kills += self._until_complete("push", z, pushes, base, {r.entity: r.after for r in third})
+        self.downstream.settled()
+        self._stands({r.entity: r.after for r in third})
+        kills += self._until_complete("rollback", f"{z}.2", rollbacks, base, was)
+        self.downstream.settled()
+        self._stands(was)
+        every = [x, y, theirs, *again]
+        tried, deliveries = self._ledger(
+            lambda ledger: (
+                Counter(
+                    (d.entity, a.value)
+                    for one in [*every, *(rollback_id(b) for b in (x, y, f"{z}.2"))]
+                    for d in ledger.deliveries(one)
+                    for a in ledger.attempts(one, d.n)
+                ),
+                [d.state for one in every for d in ledger.deliveries(one)],
+            )
+        )
+        self._must(set(deliveries) <= FINAL, f"not every delivery is over: {Counter(deliveries)}")
+        applied = Counter(self.downstream.applied()[base:])
+        self._must(applied <= tried, f"applied without having been written down before: {applied - tried}")
+        over = self.downstream.over()
+        self._must(not over, f"the live total was over the pool: {over}")
+        self._ledger_is_whole(kills)
+        self.tally.batches += 7
+        self.tally.deliveries += len(deliveries)
+
     # --- steps
 
     def record(self) -> tuple[str, list[Row]]:
+        day = self._next_day()
+        rows, pools = self.downstream.rows(self.rng)
+        batch_id = f"batch-{self.batches}"
+        self._record(batch_id, rows, day=day, pools=pools, as_of=utc_now())
+        return batch_id, rows
+
+    def _next_day(self) -> date:
         self.batches += 1
         self.kills = []
-        rows, pools = self.downstream.rows(self.rng)
-        said = [{"entity": r.entity, "before": r.before, "after": r.after, "arm": r.arm} for r in rows]
-        batch_id = f"batch-{self.batches}"
-        day = date(2026, 3, 1) + timedelta(days=self.batches)
-        self._ledger(
-            lambda ledger: fakes.record(
-                ledger, said, batch_id, workflow="crashes", day=day, pools=pools, as_of=utc_now()
-            )
-        )
-        return batch_id, rows
+        return date(2026, 3, 1) + timedelta(days=self.batches)
+
+    def _record(self, batch_id: str, rows: Sequence[Row], *, workflow: str = "crashes", **said: Any) -> None:
+        told = [{"entity": r.entity, "before": r.before, "after": r.after, "arm": r.arm} for r in rows]
+        self._ledger(lambda ledger: fakes.record(ledger, told, batch_id, workflow=workflow, **said))
 
     def job(self, what: str, batch_id: str) -> dict[str, Any]:
         return {
@@ -886,6 +969,7 @@ def soak(kills: int, seed: int) -> int:
             for name, one in all_of:
                 one.round(8, 5)
                 one.abandoned(3)
+                one.between(3, 3)
                 print(f"{time.monotonic() - began:6.0f} s  {name}: {one.tally}", flush=True)
         total = sum((one.tally for _, one in all_of), Tally())
         print(f"in all, seed {seed}, {time.monotonic() - began:.0f} s: {total}")
