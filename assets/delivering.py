@@ -223,8 +223,8 @@ def note_findings(ledger: Ledger, batch: BatchRow, findings: Sequence[Finding]) 
 
 
 def condemned(ledger: Ledger, workflow: Workflow) -> list[tuple[str, str]]:
-    """Batches that a guard wants taken back and of which no rollback is complete, each with the guard's words."""
-    done = {r.batch_id for r in ledger.rollbacks() if r.action == "complete"}
+    """Batches that a guard wants taken back and of which no rollback is complete or closed, each with the guard's words."""
+    done = {r.batch_id for r in ledger.rollbacks() if r.action in ("complete", "closed")}
     found = {}
     for event in ledger.events(GUARD, workflow.name):
         if event.body["rollback"] and event.body["batch_id"] not in done:
@@ -279,9 +279,7 @@ def roll_back(
             p.version == which.version and p.action in ("shadow", "canary") for p in ledger.promotions(which.workflow)
         ):
             return rollback.RollbackReport(())
-    name = ledger.batch(which.batch_id).workflow if isinstance(which, rollback.Batch) else which.workflow
-    assert name is not None, "a selection names its workflow"
-    workflow = load(FOLDER / name)
+    workflow = _whose(ledger, which)
     connector = connect(workflow, clock)
     try:
         return rollback.roll_back(
@@ -290,6 +288,48 @@ def roll_back(
         )  # fmt: skip
     finally:
         connector.close()
+
+
+def try_roll_back(
+    ledger: Ledger, which: rollback.Selection, *, clock: Callable[[], datetime]
+) -> tuple[pushing.Diff, ...]:
+    """What taking these back would change now, a difference a batch, newest first; nothing is written anywhere."""
+    workflow = _whose(ledger, which)
+    connector = connect(workflow, clock)
+    try:
+        return rollback.dry_run(ledger, lambda _: connector, which, settings=_push_settings(workflow))
+    finally:
+        connector.close()
+
+
+def close_rollback(
+    ledger: Ledger,
+    which: rollback.Selection,
+    *,
+    actor: str,
+    reason: str,
+    run_id: str,
+    clock: Callable[[], datetime],
+) -> rollback.RollbackReport:
+    """End rollbacks that cannot come to their end, with what is left listed. Raises what ``delivery.rollback.close`` raises."""
+    workflow = _whose(ledger, which)
+
+    def system(_: str) -> str:
+        connector = connect(workflow, clock)
+        try:
+            return connector.system
+        finally:
+            connector.close()
+
+    return rollback.close(
+        ledger, system, which, actor=actor, reason=reason, run_id=run_id, settings=_push_settings(workflow)
+    )
+
+
+def _whose(ledger: Ledger, which: rollback.Selection) -> Workflow:
+    name = ledger.batch(which.batch_id).workflow if isinstance(which, rollback.Batch) else which.workflow
+    assert name is not None, "a selection names its workflow"
+    return load(FOLDER / name)
 
 
 def _push_settings(workflow: Workflow) -> pushing.PushSettings:
@@ -301,14 +341,21 @@ def lines(report: rollback.RollbackReport) -> list[str]:
     """A rollback's report for a terminal or a log: what came back, and everything that did not, with the reason."""
     told = []
     for one in report.batches:
-        how = "was complete already" if one.already else "complete" if one.complete else "NOT complete: run it again"
+        how = "complete" if one.complete else "NOT complete: run it again"
+        how = "closed by a person with what was left" if one.closed else "was complete already" if one.already else how
         told.append(f"{one.batch_id}: {how}; {one.restored} restored, {one.never_sent} had not been sent")
         for what in dataclasses.fields(one):
             found = getattr(one, what.name)
-            for left in found if isinstance(found, tuple) else ():
-                told.append(f"  {what.name.replace('_', ' ')}: {left.entity}: {left.says}")
+            name = "changed besides, not restored" if what.name == "beside" else what.name.replace("_", " ")
+            if isinstance(found, tuple) and found:
+                told.append(f"  {name}: {len(found)}")
+                told += [f"    {left.entity}: {left.says}" for left in found]
     told += [f"{batch_id}: waits, a newer one comes first" for batch_id in report.waiting]
     told += [f"{batch_id}: newer, not chosen, left as it is" for batch_id in report.newer]
+    told += [
+        f"{batch_id}: older than the retention, what it changed is not known any more and stays"
+        for batch_id in report.retired
+    ]
     return told or ["Nothing to take back."]
 
 

@@ -605,7 +605,7 @@ def condemned(ledger: Ledger, workflow: Workflow) -> list[Condemned]:
     if not any(e.body["verdict"] == "ROLLBACK" for e in events):
         return []
     batches = [b for b in ledger.batches(workflow.name, kind="decision") if b.status != "REFUSED"]
-    done = {r.batch_id for r in ledger.rollbacks() if r.action == "complete"}
+    done = {r.batch_id for r in ledger.rollbacks() if r.action in ("complete", "closed")}
     moves: dict[int | None, list[Event]] = {}
     for event in ledger.events("promotion", workflow.name):
         moves.setdefault(event.body["version"], []).append(event)

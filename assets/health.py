@@ -202,7 +202,7 @@ def _incidents(
     """Every rollback, oldest first."""
     ours = {b.batch_id for b in batches}
     rows: list[tuple[datetime, str, bool, str | None, int | None, bool]] = [
-        (r.at, r.reason, r.trigger == "guard", r.batch_id, None, r.action == "complete")
+        (r.at, r.reason, r.trigger == "guard", r.batch_id, None, r.action in ("complete", "closed"))
         for r in ledger.rollbacks()
         if r.batch_id in ours and r.at <= until
     ]

@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -147,6 +147,7 @@ def show(
     """A batch: what it would change or has changed, in sum and the largest first; what was objected; what became of it."""
     from assets import deciding
     from delivery.approvals import standing
+    from delivery.judging import BESIDE
 
     with ledger() as book:
         found = book.batch(batch)
@@ -159,12 +160,14 @@ def show(
     largest = deciding.largest_changes(decisions, limit).to_pylist()
     sums = deciding.totals(decisions)
     off = [d for d in rows if d.state not in ("ACKED", "PENDING")]
+    beside = [d for d in rows if BESIDE in (d.says or "")]
     document = {
         "batch": found.batch_id, "workflow": found.workflow, "kind": found.kind, "day": found.day, "status": found.status,
         "step": found.step, "digest": found.digest, "rows": found.rows, "changed": found.changed, "delivery": found.delivery,
         "states": found.counts, "findings": found.findings, "approval": stands.text, "totals": sums,
         "largest changes": largest, "stopped": bool(stopped),
         "not as intended": [{"entity": d.entity, "state": d.state, "before": d.before, "after": d.after, "observed": d.observed, "says": d.says} for d in off],
+        "changed besides": [{"entity": d.entity, "says": d.says} for d in beside],
     }  # fmt: skip
     say: Callable[[int | None], str] = functools.partial(money_or_level, workflow)
     lines = [
@@ -188,6 +191,9 @@ def show(
             )
     for d in off[:limit]:
         lines.append(f"  {d.state} {d.entity}: {say(d.before)} → {say(d.after)}, there {say(d.observed)}. {d.says}")
+    if beside:
+        lines.append(f"  watched fields of {len(beside)} changed with the value; a rollback does not restore them:")
+    lines += [f"    {d.entity}: {d.says}" for d in beside[:limit]]
     told(document, as_json, lines)
 
 
@@ -256,27 +262,74 @@ def deliver(
         told({"batch": found.batch_id, "sent": False, "why": done.said}, as_json, [done.said])
         raise typer.Exit(1)
     report = done.report
+    failed = _came_to_nothing(report.counts, workflow.delivery.guards.max_rejected_share)
     lines = [
         f"{found.batch_id}: {'complete' if report.complete else 'NOT complete: run it again'}; {report.counts}",
         f"  {report.guarantee}",
-        *(f"  dead letter: {entity}: {says}" for entity, says in report.dead_letters[:20]),
+        *(f"  dead letter: {entity}: {says}" for entity, says in report.dead_letters[:SHOWN]),
+        *([f"  beside the value, other watched fields of {len(report.beside)} changed:"] if report.beside else []),
+        *(f"    {entity}: {says}" for entity, says in report.beside[:SHOWN]),
         *([f"  {report.why}"] if report.why else []),
+        *([f"  FAILED: {failed}"] if failed else []),
     ]
-    told(report.as_dict(), as_json, lines)
-    if not report.complete:
+    told(report.as_dict() | {"failed": failed}, as_json, lines)
+    if not report.complete or failed:
         raise typer.Exit(1)
 
 
-def _diff_lines(workflow: Any, diff: Any) -> list[str]:
-    sent = sum(row.action == "SEND" for row in diff.rows)
+SHOWN = 20
+"""Lines of one sort that are printed; ``--json`` has them all."""
+
+
+def _came_to_nothing(counts: Mapping[str, int], max_rejected_share: float | None) -> str:
+    """Why a push that is over did not do what it was for; empty where it did."""
+    from delivery.guards import TRIED
+
+    tried, rejected = sum(counts.get(state, 0) for state in TRIED), counts.get("REJECTED", 0)
+    if sum(counts.values()) and not counts.get("ACKED", 0) + counts.get("OVERWRITTEN", 0):
+        return "nothing of it stands downstream"
+    if max_rejected_share is not None and tried and rejected / tried > max_rejected_share:
+        return f"{rejected} of {tried} tried deliveries were rejected (limit {max_rejected_share:.2%})"
+    return ""
+
+
+def _diff_lines(workflow: Any, diff: Any, limit: int = SHOWN) -> list[str]:
+    """What would be sent, by arm and in sum; the largest changes; then what would not be sent, and why."""
+    sent, kept = _parted(diff.rows)
     lines = [
-        f"{diff.batch_id} to {diff.system}: {sent} of {len(diff.rows)} would be sent. Nothing was written.",
+        f"{diff.batch_id} to {diff.system}: {len(sent)} of {len(diff.rows)} would be sent. Nothing was written.",
         *diff.notes,
+        *_sums(workflow, sent),
     ]
-    for row in diff.rows:
-        would = f" → {money_or_level(workflow, row.would)}" if row.would is not None else ""
-        lines.append(f"  {row.action:<9} {row.entity}: {money_or_level(workflow, row.now)}{would}  {row.why}")
+    for name, rows in (("SEND", sent), ("others", kept)):
+        for row in rows[:limit]:
+            would = f" → {money_or_level(workflow, row.would)}" if row.would is not None else ""
+            lines.append(f"  {row.action:<9} {row.entity}: {money_or_level(workflow, row.now)}{would}  {row.why}")
+        if len(rows) > limit:
+            lines.append(f"  {name}: {len(rows) - limit} more, --json lists them")
     return lines
+
+
+def _parted(rows: Iterable[Any]) -> tuple[list[Any], list[Any]]:
+    """What would be sent, the largest change first, and what would not."""
+    sent = [row for row in rows if row.action == "SEND"]
+    return (
+        sorted(sent, key=lambda row: -abs(row.would - (row.now or 0))),
+        [row for row in rows if row.action != "SEND"],
+    )
+
+
+def _sums(workflow: Any, sent: Iterable[Any]) -> list[str]:
+    """By arm: how many would change, and by how much up and down together."""
+    say: Callable[[int | None], str] = functools.partial(money_or_level, workflow)
+    arms: dict[str, list[int]] = {}
+    for row in sent:
+        arms.setdefault(row.arm or "no arm", []).append(row.would - (row.now or 0))
+    return [
+        f"  arm {arm}: {len(steps)} change, up {say(sum(s for s in steps if s > 0))}, "
+        f"down {say(-sum(s for s in steps if s < 0))}"
+        for arm, steps in sorted(arms.items())
+    ]
 
 
 @contextlib.contextmanager
@@ -393,7 +446,9 @@ def _switch(workflow: str, stopped: bool, reason: str, name: str | None, as_json
 
 
 def rollback(
-    reason: Reason,
+    reason: Annotated[
+        str, typer.Option("--reason", help="Why, in a sentence; it stands in the ledger. Not needed for --dry-run")
+    ] = "",
     batch: Annotated[str | None, typer.Argument(help="The batch to take back")] = None,
     since: Annotated[
         date | None,
@@ -401,6 +456,15 @@ def rollback(
     ] = None,
     model: Annotated[int | None, typer.Option(help="With --workflow: all batches that this version decided")] = None,
     workflow: Annotated[str | None, typer.Option(help="Whose batches; with --since, everybody's by default")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would come back, the largest first, and change nothing")
+    ] = False,
+    close: Annotated[
+        bool,
+        typer.Option(
+            "--close", help="End a rollback that cannot come to its end; what is left of it is listed and stays"
+        ),
+    ] = False,
     name: As = None,
     as_json: Json = False,
 ) -> None:
@@ -409,28 +473,62 @@ def rollback(
     from delivery.rollback import RollbackReport
     from orchestration import runner
 
+    if dry_run and close:
+        raise typer.BadParameter("--dry-run tries a rollback and --close ends one: give one of them")
+    if not (dry_run or reason.strip()):
+        raise typer.BadParameter("say why: --reason REASON; it stands in the ledger")
     with ledger() as book:
         whose: list[str | None] = [workflow]
         if since is not None and workflow is None and batch is None and model is None:
             whose = list(sorted({one.workflow for one in book.batches(since=since, kind="decision")})) or [None]
+        chosen = [delivering.selection(book, batch=batch, workflow=one, since=since, model=model) for one in whose]
+        if dry_run:
+            _tried(book, chosen, as_json)
+            return
         reports = []
-        for one in whose:
-            which = delivering.selection(book, batch=batch, workflow=one, since=since, model=model)
+        for which in chosen:
+            asked: dict[str, Any] = {"actor": who(name), "reason": reason, "run_id": f"cli:{os.getpid()}", "clock": now}
+            if close:
+                reports.append(delivering.close_rollback(book, which, **asked))
+                continue
             with _bar(as_json) as progress:
                 reports.append(
                     delivering.roll_back(
-                        book, runner.registry(), which, actor=who(name), reason=reason, trigger="person",
-                        run_id=f"cli:{os.getpid()}", clock=now, sleep=time.sleep, progress=progress,
+                        book, runner.registry(), which, trigger="person", sleep=time.sleep, progress=progress, **asked
                     )
-                )  # fmt: skip
+                )
     report = RollbackReport(
         tuple(b for r in reports for b in r.batches),
         tuple(b for r in reports for b in r.waiting),
         tuple(b for r in reports for b in r.newer),
+        tuple(b for r in reports for b in r.retired),
     )
-    told(report.as_dict(), as_json, delivering.lines(report))
+    told(report.as_dict(), as_json, [*delivering.lines(report), *([] if report.complete else ["NOT complete."])])
     if not report.complete:
         raise typer.Exit(1)
+
+
+def _tried(book: Ledger, chosen: Iterable[Any], as_json: bool) -> None:
+    """Print what rollbacks would change: over all batches of a workflow first, then each batch."""
+    from assets import delivering
+
+    diffs: list[Any] = []
+    lines: list[str] = []
+    for which in chosen:
+        found = delivering.try_roll_back(book, which, clock=now)
+        diffs += found
+        workflow = workflow_of(book.batch(found[0].batch_id.removeprefix("rollback-")))
+        first: dict[str, int | None] = {}
+        net: dict[str, Any] = {}
+        for row in (row for diff in found for row in diff.rows if row.action == "SEND"):
+            first.setdefault(row.entity, row.now)
+            net[row.entity] = dataclasses.replace(row, now=first[row.entity])
+        if len(found) > 1:
+            lines.append(f"{workflow.name}: {len(net)} entities would change over {len(found)} batches.")
+            lines += _sums(workflow, net.values())
+        for diff in found:
+            lines += _diff_lines(workflow, diff, SHOWN if len(found) == 1 else 5)
+    told({"batches": [diff.as_dict() for diff in diffs]}, as_json, lines)
 
 
 def lift(workflow: str, version: int, reason: Reason, name: As = None, as_json: Json = False) -> None:
