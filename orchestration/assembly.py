@@ -17,10 +17,11 @@ from orchestration.jobs import assets_of, jobs_of
 
 def build(workflows: Sequence[Workflow], now: str | None = None) -> dg.Definitions:
     """Definitions of the given workflows; ``now`` fixes the clock."""
-    starters = [u.definition for u in unattended(workflows)]
+    jobs = [j for w in workflows for j in jobs_of(w)]
+    starters = [u.definition for u in unattended(workflows, jobs)]
     return dg.Definitions(
         assets=[a for w in workflows for a in assets_of(w)],
-        jobs=[j for w in workflows for j in jobs_of(w)],
+        jobs=jobs,
         sensors=[s for s in starters if isinstance(s, dg.SensorDefinition)],
         schedules=[s for s in starters if isinstance(s, dg.ScheduleDefinition)],
         resources=resources(now),

@@ -253,7 +253,8 @@ class Company:
     def deadline(self, workflow: Workflow, day: date) -> None:
         """At 06:05 an undecided day is decided with what is there."""
         due = datetime.fromisoformat(at(day, "06:05"))
-        request = automation.deadline_request(workflow, self.lake, due)
+        with self.ledger(at(day, "06:05")) as book:
+            request = automation.deadline_request(workflow, self.lake, due, book)
         if not isinstance(request, dg.RunRequest):
             return
         self.run(workflow, "decide", day, "06:05", request.tags["signalbox/cause"])

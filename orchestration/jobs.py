@@ -37,6 +37,26 @@ REVIEW = ("decision_outcomes", "health")
 GUARD = ("regression",)
 
 
+PRIORITIES = {
+    "rollback": 100,
+    "reconcile": 90,
+    "deliver": 50,
+    "decide": 20,
+    "daily": 10,
+    "prepare": -10,
+    "retrain": -20,
+}
+"""Which queued run begins first: what takes back or answers a person, what is sent, what is due, and the rest."""
+LANES = {"rollback": "answers", "reconcile": "answers", "deliver": "due", "decide": "due"}
+"""Lanes of the queue, each with places of its own (``dagster.yaml``), so that long runs never hold up an answer."""
+
+
+def _tags(workflow: Workflow, name: str) -> dict[str, str]:
+    return {
+        "workflow": workflow.name, "dagster/priority": str(PRIORITIES[name]), "signalbox/lane": LANES.get(name, "long"),
+    }  # fmt: skip
+
+
 def assets_of(workflow: Workflow) -> list[dg.AssetsDefinition]:
     """Every asset of a workflow, in the order in which the data flows."""
     sends = (delivery.build, delivery.build_outcomes, health.build) if workflow.delivery is not None else ()
@@ -65,7 +85,7 @@ def _job(workflow: Workflow, name: str, stages: Sequence[str], description: str)
         # One process: every step of Dagster's multiprocess executor would pay the heavy imports again.
         executor_def=dg.in_process_executor,
         description=description,
-        tags={"workflow": workflow.name},
+        tags=_tags(workflow, name),
     )
 
 
@@ -116,7 +136,7 @@ def _of_one(workflow: Workflow, name: str, op: dg.OpDefinition, description: str
         name=f"{workflow.name}_{name}",
         executor_def=dg.in_process_executor,
         description=description,
-        tags={"workflow": workflow.name},
+        tags=_tags(workflow, name),
     )
     def job() -> None:
         op()

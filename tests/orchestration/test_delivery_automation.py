@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -16,7 +17,7 @@ from assets.workflow import FOLDER, Workflow, load
 from delivery import approvals
 from delivery.guards import Finding
 from orchestration import assembly
-from orchestration.automation import RETRY_MINUTES, delivery_requests, guard_requests, unattended
+from orchestration.automation import RETRY_MINUTES, delivery_requests, guard_requests, open_rollbacks, unattended
 from tests.support.desks import KEY, Desk
 from tests.support.fakes import DAY, START
 
@@ -232,6 +233,81 @@ def test_a_rollback_of_a_guard_that_broke_off_is_asked_for_again_under_another_k
     assert first.run_key == soon.run_key != later.run_key, "a tick every 30 seconds is not a run every 30 seconds"
 
 
+def restarts(workflow: Workflow, desk: Desk, begin: datetime, hours: float) -> list[tuple[int, dict[str, Any]]]:
+    """After how many minutes which rollback would be begun, by a tick a minute: Dagster runs each key once."""
+    keys: dict[str, tuple[int, dict[str, Any]]] = {}
+    for minute in range(round(hours * 60)):
+        for request in guard_requests(workflow, desk.ledger, begin + timedelta(minutes=minute)):
+            config = request.run_config["ops"][f"{NAME}_take_back"]["config"]
+            keys.setdefault(str(request.run_key), (minute, config))
+    return list(keys.values())
+
+
+def test_a_persons_rollback_that_broke_off_is_taken_up_again_first_soon_then_once_an_hour(
+    workflow: Workflow, desk: Desk
+) -> None:
+    from delivery.rollback import Batch
+
+    desk.sent("b1", HIGHER, day=0)
+    desk.fault("read", "line-3", "unavailable")
+    assert not desk.back(Batch("b1"), actor="dagster:kim", reason="too high").complete
+    begin = desk.ledger.rollbacks("b1")[0].at
+    found = restarts(workflow, desk, begin, 6)
+    assert found[0][1] == {"batch": "b1", "reason": "too high", "actor": "kim", "trigger": "person"}
+    minutes = [minute for minute, _ in found]
+    assert min(minutes) >= RETRY_MINUTES, "it may be going on"
+    assert 3 <= len([m for m in minutes if m < 60]) <= 6 and len([m for m in minutes if m >= 120]) == 4
+    desk.well()
+    assert desk.back(Batch("b1")).complete
+    assert restarts(workflow, desk, begin, 6) == [] and desk.values() == ENTITIES
+
+
+def test_a_guards_rollback_that_does_not_come_to_its_end_is_begun_once_an_hour(workflow: Workflow, desk: Desk) -> None:
+    from delivery.rollback import Batch
+
+    desk.sent("b1", HIGHER, day=0)
+    delivering.note_findings(desk.ledger, desk.ledger.batch("b1"), [REJECTED])
+    desk.fault("read", "line-3", "unavailable")
+    assert not desk.back(Batch("b1"), actor="guard", trigger="guard").complete
+    begin = desk.ledger.rollbacks("b1")[0].at
+    found = restarts(workflow, desk, begin, 24)
+    assert all(config["actor"] == "guard" for _, config in found)
+    assert len(found) <= 6 + 24, "not every ten minutes for ever: what is left may need a person"
+
+
+def test_of_several_rollbacks_that_broke_off_the_newest_batch_comes_first(workflow: Workflow, desk: Desk) -> None:
+    for n, name in enumerate(("b1", "b2")):
+        desk.sent(name, dict.fromkeys(ENTITIES, 120 + n))
+        desk.ledger.rollback_asked(name, actor="kim", reason="harm", trigger="person")
+    assert {config["batch"] for _, config in restarts(workflow, desk, desk.clock(), 3)} == {"b2"}
+    desk.ledger.rollback_complete("b2", actor="kim", reason="harm", trigger="person")
+    assert {config["batch"] for _, config in restarts(workflow, desk, desk.clock(), 3)} == {"b1"}
+
+
+def test_a_rollback_that_a_person_closed_is_not_taken_up_again(workflow: Workflow, desk: Desk) -> None:
+    desk.sent("b1", HIGHER, day=0)
+    delivering.note_findings(desk.ledger, desk.ledger.batch("b1"), [REJECTED])
+    desk.ledger.rollback_asked("b1", actor="guard", reason="harm", trigger="guard")
+    assert restarts(workflow, desk, desk.clock(), 1)
+    asked_for, closed = desk.ledger.rollbacks("b1")[0], {"action": "closed"}
+    with pytest.MonkeyPatch.context() as patch:
+        rows = [asked_for, dataclasses.replace(asked_for, **closed)]  # type: ignore[arg-type]
+        patch.setattr(desk.ledger, "rollbacks", lambda *_: rows)
+        assert restarts(workflow, desk, desk.clock(), 1) == []
+        assert open_rollbacks(workflow, desk.ledger) == {}
+
+
+def test_an_open_rollback_holds_up_every_push_of_its_workflow(workflow: Workflow, desk: Desk) -> None:
+    desk.sent("b1", HIGHER, day=0)
+    desk.batch("b2", dict.fromkeys(ENTITIES, 130), day=0)
+    assert asked(workflow, desk)
+    desk.ledger.rollback_asked("b1", actor="kim", reason="harm", trigger="person")
+    assert asked(workflow, desk) == {}
+    assert open_rollbacks(load(FOLDER / "ticket_priority"), desk.ledger) == {}
+    desk.ledger.rollback_complete("b1", actor="kim", reason="harm", trigger="person")
+    assert open_rollbacks(workflow, desk.ledger) == {}
+
+
 def test_the_request_fits_the_job_that_it_starts(workflow: Workflow, desk: Desk) -> None:
     desk.sent("b1", HIGHER, day=0)
     delivering.note_findings(desk.ledger, desk.ledger.batch("b1"), [REJECTED])
@@ -285,6 +361,8 @@ def test_the_sensors_tick_on_what_stands_in_the_ledger(
         (back,) = tick(guard)
         assert back.run_config["ops"][f"{NAME}_take_back"]["config"]["batch"] == "b1"
         assert desk.push("b1").complete and "no batch may go" in said(tick(push))
+        desk.ledger.rollback_asked("b1", actor="kim", reason="harm", trigger="person")
+        assert "wait for the rollback of b1" in said(tick(push))
 
 
 def test_the_push_sensor_asks_for_nothing_that_a_guard_wants_back(workflow: Workflow, desk: Desk) -> None:
