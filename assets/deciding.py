@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from functools import cache
@@ -23,10 +23,11 @@ from deltalake.exceptions import DeltaError
 from pydantic import ValidationError
 
 from assets import code, point_in_time, promoting
-from assets.lake import Lake, TableMissing, content_digest
+from assets.lake import Lake, Moved, TableMissing, content_digest
+from assets.landing import without_secrets
 from assets.workflow import Workflow
 from data_checks import guardrails
-from delivery.ledger import Ledger
+from delivery.ledger import BatchRow, Ledger, generation
 from models import arms, budget, catalog, priority
 from models.registry import ModelMissing, ModelUnreadable, Registry, Version
 
@@ -36,6 +37,10 @@ SEED = 20_260_101
 
 class FeaturesMissing(RuntimeError):
     """The features of a day are not there yet, and there is still time to wait for them."""
+
+
+class NotANumber(ValueError):
+    """Scores that nothing can be decided by: NaN or infinite."""
 
 
 class ReplayImpossible(RuntimeError):
@@ -55,6 +60,12 @@ class Beside:
     """Why it could not; empty where it did."""
 
 
+STANDING = pa.schema(
+    {"entity_id": pa.string(), "value": pa.int64(), "batch_id": pa.string(), "verified_at": pa.timestamp("us")}
+)
+"""What stands downstream where it is known better than the day's features say: the value, what proved it, and when."""
+
+
 @dataclass(frozen=True)
 class Scored:
     """The scores of a day with the step of the bad-day ladder that gave them and why."""
@@ -71,6 +82,8 @@ class Scored:
     """The challenger, where there is one and the day is no backfill."""
     moved: str = ""
     """Aliases that stand elsewhere than the ledger says, and so decide nothing."""
+    standing: pa.Table = field(default_factory=STANDING.empty_table)
+    """Status quo of entities that were moved after the day that its features describe, as STANDING."""
 
 
 @dataclass(frozen=True)
@@ -142,25 +155,109 @@ def read_model(workflow: Workflow, registry: Registry, version: Version) -> Any:
         raise ModelUnreadable(f"model {version.name!r} version {version.number}: {error}") from error
 
 
+def standing_of(workflow: Workflow, ledger: Ledger, day: date, until: datetime) -> pa.Table:
+    """What stood downstream before the day's own batches acted, where the day's features cannot know it: STANDING by entity.
+
+    It is the last value that the delivery of another day's batch, or a rollback, proved after the end of ``day`` and by
+    ``until``; else what stood just before the first delivery of the day's own batches. Other entities have no row.
+    """
+    since = datetime.combine(day + timedelta(days=1), datetime.min.time())
+    found = ledger.proven(workflow.name, since, until) if until > since else None
+    if found is None or not found.num_rows:
+        return STANDING.empty_table()
+    connection = point_in_time.connect()
+    try:
+        connection.register("found", found)
+        made = connection.sql(
+            "WITH f AS (SELECT *, kind = 'decision' AND day = $day AS own FROM found), others AS (SELECT * FROM f WHERE NOT own "
+            "QUALIFY row_number() OVER (PARTITION BY entity_id ORDER BY verified_at DESC, sequence DESC) = 1), "
+            "mine AS (SELECT * REPLACE (prior AS value) FROM f WHERE own AND prior IS NOT NULL "
+            "QUALIFY row_number() OVER (PARTITION BY entity_id ORDER BY verified_at, sequence) = 1) "
+            "SELECT entity_id, value, batch_id, verified_at FROM (SELECT * FROM others UNION ALL "
+            "SELECT * FROM mine ANTI JOIN others USING (entity_id)) ORDER BY entity_id",
+            params={"day": day},
+        ).to_arrow_table()
+    finally:
+        connection.close()
+    return made.cast(STANDING)
+
+
+def with_standing(workflow: Workflow, features: pa.Table, standing: pa.Table) -> pa.Table:
+    """Feature rows whose status quo is what stands, where that is known; rows that the policy never looks at keep theirs."""
+    column = status_quo(workflow)
+    if not standing.num_rows or not features.num_rows or column not in features.schema.names:
+        return features
+    where = features.schema.get_field_index(column)
+    at = pc.index_in(features["entity_id"], value_set=standing["entity_id"].combine_chunks())
+    stands = pc.coalesce(standing["value"].take(at).cast(features[column].type), features[column])
+    moved = features.set_column(where, column, stands)
+    if "moment" not in features.schema.names:
+        return moved
+    # another moment of the entity lies in the past: what stands now was not its status quo
+    number = pa.array(np.arange(features.num_rows))
+    chosen = [
+        point_in_time.rows_where(table.append_column("#row", number), workflow.policy.decide_on)["#row"]
+        for table in (features, moved)
+    ]
+    now = pc.is_in(number, value_set=pa.concat_arrays([c.combine_chunks() for c in chosen]))
+    return features.set_column(where, column, pc.if_else(now, stands, features[column]))
+
+
+def status_quo(workflow: Workflow) -> str:
+    """The feature column that holds what stands before a decision."""
+    spec = workflow.policy
+    return spec.priority if isinstance(spec, priority.PriorityPolicy) else spec.spend
+
+
+def _usable(workflow: Workflow, rows: pa.Table, scores: pa.Table) -> pa.Table:
+    """The scores, if every number for the rows that are decided on is one. Null says that there is no score, and may.
+
+    Raises NotANumber naming the column.
+    """
+    chosen = point_in_time.rows_where(rows, workflow.policy.decide_on)
+    keys = [k for k in point_in_time.keys_of(rows.schema.names) if k in scores.schema.names]
+    theirs, decided = (
+        pc.binary_join_element_wise(*(t[k].cast(pa.string()).combine_chunks() for k in keys), "\0", null_handling="replace")
+        for t in (scores, chosen)
+    )  # fmt: skip
+    mine = scores.filter(pc.is_in(theirs, value_set=decided))
+    for name, column in zip(mine.schema.names, mine.columns, strict=True):
+        values = column.combine_chunks()
+        while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+            values = values.flatten()
+        if not pa.types.is_floating(values.type):
+            continue
+        wrong = len(values) - values.null_count - (pc.sum(pc.is_finite(values)).as_py() or 0)
+        if wrong:
+            raise NotANumber(f"{wrong} of {len(values)} values of {name} are NaN or infinite")
+    return scores
+
+
 def score_day(
-    workflow: Workflow, lake: Lake, registry: Registry, day: date, *, now: datetime, ledger: Ledger | None = None
+    workflow: Workflow,
+    lake: Lake,
+    registry: Registry,
+    day: date,
+    *,
+    now: datetime,
+    ledger: Ledger | None = None,
+    late: bool | None = None,
+    standing: pa.Table | None = None,
 ) -> Scored:
     """Score a day by the best step that is to be had: champion → previous champion → rule → no change.
 
     Who champion and previous champion are, the ``ledger`` says (``promoting.lineup``); without one, the registry's aliases.
-    A challenger scores beside them; its failure is written down and touches nothing else.
+    A challenger scores beside them; its failure is written down and touches nothing else. Scores that are NaN or infinite
+    are a failure like any other.
 
     After the deadline of a day that is still to take effect the models are skipped (the next step that is sure to be
-    quick); a day whose effect is past is a backfill and has no deadline. Raises FeaturesMissing before the deadline:
-    there is time to repair what holds them up.
+    quick); a day whose effect is past is a backfill and has no deadline. ``late`` says it in the clock's place. Raises
+    FeaturesMissing before the deadline: there is time to repair what holds them up.
+    ``standing`` (STANDING) replaces what the ledger would say of what stands.
     """
-    from lightgbm.basic import LightGBMError
-
-    unreachable = promoting.unreachable()
-    unusable: tuple[type[Exception], ...] = (ModelMissing, ModelUnreadable, *unreachable)
-    reasons: list[str] = []
     deadline = workflow.deadline_of(day)
-    backfill = now >= datetime.combine(day + timedelta(days=2), datetime.min.time())
+    backfill = now >= promoting.over(day)
+    late = (now > deadline and not backfill) if late is None else late
     features_version, outcomes_version = (lake.version(workflow.table(t)) for t in ("features", "outcomes"))
     rows = (
         lake.read(workflow.table("features"), version=features_version, days=[day])
@@ -168,63 +265,93 @@ def score_day(
         else pa.table({})
     )
     if rows.num_rows == 0:
-        if now <= deadline or backfill:
+        if not late:
             raise FeaturesMissing(
                 f"{workflow.name}: no features of {day}; materialise [{workflow.name}, features] for that day "
                 f"(after the deadline {deadline:%Y-%m-%d %H:%M} UTC the batch would be 'no change')"
             )
-        reasons.append(f"features of {day} were not there by the deadline {deadline:%H:%M} UTC")
-        return Scored(pa.table({}), "no_change", tuple(reasons), None, features_version, outcomes_version, late=True)
-    rows = point_in_time.ordered(rows)
-    found, beside = promoting.Lineup(()), None
-    late = now > deadline and not backfill
+        why = f"features of {day} were not there by the deadline {deadline:%H:%M} UTC"
+        return Scored(pa.table({}), "no_change", (why,), None, features_version, outcomes_version, late=True)
+    if standing is None:
+        # a backfill sees what stood when the day would have been decided
+        until = deadline if backfill else now
+        standing = standing_of(workflow, ledger, day, until) if ledger is not None else STANDING.empty_table()
+    standing = standing.filter(pc.is_in(standing["entity_id"], value_set=rows["entity_id"].combine_chunks()))
+    rows = with_standing(workflow, point_in_time.ordered(rows), standing)
+
+    def scored(table: pa.Table, step: str, model: Version | None = None, **more: Any) -> Scored:
+        return Scored(
+            table, step, tuple(reasons), model, features_version, outcomes_version, late, standing=standing, **more
+        )
+
+    reasons: list[str] = []
     if late:
         reasons.append(
             f"the deadline {deadline:%H:%M} UTC had passed when scoring began at {now:%H:%M}: no model was tried"
         )
     else:
-        try:
-            found = promoting.lineup(registry, ledger, workflow.name, day)
-        except unreachable as error:
-            reasons.append(f"the registry cannot be read: {type(error).__name__}: {promoting.first_line(error)}")
-        if not found.versions and not reasons:
-            reasons.append(f"no version of {workflow.name!r} had passed its gate by {day}")
-        for step, version, why in found.versions:
-            if version is None:
-                reasons.append(why)
-                continue
-            try:
-                table = read_model(workflow, registry, version).score(rows)
-                if found.challenger is not None and not backfill:
-                    beside = _beside(workflow, registry, rows, *found.challenger)
-                return Scored(
-                    table,
-                    step,
-                    tuple(reasons),
-                    version,
-                    features_version,
-                    outcomes_version,
-                    beside=beside,
-                    moved=found.moved,
-                )
-            except unusable as error:
-                reasons.append(f"{step} (version {version.number}) cannot be used: {promoting.first_line(error)}")
-            except (KeyError, TypeError, ValueError, LightGBMError) as error:
-                reasons.append(
-                    f"{step} (version {version.number}) cannot score the day's features: {promoting.first_line(error)}"
-                )
+        made = _by_models(workflow, registry, ledger, day, rows, reasons, beside=not backfill)
+        if made is not None:
+            table, step, model, challenger, moved = made
+            return scored(table, step, model, beside=challenger, moved=moved)
     try:
-        table = fit_rule(workflow, lake, day, features_version, outcomes_version).score(rows)
-        return Scored(table, "rule", tuple(reasons), None, features_version, outcomes_version, late)
+        rule = fit_rule(workflow, lake, day, features_version, outcomes_version)
+        return scored(_usable(workflow, rows, rule.score(rows)), "rule")
     except (TableMissing, KeyError, ValueError) as error:
-        reasons.append(f"the rule has nothing to go by: {promoting.first_line(error)}")
-    return Scored(pa.table({}), "no_change", tuple(reasons), None, features_version, outcomes_version, late)
+        said = "the rule's scores cannot be used" if isinstance(error, NotANumber) else "the rule has nothing to go by"
+        reasons.append(f"{said}: {promoting.first_line(error)}")
+    return scored(pa.table({}), "no_change")
+
+
+def _by_models(
+    workflow: Workflow,
+    registry: Registry,
+    ledger: Ledger | None,
+    day: date,
+    rows: pa.Table,
+    reasons: list[str],
+    *,
+    beside: bool,
+) -> tuple[pa.Table, str, Version, Beside | None, str] | None:
+    """The scores of the first version that can give them: scores, step, version, challenger and moved aliases.
+
+    None where none can; why not is added to ``reasons``.
+    """
+    from lightgbm.basic import LightGBMError
+
+    unreachable = promoting.unreachable()
+    unusable: tuple[type[Exception], ...] = (ModelMissing, ModelUnreadable, *unreachable)
+    found = promoting.Lineup(())
+    try:
+        found = promoting.lineup(registry, ledger, workflow.name, day)
+    except unreachable as error:
+        reasons.append(f"the registry cannot be read: {type(error).__name__}: {promoting.first_line(error)}")
+    if not found.versions and not reasons:
+        reasons.append(f"no version of {workflow.name!r} had passed its gate by {day}")
+    for step, version, why in found.versions:
+        if version is None:
+            reasons.append(why)
+            continue
+        try:
+            table = _usable(workflow, rows, read_model(workflow, registry, version).score(rows))
+        except unusable as error:
+            reasons.append(f"{step} (version {version.number}) cannot be used: {promoting.first_line(error)}")
+        except (KeyError, TypeError, ValueError, LightGBMError) as error:
+            reasons.append(
+                f"{step} (version {version.number}) cannot score the day's features: {promoting.first_line(error)}"
+            )
+        else:
+            tried = found.challenger is not None and beside
+            challenger = _beside(workflow, registry, rows, *found.challenger) if tried and found.challenger else None
+            return table, step, version, challenger, found.moved
+    return None
 
 
 def _beside(workflow: Workflow, registry: Registry, rows: pa.Table, version: Version, stage: str) -> Beside:
     """What the challenger makes of the day's rows. Whatever goes wrong with it is its own affair, never the day's."""
     try:
-        return Beside(version, stage, read_model(workflow, registry, version).score(rows), "")
+        scores = _usable(workflow, rows, read_model(workflow, registry, version).score(rows))
+        return Beside(version, stage, scores, "")
     except Exception as error:
         return Beside(version, stage, None, f"{type(error).__name__}: {promoting.first_line(error)}")
 
@@ -303,8 +430,7 @@ def _unchanged(workflow: Workflow, chosen: pa.Table, drawn: pa.Table) -> pa.Tabl
     if n == 0:
         return DECISIONS.empty_table()
     place = pc.index_in(chosen["unit"], value_set=drawn["unit"].combine_chunks())
-    spec = workflow.policy
-    before = chosen[spec.priority if isinstance(spec, priority.PriorityPolicy) else spec.spend].cast(pa.int64())
+    before = chosen[status_quo(workflow)].cast(pa.int64())
     return pa.table(
         {
             "entity_id": chosen["entity_id"],
@@ -353,6 +479,7 @@ RECORD = pa.schema(
         "features_version": pa.int64(),
         "outcomes_version": pa.int64(),
         "arms_version": pa.int64(),
+        "standing_version": pa.int64(),
         "spec_digest": pa.string(),
         "code_commit": pa.string(),
         "code_digest": pa.string(),
@@ -374,24 +501,19 @@ _SCORING = pa.schema(
         "challenger_digest": pa.string(),
         "challenger_stage": pa.string(),
         "challenger_reason": pa.string(),
+        "scoring_id": pa.string(),
+        "scores_version": pa.int64(),
+        "shadow_version": pa.int64(),
+        "standing_version": pa.int64(),
     }
 )
+"""The record of a day's scoring. ``scoring_id`` stands in its rows of ``scores`` too; a row from before has none, nor versions."""
 
 
-def write_scores(workflow: Workflow, lake: Lake, day: date, scored: Scored) -> None:
-    """Write a day's scores, then the record of how they were made (what the decisions read first)."""
-    if scored.table.num_rows or lake.exists(workflow.table("scores")):
-        dated = scored.table.append_column("day", pa.array([day] * scored.table.num_rows, pa.date32()))
-        if scored.table.num_rows == 0:
-            dated = lake.read(workflow.table("scores"), days=[]).slice(0, 0)
-        lake.replace_days(workflow.table("scores"), dated, [day])
+def scoring_of(day: date, scored: Scored) -> dict[str, Any]:
+    """How a day was scored, without where it was written."""
     beside = scored.beside
-    if beside is not None and beside.table is not None:
-        n = beside.table.num_rows
-        stamped = beside.table.append_column("version", pa.array([beside.version.number] * n, pa.int64()))
-        dated = stamped.append_column("day", pa.array([day] * n, pa.date32()))
-        lake.replace_days(workflow.table("shadow_scores"), dated, [day])
-    record = {
+    return {
         "day": day,
         "step": scored.step,
         "reasons": list(scored.reasons),
@@ -405,7 +527,85 @@ def write_scores(workflow: Workflow, lake: Lake, day: date, scored: Scored) -> N
         "challenger_stage": beside.stage if beside else None,
         "challenger_reason": beside.reason if beside else None,
     }
+
+
+def write_scores(workflow: Workflow, lake: Lake, day: date, scored: Scored) -> None:
+    """Write a day's scores, then the record of how they were made (what the decisions read first).
+
+    The record names the very commits of its scores: what a killed run or another run of the day left in the tables is not
+    taken for them.
+    """
+    record = scoring_of(day, scored)
+    said = content_digest(scored.table) + json.dumps(record, sort_keys=True, default=str)
+    record["scoring_id"] = hashlib.sha256(said.encode()).hexdigest()[:16]
+    record["standing_version"] = _write_standing(workflow, lake, day, scored.standing)
+    n, beside = scored.table.num_rows, scored.beside
+    if n or lake.exists(workflow.table("scores")):
+        named = scored.table.append_column("scoring_id", pa.array([record["scoring_id"]] * n, pa.string()))
+        dated = _of_day(named, day) if n else lake.read(workflow.table("scores"), days=[]).slice(0, 0)
+        record["scores_version"] = lake.replace_days(workflow.table("scores"), dated, [day])
+    if beside is not None and beside.table is not None:
+        version = pa.array([beside.version.number] * beside.table.num_rows, pa.int64())
+        dated = _of_day(beside.table.append_column("version", version), day)
+        record["shadow_version"] = lake.replace_days(workflow.table("shadow_scores"), dated, [day])
     lake.replace_days(workflow.table("scoring"), pa.Table.from_pylist([record], schema=_SCORING), [day])
+
+
+def _of_day(table: pa.Table, day: date) -> pa.Table:
+    return table.append_column("day", pa.array([day] * table.num_rows, pa.date32()))
+
+
+def _write_standing(workflow: Workflow, lake: Lake, day: date, standing: pa.Table) -> int | None:
+    """The version of the table ``standing`` that holds a day's rows: the one recorded before where they are the same."""
+    if not standing.num_rows:
+        return None
+    table = workflow.table("standing")
+    for made in lake.read(workflow.table("scoring"), days=[day]).to_pylist() if lake.exists(table) else ():
+        version = made.get("standing_version")
+        if version is not None and standing_at(workflow, lake, day, version).equals(standing.sort_by("entity_id")):
+            return int(version)
+    return lake.replace_days(table, _of_day(standing, day), [day])
+
+
+def standing_at(workflow: Workflow, lake: Lake, day: date, version: int | None) -> pa.Table:
+    """What stood for a day, as a record names it; none where it names no version."""
+    if version is None:
+        return STANDING.empty_table()
+    found = lake.read(workflow.table("standing"), version=version, days=[day])
+    return found.select(STANDING.names).cast(STANDING).sort_by("entity_id").combine_chunks()
+
+
+def recorded_scores(
+    workflow: Workflow,
+    lake: Lake,
+    days: Sequence[date],
+    *,
+    where: pc.Expression | None = None,
+    columns: Sequence[str] | None = None,
+) -> pa.Table:
+    """The scores of days as the records of their scoring mean them, whatever a run that was killed left in their place.
+
+    ``columns`` come with ``day`` and ``scoring_id``. Raises TableMissing where nothing was ever scored.
+    """
+    table, kept = workflow.table("scores"), columns
+
+    def read(of: Sequence[date], version: int | None = None) -> pa.Table:
+        return lake.read(table, version=version, days=of, where=where, columns=kept)
+
+    known = lake.read(table, days=[]).schema.names
+    if "scoring_id" not in known or not lake.exists(workflow.table("scoring")):
+        return read(days)
+    kept = None if columns is None else list(dict.fromkeys([*columns, "day", "scoring_id"]))
+    found = read(days)
+    made = lake.read(workflow.table("scoring"), days=days).to_pylist()
+    named = {row["day"]: row for row in made if row.get("scores_version") is not None}
+    stands = found.group_by(["day", "scoring_id"]).aggregate([]).to_pylist()
+    torn = sorted({r["day"] for r in stands if r["day"] in named and r["scoring_id"] != named[r["day"]]["scoring_id"]})
+    if not torn:
+        return found
+    whole = found.filter(pc.invert(pc.is_in(found["day"], value_set=pa.array(torn, pa.date32()))))
+    parts = [read([d], named[d]["scores_version"]) for d in torn]
+    return pa.concat_tables([whole, *parts], promote_options="default")
 
 
 def challenger_scores(workflow: Workflow, lake: Lake, day: date, made: Mapping[str, Any]) -> pa.Table | None:
@@ -414,14 +614,40 @@ def challenger_scores(workflow: Workflow, lake: Lake, day: date, made: Mapping[s
     number = made.get("challenger_version")
     if number is None or made.get("challenger_reason"):
         return None
-    mine = pc.field("version") == number
-    return lake.read(workflow.table("shadow_scores"), days=[day], where=mine).drop_columns(["day", "version"])
+    mine, version = pc.field("version") == number, made.get("shadow_version")
+    found = lake.read(workflow.table("shadow_scores"), version=version, days=[day], where=mine)
+    return found.drop_columns(["day", "version"])
+
+
+def scores_of(workflow: Workflow, lake: Lake, day: date, made: Mapping[str, Any]) -> pa.Table:
+    """The scores that a record of a day's scoring (``made``) means; none for the step ``no_change``."""
+    if made["step"] == "no_change":
+        return pa.table({})
+    # a row from before scores were named lacks the columns
+    found = lake.read(workflow.table("scores"), version=made.get("scores_version"), days=[day])
+    return found.drop_columns([c for c in ("day", "scoring_id") if c in found.schema.names])
+
+
+def said_by(workflow: Workflow) -> tuple[str, str]:
+    """What the workflow says now, its addresses without user, password, query and fragment, and the digest of that."""
+    said = workflow.model_dump_json(exclude={"folder"})
+    clean = _clean(json.loads(said))
+    if clean != json.loads(said):
+        said = json.dumps(clean, separators=(",", ":"), ensure_ascii=False)
+    return said, hashlib.sha256(said.encode()).hexdigest()
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _clean(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_clean(one) for one in value]
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def record_spec(workflow: Workflow, lake: Lake) -> str:
     """Keep what the workflow says now under its digest, so that a decision can name it; returns the digest."""
-    said = workflow.model_dump_json(exclude={"folder"})
-    digest = hashlib.sha256(said.encode()).hexdigest()
+    said, digest = said_by(workflow)
     table = workflow.table("specs")
     known = lake.exists(table) and lake.read(table, where=pc.field("digest") == digest, columns=["digest"]).num_rows
     if not known:
@@ -441,16 +667,52 @@ def decide_day(workflow: Workflow, lake: Lake, day: date) -> Batch:
             f"{workflow.name}: {day} was never scored; materialise [{workflow.name}, scores] for it first"
         )
     made = scoring[0]
-    scores = (
-        lake.read(workflow.table("scores"), days=[day]).drop_columns(["day"])
-        if made["step"] != "no_change"
-        else pa.table({})
+    features = _features(workflow, lake, day, made["features_version"], made.get("standing_version"))
+    return _decided(
+        workflow,
+        day,
+        made,
+        features,
+        scores_of(workflow, lake, day, made),
+        lambda: challenger_scores(workflow, lake, day, made),
+        _arms(workflow, lake, day, features),
+        record_spec(workflow, lake),
     )
-    features = _features(workflow, lake, day, made["features_version"])
-    arms_version, drawn = _arms(workflow, lake, day, features)
+
+
+def recompute_day(
+    workflow: Workflow, lake: Lake, registry: Registry, ledger: Ledger, day: date, recorded: BatchRow
+) -> Batch:
+    """Decide a day that is a fact anew from what would decide it now, in memory: nothing is written.
+
+    As then are only the hour (whether the deadline had passed, whether it was a backfill) and what stood downstream.
+    Raises what ``score_day`` raises.
+    """
+    stood = standing_at(workflow, lake, day, recorded.record.get("standing_version"))
+    late = bool(recorded.record.get("late"))
+    scored = score_day(workflow, lake, registry, day, now=recorded.decided_at, ledger=ledger, late=late, standing=stood)
+    made = {**scoring_of(day, scored), "standing_version": recorded.record.get("standing_version")}
+    features = with_standing(workflow, _features(workflow, lake, day, made["features_version"]), scored.standing)
+    theirs = scored.beside.table if scored.beside else None
+    drawn = _arms(workflow, lake, day, features, write=False)
+    return _decided(workflow, day, made, features, scored.table, lambda: theirs, drawn, said_by(workflow)[1])
+
+
+def _decided(
+    workflow: Workflow,
+    day: date,
+    made: Mapping[str, Any],
+    features: pa.Table,
+    scores: pa.Table,
+    challengers: Callable[[], pa.Table | None],
+    arms_drawn: tuple[int | None, pa.Table],
+    spec_digest: str,
+) -> Batch:
+    """The batch of a day from all that it is made from; ``made``: the record of its scoring."""
+    arms_version, drawn = arms_drawn
     reasons, decided = list(made["reasons"]), None
     if made["step"] == "champion" and made.get("challenger_stage") == "canary":
-        theirs = challenger_scores(workflow, lake, day, made)
+        theirs = challengers()
         try:
             if theirs is None:
                 raise ValueError(made["challenger_reason"])
@@ -474,19 +736,19 @@ def decide_day(workflow: Workflow, lake: Lake, day: date) -> Batch:
         "features_version": made["features_version"],
         "outcomes_version": made["outcomes_version"],
         "arms_version": arms_version,
-        "spec_digest": record_spec(workflow, lake),
+        "standing_version": made.get("standing_version"),
+        "spec_digest": spec_digest,
         "code_commit": code.commit(),
         "code_digest": code.digest(),
     }
     digest = hashlib.sha256(
         (content_digest(decisions) + json.dumps({**record, "day": str(day)}, sort_keys=True)).encode()
     ).hexdigest()
-    batch_id = f"{workflow.name}-{day}-{digest[:12]}"
     result = guardrails.check(decisions, workflow.guardrails)
     return Batch(
         decisions=decisions,
         record=record,
-        batch_id=batch_id,
+        batch_id=f"{workflow.name}-{day}-{digest[:12]}",
         digest=digest,
         step=made["step"],
         reasons=tuple(reasons),
@@ -497,15 +759,24 @@ def decide_day(workflow: Workflow, lake: Lake, day: date) -> Batch:
     )
 
 
-def _features(workflow: Workflow, lake: Lake, day: date, version: int | None) -> pa.Table:
+def _features(
+    workflow: Workflow, lake: Lake, day: date, version: int | None, standing_version: int | None = None
+) -> pa.Table:
+    """A day's features as they decide: with the status quo that stood, where a record names it."""
     if version is None:
         columns = {"entity_id": pa.string(), workflow.arms.unit: pa.string()}
         return pa.schema(columns).empty_table()
-    return lake.read(workflow.table("features"), version=version, days=[day])
+    features = lake.read(workflow.table("features"), version=version, days=[day])
+    return with_standing(workflow, features, standing_at(workflow, lake, day, standing_version))
 
 
-def _arms(workflow: Workflow, lake: Lake, day: date, features: pa.Table) -> tuple[int | None, pa.Table]:
-    """The arms of a day's units, drawn where the epoch has not drawn them yet, and the version of the table that holds them."""
+def _arms(
+    workflow: Workflow, lake: Lake, day: date, features: pa.Table, *, write: bool = True
+) -> tuple[int | None, pa.Table]:
+    """The arms of a day's units, drawn where the epoch has not drawn them yet, and the version of the table that holds them.
+
+    Of several days that draw at once each keeps what the others had drawn: a unit is in one arm over the whole epoch.
+    """
     table = workflow.table("arms")
     if features.num_rows == 0:
         return lake.version(table), pa.table(
@@ -516,21 +787,24 @@ def _arms(workflow: Workflow, lake: Lake, day: date, features: pa.Table) -> tupl
             }
         )
     units = pc.unique(of_policy(workflow, features)["unit"]).sort().to_pylist()
-    keep = lake.read(table) if lake.exists(table) else None
-    drawn = draw_arms(workflow, day, units, keep)
     epoch = arms.epoch_of(day, workflow.start, workflow.arms.epoch, workflow.arms.washout)[0]
-    earlier = keep.filter(pc.equal(keep["epoch"], epoch)) if keep is not None else None
-    fresh = (
-        drawn
-        if earlier is None
-        else drawn.filter(pc.invert(pc.is_in(drawn["unit"], value_set=earlier["unit"].combine_chunks())))
-    )
-    version = lake.version(table)
-    if fresh.num_rows:
+    while True:
+        version = lake.version(table)
+        keep = lake.read(table, version=version) if version is not None else None
+        drawn = draw_arms(workflow, day, units, keep)
+        earlier = keep.filter(pc.equal(keep["epoch"], epoch)) if keep is not None else None
+        fresh = (
+            drawn
+            if earlier is None
+            else drawn.filter(pc.invert(pc.is_in(drawn["unit"], value_set=earlier["unit"].combine_chunks())))
+        )
+        if not fresh.num_rows or not write:
+            return version, drawn
         dated = fresh.drop_columns(["washout"]).append_column("drawn_on", pa.array([day] * fresh.num_rows, pa.date32()))
         both = dated if earlier is None else pa.concat_tables([earlier.select(dated.schema.names), dated])
-        version = lake.replace(table, both, predicate=f"epoch = '{epoch}'", partition_by=["epoch"])
-    return version, drawn
+        with contextlib.suppress(Moved):  # then another day has drawn: its arms are read, and kept
+            version = lake.replace(table, both, predicate=f"epoch = '{epoch}'", partition_by=["epoch"], base=version)
+            return version, drawn
 
 
 _BATCHES = pa.schema(
@@ -556,22 +830,31 @@ _BATCHES = pa.schema(
 
 def with_record(workflow: Workflow, day: date, batch: Batch) -> pa.Table:
     """The decisions as they are stored: each row names itself, its batch, and everything that it was made from."""
-    n = batch.decisions.num_rows
+    base, number = generation(batch.batch_id)
+    # the same content decided once more is another decision, and the ledger names it so
+    suffix = f".{number}" if number > 1 else ""
     ids = [
-        hashlib.sha256(f"{batch.batch_id}\0{e}".encode()).hexdigest()[:20]
+        hashlib.sha256(f"{base}\0{e}".encode()).hexdigest()[:20] + suffix
         for e in batch.decisions["entity_id"].to_pylist()
     ]
-    table = batch.decisions.append_column("decision_id", pa.array(ids, pa.string()))
-    table = table.append_column("batch_id", pa.array([batch.batch_id] * n, pa.string()))
+    named = batch.decisions.append_column("decision_id", pa.array(ids, pa.string()))
+    return _stamped(named, day, batch.batch_id, batch.record)
+
+
+def _stamped(decisions: pa.Table, day: date, batch_id: str, record: Mapping[str, Any]) -> pa.Table:
+    """Decisions with the columns that are the same in every row of a batch."""
+    n = decisions.num_rows
+    table = decisions.append_column("batch_id", pa.array([batch_id] * n, pa.string()))
     table = table.append_column("day", pa.array([day] * n, pa.date32()))
     for column in RECORD:
-        table = table.append_column(column.name, pa.array([batch.record[column.name]] * n, column.type))
+        # a batch from before a column lacks it
+        table = table.append_column(column.name, pa.array([record.get(column.name)] * n, column.type))
     return table
 
 
 def write_batch(workflow: Workflow, lake: Lake, day: date, batch: Batch, *, decided_at: datetime, run_id: str) -> None:
-    """Write a day's decisions, then the batch that makes them count."""
-    lake.replace_days(workflow.table("decisions"), with_record(workflow, day, batch), [day])
+    """Write a day's decisions, then the batch that makes them count. The ledger comes first: ``complete_lake`` brings the
+    lake after it where a run ended in between."""
     row = {
         **batch.record,
         "day": day,
@@ -589,7 +872,52 @@ def write_batch(workflow: Workflow, lake: Lake, day: date, batch: Batch, *, deci
         "late": batch.late,
         "run_id": run_id,
     }
-    lake.replace_days(workflow.table("batches"), pa.Table.from_pylist([row], schema=_BATCHES), [day])
+    _write_batch(workflow, lake, day, with_record(workflow, day, batch), row)
+
+
+def _write_batch(workflow: Workflow, lake: Lake, day: date, decisions: pa.Table, row: Mapping[str, Any]) -> None:
+    lake.replace_days(workflow.table("decisions"), decisions, [day])
+    lake.replace_days(workflow.table("batches"), pa.Table.from_pylist([dict(row)], schema=_BATCHES), [day])
+
+
+def complete_lake(workflow: Workflow, lake: Lake, ledger: Ledger, day: date) -> str | None:
+    """Bring the lake after the ledger: where the newest decision batch of a day does not stand in the lake, its decisions
+    and its row are written from the ledger. Returns the batch's id where there was something to do.
+
+    A batch whose rows the ledger has let go (retention) is left as it is, and so are decisions on forgotten names.
+    """
+    known = [b for b in ledger.batches(workflow.name, since=day, kind="decision") if b.day == day]
+    newest = max(known, key=lambda b: b.sequence, default=None)
+    if newest is None or newest.retired:
+        return None
+    table = workflow.table("batches")
+    if lake.exists(table):
+        stands = lake.read(table, days=[day], columns=["batch_id"])["batch_id"].to_pylist()
+        if stands == [newest.batch_id]:
+            return None
+    found = ledger.decisions(newest.batch_id)
+    found = found.filter(pc.is_valid(found["entity_id"]))
+    decided = found.select(DECISIONS.names).cast(DECISIONS).append_column("decision_id", found["decision_id"])
+    record = newest.record
+    row = {
+        **record,
+        "day": day,
+        "batch_id": newest.batch_id,
+        "digest": newest.digest,
+        "step": newest.step,
+        "reasons": list(record.get("step_reasons", ())),
+        "status": newest.status,
+        "findings": json.dumps(list(newest.findings), default=str),
+        "certificates": json.dumps(record.get("certificates", {}), default=str),
+        "rows": newest.rows,
+        "changed": newest.changed,
+        "review": int(pc.sum(found["review"]).as_py() or 0),
+        "decided_at": newest.decided_at,
+        "late": bool(record.get("late")),
+        "run_id": newest.run_id,
+    }
+    _write_batch(workflow, lake, day, _stamped(decided, day, newest.batch_id, record), row)
+    return newest.batch_id
 
 
 def by_arm(decisions: pa.Table) -> dict[str, int]:
@@ -725,6 +1053,9 @@ def made_from(row: Mapping[str, Any], lake: Lake, registry: Registry) -> MadeFro
     workflow = spec_of(name, lake, row["spec_digest"])
     with _kept(f"{name}/features version {row['features_version']}"):
         features = point_in_time.ordered(_features(workflow, lake, day, row["features_version"]))
+    # a decision from before what stood was recorded lacks the column
+    with _kept(f"{name}/standing version {row.get('standing_version')}"):
+        features = with_standing(workflow, features, standing_at(workflow, lake, day, row.get("standing_version")))
     with _kept(f"{name}/arms version {row['arms_version']}"):
         keep = lake.read(f"{name}/arms", version=row["arms_version"])
     drawn = draw_arms(workflow, day, pc.unique(of_policy(workflow, features)["unit"]).sort().to_pylist(), keep)

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
-from typing import Any
+from typing import Literal
 
 import deltalake
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from deltalake import CommitProperties
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
 _UTC = pa.timestamp("us", tz="UTC")
@@ -63,6 +66,15 @@ class VersionMissing(TableMissing):
     """A version that was asked for is no longer kept, though the table is."""
 
 
+class Moved(RuntimeError):
+    """Somebody wrote the table after the version that a write started from; nothing was written."""
+
+
+_ALONE = CommitProperties(max_commit_retries=0)
+"""A commit that lands right after the version that it was prepared on, or not at all: Delta's own way of settling two
+overwrites of one partition can lose the rows of one of them without an error (delta-rs issue 3622)."""
+_ATTEMPTS = 60
+"""How often a replacement that other writers came before is tried; each lost race means that another one was won."""
 _KEEP = {"delta.logRetentionDuration": "interval 3650 days", "delta.deletedFileRetentionDuration": "interval 3650 days"}
 """Versions are kept until somebody shortens this on a table on purpose: Delta's own 30 days would end every replay."""
 
@@ -137,24 +149,50 @@ class Lake:
         found = dataset.to_table(columns=list(columns) if columns is not None else None, filter=condition)
         return _retyped(found, to_disk=False)
 
-    def replace(self, table: str, data: pa.Table, *, predicate: str, partition_by: Sequence[str] = ("day",)) -> int:
-        """Put ``data`` in the place of the rows that meet ``predicate``, in one commit; returns the new version.
+    def replace(
+        self,
+        table: str,
+        data: pa.Table,
+        *,
+        predicate: str,
+        partition_by: Sequence[str] = ("day",),
+        base: int | Literal["newest"] | None = "newest",
+    ) -> int:
+        """Put ``data`` in the place of the rows that meet ``predicate``, in one commit; returns that commit's version.
 
-        Every row of ``data`` must meet the predicate itself. Columns that the table did not have are added.
+        Every row of ``data`` must meet the predicate itself. Columns that the table did not have are added. Writers of
+        one table come one after the other, whatever they write. ``base``: the version that ``data`` was made from (None:
+        there was no table); raises Moved where the table is no longer at it.
         """
         rows = _retyped(data, to_disk=True)
-        options: dict[str, Any] = {"storage_options": self.storage_options or None}
-        if not self.exists(table):
-            if "://" not in self.root:
-                os.makedirs(self.uri(table), exist_ok=True)
-            deltalake.write_deltalake(
-                self.uri(table), rows, partition_by=list(partition_by), configuration=_KEEP, **options
-            )
-        else:
-            deltalake.write_deltalake(
-                self.uri(table), rows, mode="overwrite", predicate=predicate, schema_mode="merge", **options
-            )
-        return int(self._open(table).version())
+        for attempt in range(_ATTEMPTS):
+            at = self.version(table) if base == "newest" else base
+            try:
+                if at is None:
+                    return self._create(table, rows, partition_by)
+                opened = self._open(table, at)
+                deltalake.write_deltalake(
+                    opened, rows, mode="overwrite", predicate=predicate, schema_mode="merge", commit_properties=_ALONE
+                )
+                return int(opened.version())
+            except DeltaError as error:
+                now = self.version(table)
+                if now == at:
+                    raise  # nobody was faster: the write itself cannot be
+                if base != "newest":
+                    raise Moved(f"table {table!r} is at version {now}, and was to be written on {base}") from error
+                time.sleep(random.uniform(0, min(0.5, 0.01 * 2**attempt)))
+        raise Moved(f"table {table!r}: other writers came first {_ATTEMPTS} times; run it again")
+
+    def _create(self, table: str, rows: pa.Table, partition_by: Sequence[str]) -> int:
+        """Write the first version of a table; raises DeltaError where somebody else did."""
+        if "://" not in self.root:
+            os.makedirs(self.uri(table), exist_ok=True)
+        deltalake.write_deltalake(
+            self.uri(table), rows, partition_by=list(partition_by), configuration=_KEEP,
+            storage_options=self.storage_options or None, commit_properties=_ALONE,
+        )  # fmt: skip
+        return 0
 
     def replace_days(self, table: str, data: pa.Table, days: Sequence[date]) -> int:
         """Replace whole days of a table partitioned by ``day`` (days without rows end up empty)."""

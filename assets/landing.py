@@ -156,9 +156,23 @@ QUARANTINE = pa.schema(
 # --- finding and copying ---------------------------------------------------------------------------------------------
 
 
-def _without_secrets(text: str) -> str:
-    """Addresses without user, password and query."""
-    return re.sub(r"(://[^\s?]*)\?\S*", r"\1", re.sub(r"://[^/\s@]*@", "://", text))
+def without_secrets(text: str) -> str:
+    """A text with its addresses without user, password, query and fragment."""
+    return _ADDRESS.sub(lambda found: found[1] + re.split("[?#]", _without_user(found[2]), maxsplit=1)[0], text)
+
+
+def _without_user(rest: str) -> str:
+    """What follows ``://`` without user and password, also where the password was written with a raw / or @."""
+    host, slash, path = rest.partition("/")
+    if "@" in host:
+        return host.rpartition("@")[2] + slash + path
+    odd = re.search(r":(?!\d+$)", host) is not None and "@" in path
+    return path.partition("@")[2] if odd else rest
+
+
+# a chained address (zip://*.csv::https://…) is two
+_ADDRESS = re.compile(r"(://)((?:(?!::)\S)*)")
+_without_secrets = without_secrets
 
 
 def _set_aside(name: str) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from assets import point_in_time
+from assets import deciding, point_in_time
 from assets.lake import Lake, TableMissing
 from assets.workflow import SCORES, Workflow
 from data_checks import performance
@@ -49,7 +49,7 @@ def scored(workflow: Workflow, lake: Lake, day: date) -> pa.Table:
     """
     days = span(workflow, day)
     try:
-        scores = lake.read(workflow.table("scores"), days=days)
+        scores = deciding.recorded_scores(workflow, lake, days)
         scoring = lake.read(workflow.table("scoring"), days=days, columns=["day", "model_version", "step"])
     except TableMissing:
         return _EMPTY

@@ -128,8 +128,10 @@ def of_day(workflow: Workflow, lake: Lake, day: date) -> Disagreement | None:
     theirs = deciding.challenger_scores(workflow, lake, day, made)
     if theirs is None:
         return None
-    ours = lake.read(workflow.table("scores"), days=[day]).drop_columns(["day"])
+    ours = deciding.scores_of(workflow, lake, day, made)
     features = lake.read(workflow.table("features"), version=made["features_version"], days=[day])
+    standing = deciding.standing_at(workflow, lake, day, made.get("standing_version"))
+    features = deciding.with_standing(workflow, features, standing)
     units = pc.unique(deciding.of_policy(workflow, features)["unit"]).sort().to_pylist()
     drawn = deciding.draw_arms(workflow, day, units, lake.read(workflow.table("arms")))
     return disagreement(workflow, day, features, ours, theirs, drawn)

@@ -1053,6 +1053,66 @@ class Ledger:
             numbers -= set(connection.execute(known).scalars())
         return sorted(numbers)
 
+    @plainly
+    def proven(self, workflow: str, since: datetime, until: datetime) -> pa.Table:
+        """Values of a workflow's deliveries that a read-back proved after ``since`` and by ``until``.
+
+        Columns: entity_id (rows whose name was forgotten are left out), value, prior (what stood before the delivery's first
+        write), verified_at, batch_id, sequence, kind and day of the batch; in the order of proof. Of batches whose rows
+        were retired only the last value of each entity is known.
+        """
+        b, d, c, k, e = tables.batches.c, tables.deliveries, tables.decisions, tables.acknowledged, tables.names
+        whole = select(d.c.sequence, c.c.entity, d.c.observed.label("value"), d.c.prior, d.c.verified_at).join(
+            c, and_(c.c.sequence == d.c.sequence, c.c.n == d.c.n)
+        )
+        ours = (d.c.state == "ACKED") | ((d.c.state == "OVERWRITTEN") & (d.c.observed == d.c.sent))
+        last = select(k.c.sequence, k.c.entity, k.c.value, k.c.value.label("prior"), k.c.verified_at)
+        found: list[AnyRow] = []
+        with reading(self.engine) as connection, connection.begin():
+            batches = {
+                row.sequence: row
+                for row in connection.execute(
+                    select(b.sequence, b.batch_id, b.kind, b.day, b.retired).where(
+                        b.workflow == workflow, b.delivery != "NONE"
+                    )
+                )
+            }
+            pushed = self._pushed_since(connection, workflow, since)
+            for some in chunks(s for s, row in batches.items() if row.batch_id in pushed and not row.retired):
+                inside = (d.c.verified_at > since) & (d.c.verified_at <= until)
+                found += connection.execute(whole.where(d.c.sequence.in_(some), ours, inside)).all()
+            for some in chunks(s for s, row in batches.items() if row.batch_id in pushed and row.retired):
+                inside = (k.c.verified_at > since) & (k.c.verified_at <= until)
+                found += connection.execute(last.where(k.c.sequence.in_(some), inside)).all()
+            known: dict[str, str] = {}
+            for some in chunks({row.entity for row in found}):
+                names = connection.execute(select(e.c.digest, e.c.name).where(e.c.digest.in_(some)))
+                known |= {row.digest: row.name for row in names}
+        found = sorted((r for r in found if r.entity in known), key=lambda r: (r.verified_at, r.sequence, r.entity))
+        of = [batches[r.sequence] for r in found]
+        return pa.table(
+            {
+                "entity_id": pa.array([known[r.entity] for r in found], pa.string()),
+                "value": pa.array([r.value for r in found], pa.int64()),
+                "prior": pa.array([r.prior for r in found], pa.int64()),
+                "verified_at": pa.array([r.verified_at for r in found], pa.timestamp("us")),
+                "batch_id": pa.array([b.batch_id for b in of], pa.string()),
+                "sequence": pa.array([r.sequence for r in found], pa.int64()),
+                "kind": pa.array([b.kind for b in of], pa.string()),
+                "day": pa.array([b.day for b in of], pa.date32()),
+            }
+        )
+
+    def _pushed_since(self, connection: Connection, workflow: str, since: datetime) -> set[str]:
+        """Batches of a workflow of which a push was under way at some time after ``since``."""
+        e, b = tables.events.c, tables.batches.c
+        ended = select(e.body).where(e.kind.in_(["push begun", "push ended"]), e.at > since)
+        bodies = (json.loads(row.body) for row in connection.execute(ended))
+        still = select(b.batch_id).where(b.workflow == workflow, b.delivery == "OPEN")
+        return {body["batch_id"] for body in bodies if body.get("workflow") == workflow} | set(
+            connection.execute(still).scalars()
+        )
+
     # --- leases
 
     @plainly

@@ -103,15 +103,22 @@ def run(
         date | None, typer.Option(parser=operations.a_day, metavar="YYYY-MM-DD", help="First day of a range")
     ] = None,
     now: Annotated[str | None, typer.Option(help="Fixes the clock (ISO 8601, UTC)")] = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Decide anew what was sent and still takes effect; daily and decide alone")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run a job of a workflow in this process, for a day or a range of days in one run."""
+    if again and job not in ("daily", "decide"):
+        raise typer.BadParameter(
+            f"--again asks for decisions, and the job {job} makes none; use it with daily or decide"
+        )
     from orchestration import runner
     from orchestration.automation import closed_days
 
     found = workflow_named(workflow)
     last = day or closed_days(found, runner.clock_now(now))
-    result = runner.run(found, job, since or last, last, now=now)
+    result = runner.run(found, job, since or last, last, now=now, again=again)
     _shown(
         runner.check_rows(result),
         f"{workflow} {job} {since or last} – {last}: {'done' if result.success else 'FAILED'}",

@@ -19,12 +19,18 @@ from assets.resources import ClockResource, home, resources
 from assets.workflow import Workflow
 from models.registry import Registry
 from orchestration.assembly import build
+from orchestration.jobs import DECIDE
 
 _CONFIGURATIONS = Path(__file__).parent / "instance"
 
 
 _QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 """The events are in the UI."""
+
+
+def _asked(workflow: Workflow) -> dict[str, Any]:
+    """The configuration by which the assets that decide a day decide it anew."""
+    return {"ops": {f"{workflow.name}__{stage}": {"config": {"again": True}} for stage in DECIDE}}
 
 
 def prepare_home() -> Path:
@@ -64,10 +70,12 @@ def run(
     instance: dg.DagsterInstance | None = None,
     tags: dict[str, str] | None = None,
     given: dict[str, Any] | None = None,
+    again: bool = False,
 ) -> dg.ExecuteInProcessResult:
     """Execute ``<workflow>_<job>`` for the days ``first``…``last`` in one run of this process.
 
-    The run, its materialisations and checks land in the instance at DAGSTER_HOME (or ``instance``). A failed step makes
+    ``again``: days that were sent and whose effect lasts are decided anew (jobs that decide). The run, its
+    materialisations and checks land in the instance at DAGSTER_HOME (or ``instance``). A failed step makes
     ``result.success`` false; it does not raise.
     """
     # The heavy libraries make thousands of classes while they load; looking for garbage among them costs a sixth of a day's run.
@@ -90,7 +98,7 @@ def run(
         return wanted.execute_in_process(
             instance=at,
             resources=given or resources(now),
-            run_config=_QUIET,
+            run_config={**_QUIET, **(_asked(workflow) if again else {})},
             tags=marks,
             raise_on_error=False,
             **selection,

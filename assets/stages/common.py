@@ -9,11 +9,21 @@ from datetime import date
 from typing import Any
 
 import dagster as dg
+from pydantic import Field
 
 from assets.workflow import Workflow
 
 # Backfill policies and pools are beta in this Dagster; the range in pyproject.toml keeps to the version that was tried.
 warnings.filterwarnings("ignore", category=dg.BetaWarning)
+
+
+class DayConfig(dg.Config):
+    """What a person may ask of a day's run in the Launchpad."""
+
+    again: bool = Field(
+        default=False,
+        description="Decide a day anew that was sent and whose effect lasts; without it such a day is only compared",
+    )
 
 
 def key(workflow: Workflow, stage: str) -> dg.AssetKey:

@@ -15,7 +15,7 @@ import dagster as dg
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from assets import promoting
+from assets import deciding, promoting
 from assets.lake import Lake
 from assets.resources import ClockResource, LakeResource, LedgerResource, RegistryResource, ReportsResource
 from assets.stages.common import days, folded, stage
@@ -199,13 +199,14 @@ def _judge_scores(workflow: Workflow, lake: Lake, day: date) -> _Scores:
         return _Scores(None, False, "{}", "", f"scores not judged: {why}")
     table = workflow.table("scores")
     version = lake.version(table)
-    schema = lake.read(table, version=version, days=[day]).schema
+    schema = lake.read(table, version=version, days=[]).schema
     numeric = [f.name for f in schema if is_number(f.type)]
-    skipped = [f.name for f in schema if f.name not in (*numeric, "day", "entity_id", "moment")]
+    skipped = [f.name for f in schema if f.name not in (*numeric, "day", "entity_id", "moment", "scoring_id")]
     left_out = f"; not judged: {', '.join(skipped)} (no plain numbers)" if skipped else ""
     columns = ["day", *numeric]
+    rows = _judged_rows(workflow)
     current, past = (
-        lake.read(table, version=version, days=d, where=_judged_rows(workflow), columns=columns)
+        deciding.recorded_scores(workflow, lake, d, where=rows, columns=columns).select(columns)
         for d in (window, before)
     )
     if not numeric or min(current.num_rows, past.num_rows) < workflow.drift.min_rows:

@@ -67,7 +67,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
                 "No event has ever landed. "
                 + (
                     "\n".join(f"{f.path}: {f.reason}" for f in refused)
-                    or f"No file in {landing.of(workflow.name)} fits {', '.join(s.files for s in workflow.sources.values())}."
+                    or f"No file in {landing.of(workflow.name)} fits {', '.join(landing_zone.without_secrets(s.files) for s in workflow.sources.values())}."
                 )
             )
         landed = lake.lake.read(workflow.table("events"), days=span)

@@ -5,13 +5,14 @@ Belongs here: the asset. Does not: the steps of a bad day (``assets.deciding``),
 """
 
 from datetime import date, datetime
+from typing import Any
 
 import dagster as dg
 
-from assets import deciding, promoting
+from assets import deciding, facts, promoting
 from assets.lake import Lake
 from assets.resources import ClockResource, LakeResource, LedgerResource, RegistryResource, preview
-from assets.stages.common import days, folded, stage
+from assets.stages.common import DayConfig, days, folded, stage
 from assets.workflow import Workflow
 from delivery.ledger import Busy, Ledger
 from models.registry import Registry
@@ -39,24 +40,40 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         "scores",
         deps=["features"],
         description="Scores by the champion (the ledger says who that is); on a bad day by the previous champion or the rule, or "
-        "none. The step is recorded. A challenger scores beside it.",
+        "none. The step is recorded. A challenger scores beside it. A day that has acted, or whose effect is over, keeps its scores.",
         kinds={"lightgbm", "deltalake"},
         checks={"step": (False, "The champion scored the day")},
     )
     def scores(
         context: dg.AssetExecutionContext,
+        config: DayConfig,
         lake: LakeResource,
         registry: RegistryResource,
         ledger: LedgerResource,
         clock: ClockResource,
     ) -> dg.MaterializeResult:
-        steps = {}
-        last = None
+        steps: dict[date, tuple[bool, str]] = {}
+        last: deciding.Scored | None = None
+        left: dict[str, str] = {}
         moves: dict[str, str] = {}
         for day in days(context):
             with ledger.open(clock.now) as book:
-                move, why = moved_on(workflow, registry.registry, book, lake.lake, day, clock.now())
-                scored = deciding.score_day(workflow, lake.lake, registry.registry, day, now=clock.now(), ledger=book)
+                deciding.complete_lake(workflow, lake.lake, book, day)
+                found = facts.today(workflow, book, day, clock.now(), again=config.again)
+                if found.says:
+                    context.log.info(f"{day}: {found.says}")
+                if not found.decides:
+                    assert found.recorded is not None, "a day that is not decided has been"
+                    left[str(day)] = found.says
+                    steps[day] = (True, f"{found.recorded.step} then; {found.says}")
+                    continue
+                move, why = "none", ""
+                if not found.asked:
+                    move, why = moved_on(workflow, registry.registry, book, lake.lake, day, clock.now())
+                scored = deciding.score_day(
+                    workflow, lake.lake, registry.registry, day, now=clock.now(), ledger=book,
+                    late=False if found.asked else None,
+                )  # fmt: skip
             deciding.write_scores(workflow, lake.lake, day, scored)
             if move != "none":
                 moves[str(day)] = f"{move}: {why}"
@@ -70,22 +87,20 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
                 partition_key=day.isoformat(),
             )
             last = scored
-        assert last is not None, "a run always has a day"
-        version = last.model
-        return dg.MaterializeResult(
-            metadata={
+        metadata: dict[str, Any] = {}
+        if last is not None:
+            metadata = {
                 "step": last.step,
                 "why": "; ".join(last.reasons) or "the champion scored",
                 "first rows": preview(last.table.slice(0, 5)),
                 **({"challenger": dg.MetadataValue.json(moves)} if moves else {}),
                 **({"moved in MLflow": last.moved} if last.moved else {}),
-                **(
-                    {"model": dg.MetadataValue.url(registry.version_url(version.name, version.number))}
-                    if version
-                    else {}
-                ),
-            },
-            check_results=[folded("step", steps, warn=True)],
-        )
+            }
+            if last.model:
+                url = registry.version_url(last.model.name, last.model.number)
+                metadata["model"] = dg.MetadataValue.url(url)
+        if left:
+            metadata["left as it was"] = dg.MetadataValue.json(left)
+        return dg.MaterializeResult(metadata=metadata, check_results=[folded("step", steps, warn=True)])
 
     return scores
