@@ -174,7 +174,7 @@ class Lake:
                 deltalake.write_deltalake(
                     opened, rows, mode="overwrite", predicate=predicate, schema_mode="merge", commit_properties=_ALONE
                 )
-                return int(opened.version())
+                return at + 1
             except DeltaError as error:
                 now = self.version(table)
                 if now == at:
