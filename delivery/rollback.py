@@ -717,8 +717,11 @@ def _unasked(d: Delivery) -> tuple[str, str]:
     prior = d.expected if d.prior is None else d.prior
     if d.state == "ACKED" and prior is None:
         return "not_reversible", f"no value stood there before {d.sent} was set, and no value cannot be set"
-    if d.state == "REJECTED" and prior is None and d.observed is not None:
-        return "not_reversible", f"no value stood there before {d.sent} was sent, and {d.observed} stands there"
+    if d.state == "REJECTED" and d.observed is not None and (prior is None or prior == d.sent != d.observed):
+        return (
+            "not_reversible",
+            f"{d.observed} stands there since {d.sent} was sent, and nothing else stood there before",
+        )
     if d.state == "SKIPPED" and d.observed != prior and (d.says or "").startswith(judging.CLOSED):
         return "not_reversible", d.says or ""
     return "untouched", d.says or ""

@@ -310,11 +310,101 @@ def test_what_is_closed_or_gone_ends_as_such(room: Room, kind: Any) -> None:
     fake.end("a", "closed")
     fake.end("b", "missing")
     record(room.ledger, [*ROWS, {"entity": "c", "before": 10, "after": 11}], kind=kind)
-    assert room.push(fake).complete
+    assert room.push(fake).complete == (kind == "decision"), "what a rollback does not find is no end"
     states = {"a": "SKIPPED", "b": "REJECTED", "c": "ACKED"}
-    assert room.states() == (
-        states if kind == "decision" else {"a": "NOT_REVERSIBLE", "b": "NOT_REVERSIBLE", "c": "ACKED"}
+    assert room.states() == (states if kind == "decision" else {"a": "NOT_REVERSIBLE", "b": "PENDING", "c": "ACKED"})
+
+
+BULK = Capabilities(conditional_write=True, bulk_read=10, bulk_write=10)
+STALE = Capabilities(stale_reads_s=2.0)
+PATHS = pytest.mark.parametrize(
+    ("can", "pooled"),
+    [(CONDITION, False), (BULK, False), (STALE, False), (CONDITION, True), (BULK, True)],
+    ids=["one by one", "bulk", "stale reads", "pool", "pool and bulk"],
+)
+
+
+def of_many(room: Room, can: Capabilities, pooled: bool, kind: Any = "decision") -> FakeSystem:
+    """Six entities in two waves of three, half of them going down and half up."""
+    names = "abcdef"
+    pools = {"champion": 600} if pooled else None
+    fake = room.system(
+        dict.fromkeys(names, 100), can=can, arms=dict.fromkeys(names, "champion") if pooled else None, pools=pools
     )
+    rows = [{"entity": e, "before": 100, "after": 90 if n % 2 else 110, "gain": 1.0} for n, e in enumerate(names)]
+    record(room.ledger, rows, kind=kind, pools=pools)
+    return fake
+
+
+@PATHS
+@pytest.mark.parametrize("kind", ["decision", "rollback"])
+def test_where_nothing_at_all_is_there_the_push_stops_and_everything_stays_open(
+    room: Room, can: Capabilities, pooled: bool, kind: Any
+) -> None:
+    fake = of_many(room, can, pooled, kind)
+    for name in "abcdef":
+        fake.end(name, "missing")
+    report = room.push(fake, settings=QUICK.model_copy(update={"wave": 3}))
+    assert not report.complete and "is the address of fake right" in report.why and "account" in report.why
+    assert set(room.states().values()) == {"PENDING"} and not fake.writes
+    for name in "abcdef":
+        fake.end(name, "open")
+    assert room.push(fake).counts == {"ACKED": 6}
+
+
+@PATHS
+def test_one_that_is_missing_among_others_is_a_dead_letter_and_the_rest_goes_out(
+    room: Room, can: Capabilities, pooled: bool
+) -> None:
+    fake = of_many(room, can, pooled)
+    fake.end("b", "missing")
+    report = room.push(fake, settings=QUICK.model_copy(update={"wave": 3}))
+    assert report.complete and report.counts == {"REJECTED": 1, "ACKED": 5}
+    assert "is not there downstream" in room.says("b")
+
+
+@pytest.mark.parametrize("can", [BULK, STALE], ids=["bulk", "stale reads"])
+def test_several_that_are_missing_among_others_are_dead_letters_although_a_wave_may_hold_only_them(
+    room: Room, can: Capabilities
+) -> None:
+    fake = of_many(room, can, False)
+    for name in "abc":
+        fake.end(name, "missing")
+    report = room.push(fake, settings=QUICK.model_copy(update={"wave": 3 if can is BULK else 6}))
+    assert report.complete and report.counts == {"REJECTED": 3, "ACKED": 3}
+
+
+def test_a_wave_of_which_nothing_is_there_any_more_stops_a_push_that_had_begun_well(room: Room) -> None:
+    fake = of_many(room, CONDITION, False)
+    fake.before_write = lambda key: [fake.end(name, "missing") for name in "def"] and None
+    report = room.push(fake, settings=QUICK.model_copy(update={"wave": 3}))
+    assert report.counts == {"ACKED": 3, "PENDING": 3} and "is the address of fake right" in report.why
+
+
+def test_a_dry_run_says_that_nothing_is_there(room: Room) -> None:
+    fake = of_many(room, CONDITION, False)
+    for name in "abcdef":
+        fake.end(name, "missing")
+    notes = dry_run(
+        room.ledger, fake, "b1", clock=room.clock, sleep=room.clock.sleep, monotonic=room.clock.monotonic
+    ).notes
+    assert any("is the address of fake right" in note for note in notes)
+
+
+def test_what_a_rollback_cannot_find_still_holds_its_money(room: Room) -> None:
+    """A token that may not see one line: what it holds is not shared out to the others."""
+    arms = dict.fromkeys("abc", "champion")
+    fake = room.system({"a": 800, "b": 100, "c": 100}, can=BULK, arms=arms, pools={"champion": 1000})
+    rows = [
+        {"entity": "a", "before": 800, "after": 100, "gain": 1.0}, {"entity": "b", "before": 100, "after": 450, "gain": 1.0},
+        {"entity": "c", "before": 100, "after": 450, "gain": 1.0},
+    ]  # fmt: skip
+    record(room.ledger, rows, kind="rollback", pools={"champion": 1000})
+    fake.end("a", "missing")
+    report = room.push(fake)
+    assert not report.complete and (fake.value("b"), fake.value("c")) == (100, 100)
+    fake.end("a", "open")
+    assert room.push(fake).counts == {"ACKED": 3} and not [over for _, over in fake.overs if over > 0]
 
 
 def test_a_value_that_is_no_number_is_somebody_elses(room: Room) -> None:
