@@ -1,13 +1,15 @@
 """The lake: atomic replacement, versions, and content that is the same whatever files it lies in."""
 
 import datetime as dt
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import deltalake
 import pyarrow as pa
 import pytest
 
-from assets.lake import Lake, TableMissing, VersionMissing, content_digest
+from assets.lake import Lake, Moved, TableMissing, VersionMissing, content_digest
 
 MONDAY = dt.date(2026, 3, 2)
 TUESDAY = MONDAY + dt.timedelta(days=1)
@@ -103,3 +105,51 @@ def test_versions_are_kept_beyond_deltas_own_thirty_days_and_a_missing_one_is_na
 def test_a_folder_that_delta_cannot_read_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match="SIGNALBOX_HOME"):
         Lake("/somewhere/with[brackets]")
+
+
+# --- several writers at once ------------------------------------------------------------------------------------------
+
+
+def test_a_write_on_a_version_that_is_not_the_newest_any_more_is_refused(tmp_path: Path) -> None:
+    lake = Lake(str(tmp_path))
+    first = lake.replace("w/t", rows(MONDAY, 1), predicate="day = '2026-03-02'", base=None)
+    lake.replace_days("w/t", rows(TUESDAY, 2), [TUESDAY])
+    for base in (first, None):
+        with pytest.raises(Moved, match="w/t"):
+            lake.replace("w/t", rows(MONDAY, 9), predicate="day = '2026-03-02'", base=base)
+    assert values(lake.read("w/t")) == [1, 2]
+    last = lake.replace("w/t", rows(MONDAY, 9), predicate="day = '2026-03-02'", base=lake.version("w/t"))
+    assert last == lake.version("w/t") and values(lake.read("w/t")) == [2, 9]
+
+
+def test_a_broken_write_is_an_error_and_not_taken_for_a_lost_race(tmp_path: Path) -> None:
+    lake = Lake(str(tmp_path))
+    lake.replace_days("w/t", rows(MONDAY, 1), [MONDAY])
+    with pytest.raises(Exception, match="day") as caught:
+        lake.replace("w/t", rows(TUESDAY, 2), predicate="day = '2026-03-02'", base=0)
+    assert not isinstance(caught.value, Moved)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_of_writers_at_once_each_gets_the_version_of_its_own_commit_and_one_partition_holds_one_writers_rows(
+    tmp_path: Path, exists: bool
+) -> None:
+    lake = Lake(str(tmp_path))
+    if exists:
+        lake.replace_days("w/t", rows(MONDAY, 0), [MONDAY])
+    days = [MONDAY, MONDAY, TUESDAY, TUESDAY]
+    start = threading.Barrier(len(days))
+
+    def write(n: int) -> list[tuple[int, dt.date, list[float]]]:
+        start.wait()
+        mine = [[n * 100.0 + i, n * 100.0 + i + 0.5] for i in range(5)]
+        return [(lake.replace_days("w/t", rows(days[n], *said), [days[n]]), days[n], said) for said in mine]
+
+    with ThreadPoolExecutor(len(days)) as pool:
+        done = [one for some in pool.map(write, range(len(days))) for one in some]
+    assert len({version for version, _, _ in done}) == len(done)
+    for version, day, said in done:
+        assert values(lake.read("w/t", version=version, days=[day])) == said, "another writer's rows, or both"
+    for day in set(days):
+        last = max(v for v, d, _ in done if d == day)
+        assert values(lake.read("w/t", days=[day])) == next(said for v, _, said in done if v == last)
