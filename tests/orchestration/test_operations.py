@@ -16,12 +16,14 @@ from typer.testing import CliRunner, Result
 from assets import delivering
 from assets.resources import resources
 from delivery.approvals import NotAuthenticated
+from delivery.connectors import google_ads
+from delivery.connectors.base import Written
 from delivery.ledger import BatchRow, Ledger, utc_now
 from delivery.push import Stopped
 from delivery.sandbox import advertising_api
 from delivery.sandbox.worlds import advertising
 from models.registry import Registry
-from orchestration import cli
+from orchestration import cli, operations
 from tests.conftest import Bench
 
 SECRET = "marked secret, nobody else's"
@@ -172,6 +174,137 @@ def test_a_rollback_restores_what_stood_and_leaves_a_human_change_alone(office: 
     assert one["restored"] == len(restored) and office.json("verify")["ok"]
     again = json.loads(office("rollback", row.batch_id, "--reason", "once more", "--json").stdout)
     assert again["batches"][0]["already"] == one["complete"] and office.account.amounts() == amounts
+
+
+def test_a_rollback_is_tried_first_with_the_totals_and_the_largest_changes(office: Office) -> None:
+    row = office.decide()
+    office.json("deliver", row.batch_id, "--late")
+    before, after = office.decided("before"), office.decided("after")
+    dry = office.json("rollback", row.batch_id, "--dry-run")
+    (diff,) = dry["batches"]
+    assert {r["entity"]: (r["now"], r["would"]) for r in diff["rows"] if r["action"] == "SEND"} == {
+        e: (after[e], before[e]) for e in after if after[e] != before[e]
+    }
+    with office.ledger() as book:
+        head, arms = (
+            book.head(),
+            dict(zip(*(book.decisions(row.batch_id)[c].to_pylist() for c in ("entity_id", "arm")), strict=True)),
+        )
+    lines = office("rollback", row.batch_id, "--dry-run").output.splitlines()
+    for arm in {arms[e] for e in after if after[e] != before[e]}:
+        steps = [before[e] - after[e] for e in after if arms[e] == arm and after[e] != before[e]]
+        up, down = (sum(s for s in steps if s > 0) / 1e6, -sum(s for s in steps if s < 0) / 1e6)
+        assert f"  arm {arm}: {len(steps)} change, up {up:,.2f}, down {down:,.2f}" in lines
+    shown = [line.split()[1].rstrip(":") for line in lines if line.startswith("  SEND")]
+    sizes = [abs(after[e] - before[e]) for e in shown]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] == max(abs(after[e] - before[e]) for e in after)
+    assert office.account.amounts() == after, "nothing was written"
+    with office.ledger() as book:
+        assert book.head() == head and not book.rollbacks()
+    assert office("rollback", row.batch_id, "--dry-run", "--close").exit_code == 2
+    assert office("rollback", row.batch_id).exit_code == 2, "a reason is asked for"
+
+
+def test_a_rollback_that_finds_nothing_is_not_complete_and_a_named_person_closes_it(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = office.decide()
+    office.json("deliver", row.batch_id, "--late")
+    gone = next(e for e, value in office.decided("after").items() if value != office.decided("before")[e])
+    read = google_ads.GoogleAds.read
+
+    def without(self: Any, keys: Any) -> Any:
+        found = read(self, keys)
+        return {k: replace(r, state="missing", value=None) if k == gone else r for k, r in found.items()}
+
+    monkeypatch.setattr(google_ads.GoogleAds, "read", without)
+    result = office("rollback", row.batch_id, "--reason", "harm", "--as", "kim", "--json")
+    report = json.loads(result.stdout)
+    assert result.exit_code == 1 and not report["complete"]
+    assert gone in [left["entity"] for left in report["batches"][0]["open"]]
+    plain = office("rollback", row.batch_id, "--reason", "harm", "--as", "kim")
+    assert plain.exit_code == 1 and "NOT complete" in plain.output and "is not there downstream" in plain.output
+
+    ended = office.json("rollback", row.batch_id, "--close", "--as", "robin", "--reason", "the line was deleted")
+
+    (one,) = ended["batches"]
+    assert ended["complete"] and one["closed"] and gone in [left["entity"] for left in one["not_reversible"]]
+    with office.ledger() as book:
+        assert [(r.action, r.actor) for r in book.rollbacks(row.batch_id)][-1] == ("closed", "robin")
+    assert "closed by a person" in office("rollback", row.batch_id, "--reason", "again").output
+    assert office.json("verify")["ok"]
+
+
+def test_a_rollback_names_what_the_retention_removed(office: Office) -> None:
+    row = office.decide()
+    office.json("deliver", row.batch_id, "--late")
+    with office.ledger() as book:
+        book.clock = lambda: utc_now() + timedelta(days=400 * 365)
+        assert book.retention(1) == [row.batch_id]
+    version = str(row.record["model_version"])
+    result = office("rollback", "--workflow", "ad_budget", "--model", version, "--reason", "harm", "--as", "kim")
+    assert result.exit_code == 0 and f"{row.batch_id}: older than the retention" in " ".join(result.output.split())
+    tried = office("rollback", "--workflow", "ad_budget", "--model", version, "--dry-run")
+    assert tried.exit_code == 0 and "the retention policy removed" in " ".join(tried.output.split())
+
+
+@pytest.mark.parametrize(
+    ("counts", "limit", "failed"),
+    [
+        ({}, 0.1, ""),
+        ({"ACKED": 9, "REJECTED": 1}, 0.1, ""),
+        ({"ACKED": 8, "REJECTED": 2}, 0.1, "2 of 10 tried deliveries were rejected (limit 10.00%)"),
+        ({"ACKED": 8, "REJECTED": 2, "SKIPPED": 90}, 0.1, "2 of 10 tried deliveries were rejected (limit 10.00%)"),
+        ({"ACKED": 1, "REJECTED": 9}, None, ""),
+        ({"REJECTED": 3}, None, "nothing of it stands downstream"),
+        ({"CONFLICT": 3, "SKIPPED": 1}, 0.5, "nothing of it stands downstream"),
+        ({"OVERWRITTEN": 1}, None, ""),
+    ],
+)
+def test_a_push_that_came_to_nothing_is_told_from_one_that_did_not(
+    counts: dict[str, int], limit: float | None, failed: str
+) -> None:
+    assert operations._came_to_nothing(counts, limit) == failed
+
+
+def test_a_push_of_which_everything_was_refused_ends_non_zero(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = office.decide()
+    monkeypatch.setattr(
+        google_ads.GoogleAds,
+        "apply",
+        lambda self, writes, validate_only=False: [Written(w.key, "refused", "no") for w in writes],
+    )
+    result = office("deliver", row.batch_id, "--late", "--json")
+    report = json.loads(result.stdout)
+    assert result.exit_code == 1 and report["complete"] and report["failed"] == "nothing of it stands downstream"
+    assert "FAILED: nothing of it stands downstream" in office("deliver", row.batch_id, "--late").output
+
+
+def test_what_a_write_changed_besides_is_printed_and_counted(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = office.decide()
+    read, writes = google_ads.GoogleAds.read, set()
+    apply = google_ads.GoogleAds.apply
+
+    def seen(self: Any, keys: Any) -> Any:
+        found = read(self, keys)
+        return {k: replace(r, watched={"team": "" if k in writes else "sales"}) for k, r in found.items()}
+
+    def applied(self: Any, asked: Any, *, validate_only: bool = False) -> Any:
+        if not validate_only:
+            writes.update(w.key for w in asked)
+        return apply(self, asked, validate_only=validate_only)
+
+    monkeypatch.setattr(google_ads.GoogleAds, "read", seen)
+    monkeypatch.setattr(google_ads.GoogleAds, "apply", applied)
+    result = office("deliver", row.batch_id, "--late")
+    assert f"other watched fields of {row.changed} changed" in " ".join(result.output.split()), result.output
+    shown = office.json("show", row.batch_id)
+    assert len(shown["changed besides"]) == row.changed and "team" in shown["changed besides"][0]["says"]
+    assert f"watched fields of {row.changed} changed with the value" in " ".join(
+        office("show", row.batch_id).output.split()
+    )
+    back = office.json("rollback", row.batch_id, "--reason", "harm", "--as", "kim")
+    assert len(back["batches"][0]["beside"]) >= row.changed
 
 
 def test_a_rollback_of_a_model_takes_its_batches_back_and_the_version_out(office: Office) -> None:
