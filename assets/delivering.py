@@ -17,7 +17,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from assets import deciding, promoting
+from assets import acting, deciding, promoting
 from assets.lake import Lake
 from assets.workflow import FOLDER, Workflow, load
 from delivery import guards, rollback
@@ -360,18 +360,26 @@ def lines(report: rollback.RollbackReport) -> list[str]:
 
 
 def spend_findings(workflow: Workflow, ledger: Ledger, outcomes: pa.Table) -> dict[str, list[Finding]]:
-    """What the guard over spending finds in the outcomes of delivered decisions, by batch; money in micros."""
+    """What the guard over spending finds in the outcomes of delivered decisions, by batch; money in micros.
+
+    A day's arm is judged as a whole. Where several batches of the day answer for it, the newest of them has set what stood in
+    the end: its pools count, and it is the one that is named.
+    """
     spec = workflow.delivery
     found: dict[str, list[Finding]] = {}
     if spec is None or spec.spend is None or not outcomes.num_rows:
         return found
-    spent = outcomes.group_by(["batch_id", "arm"]).aggregate([(spec.spend, "sum")])
-    for batch_id in pc.unique(spent["batch_id"]).to_pylist():
-        rows = spent.filter(pc.equal(spent["batch_id"], batch_id)).to_pylist()
+    spent = outcomes.group_by(["decided_day", "arm"]).aggregate([(spec.spend, "sum"), ("batch_id", "distinct")])
+    days: dict[date, list[dict[str, Any]]] = {}
+    for row in spent.to_pylist():
+        days.setdefault(row["decided_day"], []).append(row)
+    for rows in days.values():
         by_arm = {r["arm"]: round(r[f"{spec.spend}_sum"] * 1e6) for r in rows if r[f"{spec.spend}_sum"] is not None}
-        findings = guards.spend_over_pool(by_arm, ledger.batch(batch_id).pools, spec.guards)
+        answering = {batch_id for r in rows for batch_id in r["batch_id_distinct"]}
+        batch = max((ledger.batch(batch_id) for batch_id in answering), key=lambda b: b.sequence)
+        findings = guards.spend_over_pool(by_arm, batch.pools, spec.guards)
         if findings:
-            found[batch_id] = findings
+            found[batch.batch_id] = findings
     return found
 
 
@@ -379,9 +387,10 @@ def outcomes_of_decisions(workflow: Workflow, lake: Lake, ledger: Ledger, day: d
     """The outcomes that became known for the cut-off of ``day``, each beside the decision that it answers.
 
     An outcome of the join ``entity_day`` answers the decision of its ``for_day``; one of ``entity`` answers the entity's
-    newest decision that had been made when it became known. Columns: decision_id, batch_id, decided_day, entity_id,
-    unit, arm, arm_probability, perturbation, before, after, state (of the delivery; null: nothing was to be sent),
-    standing (the value that stood downstream after it), then known_at and the outcome's own columns.
+    newest decision that had been made when it became known. Only decisions that acted answer (``assets.acting``). Columns:
+    decision_id, batch_id, decided_day, entity_id, unit, arm, arm_probability, perturbation, before, after, state (of the
+    delivery; null: nothing was to be sent), standing (the value that stood downstream when the day of its effect ended),
+    then known_at and the outcome's own columns.
     """
     import duckdb
 
@@ -404,66 +413,23 @@ def outcomes_of_decisions(workflow: Workflow, lake: Lake, ledger: Ledger, day: d
         ).to_arrow_table()
 
 
-_NAIVE = pa.timestamp("us")
-_DECIDED = pa.schema(
-    {
-        "decision_id": pa.string(),
-        "batch_id": pa.string(),
-        "decided_day": pa.date32(),
-        "entity_id": pa.string(),
-        "unit": pa.string(),
-        "arm": pa.string(),
-        "arm_probability": pa.float64(),
-        "perturbation": pa.float64(),
-        "before": pa.int64(),
-        "after": pa.int64(),
-        "state": pa.string(),
-        "standing": pa.int64(),
-    }
-)
+_DECIDED = pa.schema([f for f in acting.DECIDED if f.name not in ("perturbation_probability", "decided_at")])
 
 
 def _decided(workflow: Workflow, ledger: Ledger, first: date, last: date, only: set[date] | None) -> pa.Table:
-    """The decisions of the batches that count for the days ``first``…``last``, with what came of sending them."""
-    newest: dict[date, BatchRow] = {}
-    for row in sorted(ledger.batches(workflow.name, since=first, kind="decision"), key=lambda b: b.sequence):
-        if row.day <= last and (only is None or row.day in only):
-            newest[row.day] = row
-    tables = []
-    for day, batch in sorted(newest.items()):
-        decided = ledger.decisions(batch.batch_id)
-        sent = {d.decision_id: d for d in ledger.deliveries(batch.batch_id)}
-        found = [sent.get(i) for i in decided["decision_id"].to_pylist()]
-        before = decided["before"].to_pylist()
-        added = {
-            "batch_id": [batch.batch_id] * len(found),
-            "decided_day": [day] * len(found),
-            "state": [d.state if d else None for d in found],
-            "standing": [
-                b if d is None or d.observed is None else d.observed for d, b in zip(found, before, strict=True)
-            ],
-        }
-        columns = [pa.array(added[f.name], f.type) if f.name in added else decided[f.name] for f in _DECIDED]
-        made = pa.array([batch.decided_at] * len(found), _NAIVE)
-        tables.append(pa.table(columns, schema=_DECIDED).append_column("decided_at", made))
-    return pa.concat_tables(tables) if tables else _DECIDED.append(pa.field("decided_at", _NAIVE)).empty_table()
+    """The decisions that acted on the days ``first``…``last``, with what came of sending them."""
+    return acting.decided(ledger, workflow.name, first, last, only=only).drop_columns(["perturbation_probability"])
 
 
 def randomised(ledger: Ledger, workflow: str, day: date) -> dict[str, tuple[float, float]]:
-    """What exploring drew in the batch of ``day`` and really stands: entity → (multiplier, probability).
+    """What exploring drew on ``day`` and really stood: entity → (multiplier, probability).
 
-    What a reporting export joins to the platform's rows, since the platform knows nothing of it.
+    What a reporting export joins to the platform's rows, since the platform knows nothing of it. A value that was not sent,
+    was replanned, or was taken back before the day of its effect was over is none of it.
     """
-    try:
-        batch = batch_of(ledger, workflow, day)
-    except NothingToDeliver:
-        return {}
-    stands = {
-        d.decision_id for d in ledger.deliveries(batch.batch_id) if d.state == "ACKED" and d.sent in (None, d.after)
-    }
-    drawn = ledger.decisions(batch.batch_id).filter(pc.is_valid(pc.field("perturbation"))).to_pylist()
+    drawn = acting.decided(ledger, workflow, day, day)
+    stood = drawn.filter(pc.is_valid(pc.field("perturbation")) & (pc.field("standing") == pc.field("after")))
     return {
         r["entity_id"]: (r["perturbation"], r["perturbation_probability"])
-        for r in drawn
-        if r["decision_id"] in stands or not r["changed"]
+        for r in stood.select(["entity_id", "perturbation", "perturbation_probability"]).to_pylist()
     }

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake.exceptions import DeltaError
 
-from assets import code, deciding, what_if
+from assets import acting, code, deciding, what_if
 from assets.lake import Lake, TableMissing
 from assets.workflow import FOLDER, Workflow
 from data_checks import guardrails
@@ -88,7 +88,8 @@ def explain(
     kind = batch["kind"]
     links: dict[str, Any] = {}
     sent = _or_gone("its deliveries", lambda: _deliveries(ledger, row, batch, missing))
-    links["downstream"] = _downstream(sent, row, reading)
+    acted = {} if missing or kind != "decision" else _or_gone("what acted", lambda: _acted(ledger, row, batch))
+    links["downstream"] = _downstream(sent, row, reading, acted)
     links["deliveries"] = sent
     links["batch"] = {k: v for k, v in batch.items() if k != "record"}
     links["batch"] |= _or_gone("its rollbacks", lambda: _rolled_back(ledger, batch))
@@ -223,9 +224,27 @@ def _deliveries(ledger: Ledger, row: Mapping[str, Any], batch: Mapping[str, Any]
     return {"each": found}
 
 
-def _downstream(sent: Mapping[str, Any], row: Mapping[str, Any], reading: Reading | None) -> dict[str, Any]:
-    """The value that stands downstream, as far as anybody has looked."""
-    out: dict[str, Any] = {}
+def _acted(ledger: Ledger, row: Mapping[str, Any], batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether this decision is the one that acted on its entity that day, and which other one did instead.
+
+    Empty where that is not known: the name was forgotten, or the rows of the day were removed.
+    """
+    if row.get("entity_id") is None:
+        return {}
+    answer = acting.of_entity(ledger, batch["workflow"], batch["day"], row["entity_id"])
+    if answer is None:
+        mine = ledger.batch(batch["batch_id"])
+        return {} if mine.acted or not mine.changed else {"acted": False}
+    if answer["decision_id"] == row["decision_id"]:
+        return {"acted": True}
+    return {"acted": False, "instead": {k: answer[k] for k in ("decision_id", "batch_id", "after", "standing")}}
+
+
+def _downstream(
+    sent: Mapping[str, Any], row: Mapping[str, Any], reading: Reading | None, acted: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The value that stands downstream, as far as anybody has looked, and whether it is this decision that set it."""
+    out: dict[str, Any] = {k: v for k, v in acted.items() if k != "gone"}
     if "gone" in sent:
         out["gone"] = sent["gone"]
     elif sent["each"]:
@@ -237,7 +256,7 @@ def _downstream(sent: Mapping[str, Any], row: Mapping[str, Any], reading: Readin
         )  # fmt: skip
     if reading is not None:
         out["now"] = {"value": reading.value, "state": reading.state, "target": reading.target, "says": reading.says}
-        out["now"]["as_decided"] = reading.value == row.get("after")
+        out["now"]["as_decided"] = reading.value == row.get("after") and acted.get("acted") is not False
     return out
 
 
@@ -567,9 +586,18 @@ def _downstream_lines(said: Mapping[str, Any], value: Callable[[Any], str]) -> I
             yield f"it says: {said['says']}"
     else:
         yield f"Downstream: {said['says']}"
+    if "instead" in said:
+        other = said["instead"]
+        yield (
+            f"not what acted that day: decision {other['decision_id']} of batch {other['batch_id']} did, and "
+            f"{_shown(other['standing'], value)} stood"
+        )
+    elif said.get("acted") is False:
+        yield "nothing of its batch has been sent: this decision has not acted"
     if "now" in said:
         now = said["now"]
         stands = "as decided" if now["as_decided"] else "not what was decided"
+        stands = "not by this decision" if said.get("acted") is False else stands
         yield f"now: {_shown(now['value'], value)} ({now['state']}, {stands}){': ' + now['says'] if now['says'] else ''}"
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from assets import promoting
+from assets import acting, promoting
 from assets.lake import Lake
 from assets.point_in_time import StageSqlError, connect
 from assets.workflow import Regression, Workflow
@@ -109,8 +109,8 @@ def comparisons(workflow: Workflow, ledger: Ledger, day: date) -> tuple[Comparis
     """What there is to judge with what was known at the cut-off of ``day``: the champion beside the holdout since its
     version began to act, and the challenger beside the champion since its canary began.
 
-    The ledger's batches say what acted: those decided for a day before ``day`` of which something was sent (or that
-    had nothing to send). A day that a lower step decided interrupts nothing. Where no model acts the rule is judged.
+    The ledger's deliveries say what acted (``assets.acting``), of the days before ``day``. A day that a lower step decided
+    interrupts nothing. Where no model acts the rule is judged.
     """
     known = workflow.cutoff_of(day)
     shares = arms.normalised(workflow.arms.shares)
@@ -137,12 +137,9 @@ def comparisons(workflow: Workflow, ledger: Ledger, day: date) -> tuple[Comparis
 
 
 def _acted(workflow: Workflow, ledger: Ledger, day: date, known: datetime) -> list[BatchRow]:
-    """The batches that acted by a cut-off, oldest first: of each day the one recorded last."""
-    newest: dict[date, BatchRow] = {}
-    for row in ledger.batches(workflow.name, kind="decision"):
-        if row.day < day and row.recorded_at <= known and row.status != "REFUSED":
-            newest[row.day] = row
-    return [row for _, row in sorted(newest.items()) if row.delivery != "NONE" or not row.changed]
+    """The batches that acted by a cut-off, oldest first: of each day the newest of them."""
+    batches = ledger.batches(workflow.name, kind="decision")
+    return list(acting.newest(b for b in batches if b.day < day and b.recorded_at <= known).values())
 
 
 def _number(batch: BatchRow, key: str) -> int | None:
@@ -590,7 +587,7 @@ class Condemned:
     day: date
     reason: str
     batches: tuple[str, ...]
-    """Its batches that no rollback has completed."""
+    """Its batches that acted, or may still be sent, and that no rollback has ended."""
     attempt: int
     """Number of the verdict's event: another verdict asks anew."""
 
@@ -604,12 +601,12 @@ def condemned(ledger: Ledger, workflow: Workflow) -> list[Condemned]:
     events = ledger.events(VERDICT, workflow.name)
     if not any(e.body["verdict"] == "ROLLBACK" for e in events):
         return []
-    batches = [b for b in ledger.batches(workflow.name, kind="decision") if b.status != "REFUSED"]
+    acted, batches = _acted_or_may(ledger, workflow)
     done = {r.batch_id for r in ledger.rollbacks() if r.action in ("complete", "closed")}
     moves: dict[int | None, list[Event]] = {}
     for event in ledger.events("promotion", workflow.name):
         moves.setdefault(event.body["version"], []).append(event)
-    acting = _acting(ledger, workflow, batches)
+    act_now = _acting(ledger, workflow, acted)
     found: dict[tuple[str, int | None], Condemned] = {}
     for event in events:
         if event.body["verdict"] != "ROLLBACK":
@@ -624,7 +621,7 @@ def condemned(ledger: Ledger, workflow: Workflow) -> list[Condemned]:
             own = [b for b in batches if version in {_number(b, k) for k in keys} and not b.retired]
         left = tuple(b.batch_id for b in own if b.batch_id not in done)
         begun = "rolled back" in later or (version is None and len(left) < len(own))
-        wanted = bool(left) if begun else version in acting
+        wanted = bool(left) if begun else version in act_now
         if wanted and not _AGAIN.intersection(later):
             reason = promoting.reason_of(event.body)
             found[event.body["comparison"], version] = Condemned(
@@ -633,14 +630,23 @@ def condemned(ledger: Ledger, workflow: Workflow) -> list[Condemned]:
     return sorted(found.values(), key=lambda c: c.attempt)
 
 
-def _acting(ledger: Ledger, workflow: Workflow, batches: Sequence[BatchRow]) -> set[int | None]:
+def _acted_or_may(ledger: Ledger, workflow: Workflow) -> tuple[list[BatchRow], list[BatchRow]]:
+    """The batches that acted, oldest day first; and they with those that may still be sent, in the order of deciding."""
+    every = ledger.batches(workflow.name, kind="decision")
+    acted = [b for rows in acting.by_day(every).values() for b in rows]
+    may = {
+        b.day: b for b in every if b.status != "REFUSED" and not b.backfill and ledger.clock() < promoting.over(b.day)
+    }
+    chosen = {b.batch_id for b in (*acted, *may.values())}
+    return acted, [b for b in every if b.batch_id in chosen]
+
+
+def _acting(ledger: Ledger, workflow: Workflow, acted: Sequence[BatchRow]) -> set[int | None]:
     """Who acts now: the champion (None: the rule, where no model does) and the challenger."""
     stands = promoting.live(ledger, workflow)
-    acting: set[int | None] = {stands["challenger"][0]} if stands["challenger"] else set()
+    found: set[int | None] = {stands["challenger"][0]} if stands["challenger"] else set()
     if stands["champion"] is not None or ledger.promotions(workflow.name):
-        return acting | {stands["champion"]}
-    # A ledger that knows of no promotion: whoever decided last.
-    newest = max(
-        (b for b in batches if b.step in ("champion", "rule")), key=lambda b: (b.day, b.sequence), default=None
-    )
-    return acting if newest is None else acting | {_number(newest, "model_version")}
+        return found | {stands["champion"]}
+    # A ledger that knows of no promotion: whoever acted last.
+    newest = [b for b in acted if b.step in ("champion", "rule")][-1:]
+    return found | {_number(b, "model_version") for b in newest}

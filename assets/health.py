@@ -22,7 +22,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from assets import delivering, guarding, promoting
+from assets import acting, delivering, guarding, promoting
 from assets.deciding import STEPS
 from assets.workflow import Workflow
 from delivery import approvals
@@ -130,13 +130,16 @@ class Health:
 def examine(ledger: Ledger, workflow: Workflow, *, until: datetime, window_days: int = WINDOW_DAYS) -> Health:
     """What the ledger says of a workflow's loop at ``until`` (naive UTC); reads it, changes nothing.
 
-    Events after ``until`` do not count. What became of deliveries is as it stands in the ledger. Where nothing was decided for
-    as long as the window is, the window ends with the last day that was: the figures of a loop that stands still are those from
-    before it stopped, and what people did to it since. What is open is always that of ``until``.
+    Events after ``until`` do not count. What became of deliveries is as it stands in the ledger. A day is told by the batch that
+    acted, else by the newest that was decided in time for it; what was decided afterwards and never sent changes nothing of
+    what is told. Where nothing was decided for as long as the window is, the window ends with the last day that was: the figures
+    of a loop that stands still are those from before it stopped, and what people did to it since. What is open is always that
+    of ``until``.
     """
     name = workflow.name
     batches = [b for b in ledger.batches(name, kind="decision") if b.recorded_at <= until]
-    last = delivering.over(max(b.day for b in batches)) if batches else until
+    told_by = acting.told(batches)
+    last = delivering.over(max(told_by)) if told_by else until
     as_of = last if last < until - timedelta(days=window_days) else until
     since = as_of - timedelta(days=window_days)
     events = [e for e in ledger.events(workflow=name) if e.at <= until]
@@ -146,7 +149,7 @@ def examine(ledger: Ledger, workflow: Workflow, *, until: datetime, window_days:
     asked = [e for e in triggers if e.body["action"] == "asked"]
     told = _incidents(ledger, batches, events, moves, until)
     recent = tuple(one for one in told if one.asked > since)
-    daily = _days(workflow, batches, as_of)
+    daily = _days(workflow, told_by, batches, as_of)
     mine = [d for d in daily if d["day"] > since.date() - timedelta(days=1)]
     tried, overrides, rejected = (sum(d[k] for d in mine) for k in ("deliveries", "overrides", "rejected"))
     decided = [d for d in mine if d["step"] is not None]
@@ -254,23 +257,24 @@ def _speaks(event: Event, one: Incident) -> bool:
     )
 
 
-def _days(workflow: Workflow, batches: Sequence[BatchRow], until: datetime) -> list[dict[str, Any]]:
+def _days(
+    workflow: Workflow, told_by: Mapping[date, BatchRow], batches: Sequence[BatchRow], until: datetime
+) -> list[dict[str, Any]]:
     """Every day from the first decided one to the newest that should be: its step, whether it was late, its deliveries.
 
-    A day that has several batches counts by the one recorded last; one that has none has no step, and is late once its
-    deadline has passed. A batch is late where its scoring said so, or where it was decided after the deadline of a day
-    that was still to take effect (a backfill has no deadline).
+    A day has the step of the batch by which it is told; one that has none (a backfill is none) has no step, and is late once
+    its deadline has passed. A batch is late where its scoring said so, or where it was decided after the deadline. Deliveries
+    are those of all of the day's batches that met the downstream system.
     """
-    counts = {b.day: b for b in sorted(batches, key=lambda b: b.sequence)}
-    if not counts:
+    if not told_by:
         return []
-    told, day = [], min(counts)
-    while day in counts or day < max(counts) or workflow.deadline_of(day) < until:
-        b = counts.get(day)
-        states = b.counts if b is not None else {}
-        in_time = b is not None and not b.record.get("late")
-        if b is not None and workflow.deadline_of(day) < b.decided_at < delivering.over(day):
-            in_time = False
+    sent: dict[date, Counter[str]] = {}
+    for batch in batches:
+        sent.setdefault(batch.day, Counter()).update(batch.counts)
+    told, day = [], min(told_by)
+    while day in told_by or day < max(told_by) or workflow.deadline_of(day) < until:
+        b, states = told_by.get(day), sent.get(day, Counter())
+        in_time = b is not None and not b.record.get("late") and b.decided_at <= workflow.deadline_of(day)
         told.append({
             "day": day, "step": b.step if b is not None else None, "late": not in_time,
             "deliveries": sum(states.get(s, 0) for s in TRIED), "overrides": sum(states.get(s, 0) for s in OVERRIDES),
@@ -305,6 +309,7 @@ def _now(ledger: Ledger, workflow: Workflow, batches: Sequence[BatchRow], now: d
     stop, live = ledger.stopped(name), promoting.live(ledger, name, until=now)
     every = [b for b in ledger.batches(name) if b.recorded_at <= now]
     newest = {b.day: b for b in sorted(batches, key=lambda b: b.sequence)}
+    delivered = (b.day for rows in acting.by_day(batches).values() for b in rows if b.delivery == "COMPLETE")
     four_eyes = workflow.delivery.approval.four_eyes if workflow.delivery is not None else False
     held = []
     for b in newest.values():
@@ -335,8 +340,8 @@ def _now(ledger: Ledger, workflow: Workflow, batches: Sequence[BatchRow], now: d
         "champion_since": _said(live["since"].get("champion")),
         "challenger": None if challenger is None else {"version": challenger[0], "stage": challenger[1]},
         "blocked": list(live.get("blocked", ())),
-        "newest_day_decided": _said(max(newest, default=None)),
-        "newest_day_delivered": _said(max((b.day for b in newest.values() if b.delivery == "COMPLETE"), default=None)),
+        "newest_day_decided": _said(max(acting.told(batches), default=None)),
+        "newest_day_delivered": _said(max(delivered, default=None)),
     }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ or what a fall starts (``assets.retraining``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import date, timedelta
 from functools import cache
 
@@ -42,12 +42,15 @@ def span(workflow: Workflow, day: date) -> list[date]:
     return [d for n in range(back, -1, -1) if (d := day - timedelta(days=n)) >= workflow.start]
 
 
-def scored(workflow: Workflow, lake: Lake, day: date) -> pa.Table:
+def scored(workflow: Workflow, lake: Lake, day: date, without: Collection[date] = ()) -> pa.Table:
     """Every score that counts at ``day`` with what was known of it at that day's cut-off, as ``performance.judge`` reads it.
 
     Empty where nothing was scored. An outcome that became known later, or that landed for a later day, is not seen.
+    ``without``: days whose stored scores are not of the version that acted (``acting.scored_by_others``).
     """
-    days = span(workflow, day)
+    days = [d for d in span(workflow, day) if d not in without]
+    if not days:
+        return _EMPTY
     try:
         scores = deciding.recorded_scores(workflow, lake, days)
         scoring = lake.read(workflow.table("scoring"), days=days, columns=["day", "model_version", "step"])
@@ -176,10 +179,12 @@ def held_out(workflow: Workflow, registry: Registry | None) -> Callable[[int], M
     return of
 
 
-def judge(workflow: Workflow, lake: Lake, registry: Registry | None, day: date) -> pa.Table:
-    """The rows of ``<workflow>/performance`` of a day: every figure that can be told at its cut-off."""
+def judge(
+    workflow: Workflow, lake: Lake, registry: Registry | None, day: date, without: Collection[date] = ()
+) -> pa.Table:
+    """The rows of ``<workflow>/performance`` of a day: every figure that can be told at its cut-off; ``without`` as in ``scored``."""
     return performance.judge(
-        scored(workflow, lake, day),
+        scored(workflow, lake, day, without),
         day,
         kind=kind_of(workflow),
         spec=workflow.retraining,

@@ -540,6 +540,16 @@ class Ledger:
             at = self._at(connection, decision_id)
             return self._deliveries(connection, [d.sequence == at.sequence, d.n == at.n])
 
+    @plainly
+    def delivered(self, batch_id: str) -> pa.Table:
+        """What became of a batch's deliveries, in bulk: n, state, sent, observed, verified_at (naive UTC), in their order."""
+        with reading(self.engine) as connection, connection.begin():
+            sequence = self._find(connection, batch_id).sequence
+            at = "verified_at" if is_sqlite(connection) else "to_char(verified_at, 'YYYY-MM-DD HH24:MI:SS.US')"
+            query = f"SELECT n, state, sent, observed, {at} FROM deliveries WHERE sequence = ? ORDER BY n"
+            raw = select_bulk(connection, query, [sequence], _DELIVERED)
+        return raw.set_column(4, "verified_at", raw["verified_at"].cast(pa.timestamp("us")))
+
     def _deliveries(self, connection: Connection, where: Sequence[Any]) -> list[Delivery]:
         d, c, b = tables.deliveries, tables.decisions, tables.batches
         entity, target = tables.names.alias("e"), tables.names.alias("t")
@@ -1496,6 +1506,9 @@ _RAW = pa.schema(
         "expected_gain": pa.float64(), "reasons": pa.string(), "n": pa.int64(),
     }
 )  # fmt: skip
+_DELIVERED = pa.schema(
+    {"n": pa.int64(), "state": pa.string(), "sent": pa.int64(), "observed": pa.int64(), "verified_at": pa.string()}
+)
 _ACKNOWLEDGE = text(
     "INSERT INTO acknowledged (system, entity, target, value, verified_at, sequence, n) "
     "VALUES (:system, :entity, :target, :value, :verified_at, :sequence, :n) ON CONFLICT (system, entity) DO UPDATE SET "

@@ -116,6 +116,18 @@ class Report:
     seconds: float = 0.0
     ledger_seconds: float = 0.0
 
+    def failure(self, max_rejected_share: float | None = None) -> str:
+        """Why a push that came to its end did not do what it was for: nothing of it stands, or more than the guard's share was
+        rejected, of however few deliveries. Empty: it did, or it had nothing to send."""
+        total, landed = sum(self.counts.values()), sum(self.counts.get(state, 0) for state in ("ACKED", "OVERWRITTEN"))
+        tried = total - self.counts.get("SKIPPED", 0) - self.counts.get("PENDING", 0)
+        rejected = self.counts.get("REJECTED", 0)
+        if total and not landed:
+            return f"none of {total} deliveries was acknowledged: {dict(sorted(self.counts.items()))}"
+        if max_rejected_share is not None and tried and rejected / tried > max_rejected_share:
+            return f"{rejected} of {tried} tried deliveries were rejected (limit {max_rejected_share:.2%})"
+        return ""
+
     def as_dict(self) -> dict[str, Any]:
         """For a command's --json and for metadata."""
         return asdict(self)

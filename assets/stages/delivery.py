@@ -30,7 +30,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         description=f"The day's batch in {spec.connector.kind}, each change verified by reading it back.",
         kinds={spec.connector.kind},
         checks={
-            "reconciled": (True, "Every change that was to be sent has ended, and none is unknown"),
+            "reconciled": (True, "Every change that was to be sent has ended, some stand, and none is unknown"),
             "guards": (True, "Rejections and overrides stay under the limits over which a batch is taken back"),
         },
         pool=f"downstream_{workflow.name}",
@@ -64,12 +64,12 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         finally:
             connector.close()
             book.close()
-        return dg.MaterializeResult(metadata=metadata, check_results=_checks(day, done))
+        return dg.MaterializeResult(metadata=metadata, check_results=_checks(workflow, day, done))
 
     return delivery
 
 
-def _checks(day: Any, done: delivering.Delivered) -> list[dg.AssetCheckResult]:
+def _checks(workflow: Workflow, day: Any, done: delivering.Delivered) -> list[dg.AssetCheckResult]:
     report = done.report
     if report is None:
         waits = done.batch.status == "HELD"
@@ -77,10 +77,14 @@ def _checks(day: Any, done: delivering.Delivered) -> list[dg.AssetCheckResult]:
             folded("reconciled", {day: (False, done.said)}, warn=waits),
             folded("guards", {day: (True, "nothing was sent")}),
         ]
+    assert workflow.delivery is not None, "asked for workflows that deliver"
     text = f"{report.counts}" if report.complete else f"not at its end, run it again: {report.counts}; {report.why}"
+    failure = report.failure(workflow.delivery.guards.max_rejected_share) if report.complete else ""
+    if failure and report.why:
+        failure = f"{failure}; {report.why}"
     over = "; ".join(f.text for f in done.findings)
     return [
-        folded("reconciled", {day: (report.complete, text)}),
+        folded("reconciled", {day: (report.complete and not failure, failure or text)}),
         folded("guards", {day: (not done.findings, over or "within the limits")}),
     ]
 

@@ -5,7 +5,7 @@ the decision to retrain (``assets.retraining``, which reads what is stored here)
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from functools import lru_cache
@@ -15,7 +15,7 @@ import dagster as dg
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from assets import deciding, promoting
+from assets import acting, deciding, promoting
 from assets.lake import Lake
 from assets.resources import ClockResource, LakeResource, LedgerResource, RegistryResource, ReportsResource
 from assets.stages.common import days, folded, stage
@@ -162,14 +162,21 @@ def _earlier(
     return [bool(fresh[d][what] if d in fresh else stored.get(d)) for d in before]
 
 
-def _scored_days(workflow: Workflow, lake: Lake, day: date) -> tuple[list[date], list[date], str]:
-    """Days scored by the day's own version, as window and reference (both empty with the reason why)."""
+def _scored_days(
+    workflow: Workflow, lake: Lake, day: date, others: Collection[date] = ()
+) -> tuple[list[date], list[date], str]:
+    """Days scored by the day's own version, as window and reference (both empty with the reason why).
+
+    ``others``: days whose stored scores are not of the version that acted (``acting.scored_by_others``).
+    """
     scoring, spec = workflow.table("scoring"), workflow.drift
     if not lake.exists(scoring) or not lake.exists(workflow.table("scores")):
         return [], [], "no day has been scored"
     far = [day - timedelta(days=n) for n in range(spec.window_days + spec.reference_days)]
     rows = lake.read(scoring, days=far, columns=["day", "model_version", "model_digest"])
-    by_day = {r["day"]: (r["model_version"], r["model_digest"]) for r in rows.to_pylist()}
+    by_day = {r["day"]: (r["model_version"], r["model_digest"]) for r in rows.to_pylist() if r["day"] not in others}
+    if day in others:
+        return [], [], f"the stored scores of {day} are not of the version that acted"
     mine = by_day.get(day)
     if mine is None or mine[1] is None:
         return [], [], f"no model scored {day}"
@@ -191,10 +198,10 @@ class _Scores:
     text: str
 
 
-def _judge_scores(workflow: Workflow, lake: Lake, day: date) -> _Scores:
+def _judge_scores(workflow: Workflow, lake: Lake, day: date, others: Collection[date] = ()) -> _Scores:
     from data_checks import drift
 
-    window, before, why = _scored_days(workflow, lake, day)
+    window, before, why = _scored_days(workflow, lake, day, others)
     if not window:
         return _Scores(None, False, "{}", "", f"scores not judged: {why}")
     table = workflow.table("scores")
@@ -277,9 +284,10 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         known: dict[tuple[date, ...], drifts.Baseline] = {}
         with ledger.open(clock.now) as book:
             champions = {day: importances(workflow, registry.registry, book, day) for day in span}
+            others = acting.scored_by_others(book, workflow, lake.lake)
         for day in span:
             champion, gains, unknown = champions[day]
-            scores = _judge_scores(workflow, lake.lake, day)
+            scores = _judge_scores(workflow, lake.lake, day, others)
             scores_page = reports.write(workflow.name, day, "drift_scores.html", scores.page)[1] if scores.page else ""
             scores_drifted = None
             if scores.spoke is not None:

@@ -11,8 +11,8 @@ import dagster as dg
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from assets import performing
-from assets.resources import LakeResource, RegistryResource, ReportsResource
+from assets import acting, performing
+from assets.resources import ClockResource, LakeResource, LedgerResource, RegistryResource, ReportsResource
 from assets.stages.common import days, folded, key, stage
 from assets.workflow import Workflow
 from data_checks import performance as figures
@@ -39,10 +39,17 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         checks={"performance": (False, f"{metric} is not worse than its baseline by more than its limit")},
     )
     def performance(
-        context: dg.AssetExecutionContext, lake: LakeResource, registry: RegistryResource, reports: ReportsResource
+        context: dg.AssetExecutionContext,
+        lake: LakeResource,
+        ledger: LedgerResource,
+        registry: RegistryResource,
+        clock: ClockResource,
+        reports: ReportsResource,
     ) -> dg.MaterializeResult:
         span = days(context)
-        judged = {day: performing.judge(workflow, lake.lake, registry.registry, day) for day in span}
+        with ledger.open(clock.now) as book:
+            others = acting.scored_by_others(book, workflow, lake.lake)
+        judged = {day: performing.judge(workflow, lake.lake, registry.registry, day, others) for day in span}
         lake.lake.replace_days(table, pa.concat_tables(judged.values()), span)
         links: dict[str, Any] = {}
         for day, found in judged.items():

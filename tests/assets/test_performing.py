@@ -172,7 +172,7 @@ def test_the_asset_tells_every_day_once_with_numbers_page_and_words(
         deciding.write_scores(workflow, bench.lake, day, scored)
     monkeypatch.setenv("SIGNALBOX_HOME", str(bench.root))
     monkeypatch.setenv("SIGNALBOX_MLFLOW_URI", registry.uri)
-    given = {k: v for k, v in resources(None).items() if k in ("lake", "registry", "reports")}
+    given = {k: v for k, v in resources(None).items() if k in ("lake", "ledger", "registry", "clock", "reports")}
     asset = stage.build(workflow)
     job = dg.Definitions(assets=[asset], resources=given).resolve_implicit_global_asset_job_def()
     table, seen = workflow.table("performance"), []
