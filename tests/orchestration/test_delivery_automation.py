@@ -176,7 +176,7 @@ def test_a_run_that_failed_before_its_push_began_is_asked_for_again_later(workfl
 def test_a_push_that_died_is_asked_for_again_under_another_key(workflow: Workflow, desk: Desk) -> None:
     desk.batch("b1", HIGHER, day=0)
     (first,) = asked(workflow, desk)
-    assert desk.mortal(lambda ledger: desk.push("b1", ledger), 12) is None, "it did not die"
+    desk.push_dies("b1", 1)
     (second,) = asked(workflow, desk)
     assert first != second
 
@@ -278,6 +278,7 @@ def test_a_guards_rollback_that_does_not_come_to_its_end_is_begun_once_an_hour(w
 def test_of_several_rollbacks_that_broke_off_the_newest_batch_comes_first(workflow: Workflow, desk: Desk) -> None:
     for n, name in enumerate(("b1", "b2")):
         desk.sent(name, dict.fromkeys(ENTITIES, 120 + n))
+    for name in ("b1", "b2"):
         desk.ledger.rollback_asked(name, actor="kim", reason="harm", trigger="person")
     assert {config["batch"] for _, config in restarts(workflow, desk, desk.clock(), 3)} == {"b2"}
     desk.ledger.rollback_complete("b2", actor="kim", reason="harm", trigger="person")
