@@ -297,7 +297,7 @@ def _daily_again(
             del memory.asked[text]
         elif day not in skip and day not in running and _due(asked, now):
             asked |= {"at": now.isoformat(), "tries": int(asked["tries"]) + 1}
-            cause = f"asked for {day} the {asked['tries']}. time: its run came to no decision"
+            cause = f"{day} is asked for again (try {asked['tries']}): its run came to no decision"
             requests.append(_decide(workflow, day, _again(asked["key"], now), cause))
     return requests
 
@@ -349,6 +349,6 @@ def _prepare_again(workflow: Workflow, memory: Memory, now: datetime, ended: Map
         elif good is False and _due(asked, now):
             asked |= {"key": _again(base, now), "at": now.isoformat(), "tries": int(asked["tries"]) + 1}
             first, last = date.fromisoformat(asked["first"]), date.fromisoformat(asked["last"])
-            cause = f"asked for the {asked['tries']}. time: its run did not come to its end"
+            cause = f"asked for again (try {asked['tries']}): its run did not come to its end"
             requests.append(_prepare_request(workflow, first, last, asked["key"], cause))
     return requests

@@ -193,7 +193,7 @@ def test_a_day_whose_run_died_is_asked_for_again_ever_more_rarely_until_its_dead
     assert list(found) == ["03:00", "03:10", "03:30", "04:10", "04:50", "05:30"], "from 06:00 on the schedule asks"
     requests = [r for some in found.values() for r in some]
     assert {r.partition_key for r in requests} == {DAY.isoformat()} and len({r.run_key for r in requests}) == 6
-    assert "2. time" in requests[1].tags["signalbox/cause"] and requests[1].job_name == "ad_budget_daily"
+    assert "(try 2)" in requests[1].tags["signalbox/cause"] and requests[1].job_name == "ad_budget_daily"
 
 
 def test_while_its_run_goes_on_or_once_it_is_decided_a_day_is_not_asked_for_again(zone: Zone) -> None:
