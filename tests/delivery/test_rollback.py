@@ -277,6 +277,29 @@ def test_a_rollback_is_not_rolled_back_but_decided_again(desk: Desk) -> None:
     assert desk.values() == desk.start
 
 
+def test_the_same_decided_again_is_sent_and_taken_back_again(desk: Desk) -> None:
+    for again in range(3):
+        desk.batch("b1", {"a": 150, "b": 250}, day=0)
+        assert desk.push("b1").complete and desk.values() == desk.start | {"a": 150, "b": 250}, again
+        name = desk.ledger.batches(kind="decision")[-1].batch_id
+        assert name == ("b1" if again == 0 else f"b1.{again + 1}")
+        one = only(desk.back(Batch(name)))
+        assert (
+            one.complete and one.rollback_id == f"rollback-{name}" and one.restored == 2 and desk.values() == desk.start
+        )
+    assert only(desk.back(Batch("b1"))).already
+    assert desk.ledger.verify().ok
+
+
+def test_a_generation_that_stands_is_named_where_the_first_one_is_taken_back(desk: Desk) -> None:
+    desk.sent("b1", {"a": 150}, day=0)
+    desk.back(Batch("b1"))
+    desk.batch("b1", {"a": 150}, day=0)
+    desk.push("b1")
+    report = desk.back(Batch("b1"))
+    assert only(report).already and report.newer == ("b1.2",) and desk.values()["a"] == 150
+
+
 def test_a_batch_whose_rows_were_removed_is_refused_by_name(desk: Desk) -> None:
     desk.sent("b1", {"a": 150})
     desk.clock.sleep(86_400 * 50)

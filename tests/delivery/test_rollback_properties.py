@@ -75,6 +75,7 @@ FAULTS: list[Fault] = ["", "", "", "unknown_applied", "unknown_lost", "not_appli
     which=st.lists(st.integers(0, 9), min_size=1, max_size=2),
     since=st.booleans(),
     between=st.none() | st.sampled_from(sorted(START)),
+    missing=st.none() | st.lists(st.sampled_from(sorted(START)), min_size=1, max_size=5, unique=True),
     kills=st.lists(st.integers(1, 90), max_size=2),
     faults=st.lists(st.sampled_from(FAULTS), min_size=7, max_size=7),
 )
@@ -85,7 +86,7 @@ FAULTS: list[Fault] = ["", "", "", "unknown_applied", "unknown_lost", "not_appli
         change_history=True, stale_reads_s=0.0,
     ),
     steps=[("person", "a", -60), ("batch", [5, 3, 8, 4, 1], None), ("batch", [3, 8, 6, 8, 9], None), ("batch", [4, 7, 1, 4, 6], 55)],
-    which=[4, 0], since=True, between=None, kills=[], faults=[""] * 7,
+    which=[4, 0], since=True, between=None, missing=None, kills=[], faults=[""] * 7,
 )  # fmt: skip
 # the third batch's push was killed while it found out what the second, killed on its way, had left: that one was sealed already
 @example(
@@ -100,6 +101,7 @@ def test_every_value_is_right_or_listed(
     which: list[int],
     since: bool,
     between: str | None,
+    missing: list[str] | None,
     kills: list[int],
     faults: list[Fault],
 ) -> None:
@@ -108,7 +110,7 @@ def test_every_value_is_right_or_listed(
         desk = Desk(Path(folder), START, can, arms=ARMS)
         try:
             lived(desk, steps, faults)
-            rolled_back(desk, which, since, between, kills, faults)
+            rolled_back(desk, which, since, between, missing or [], kills, faults)
         finally:
             desk.ledger.close()
 
@@ -147,8 +149,15 @@ def lived(desk: Desk, steps: list[tuple[str, Any, Any]], faults: list[Fault]) ->
 
 
 def rolled_back(
-    desk: Desk, which: list[int], since: bool, between: str | None, kills: list[int], faults: list[Fault]
+    desk: Desk,
+    which: list[int],
+    since: bool,
+    between: str | None,
+    missing: list[str],
+    kills: list[int],
+    faults: list[Fault],
 ) -> None:
+    """``missing``: entities that are not there at the first run, for as long as it takes."""
     batches = desk.ledger.batches("ad_budget", kind="decision")
     if not batches:
         return
@@ -166,10 +175,19 @@ def rolled_back(
         for at in kills:
             desk.mortal(lambda ledger, selection=selection: desk.back(selection, ledger), at)
         desk.well()
+        for key in missing:
+            desk.world.end(key, "missing")
+        desk.back(selection)
+        for key in missing:
+            desk.world.end(key, "open")
         for _ in range(3):
             if (report := desk.back(selection)).complete:
                 break
         assert report.complete, report
+        for one in report.batches:
+            lists = (one.conflicts, one.not_reversible, one.left, one.partly, one.open)
+            counted = one.restored + one.never_sent + one.untouched + sum(len(some) for some in lists)
+            assert counted == len(desk.ledger.deliveries(one.batch_id)), "each delivery is counted once, or listed"
         taken_back |= {one.batch_id for one in meant}
         short |= {
             one.entity for batch in report.batches for one in (*batch.partly, *batch.left) if "no money" in one.says
