@@ -185,7 +185,9 @@ def test_a_difference_without_a_cause_is_said_to_be_one(
     def fickle(*given: Any) -> Any:
         decisions, certificates = honest(*given)
         gains = pc.add(decisions["expected_gain"], 1e-9)
-        return decisions.set_column(decisions.schema.get_field_index("expected_gain"), "expected_gain", gains), certificates
+        return decisions.set_column(
+            decisions.schema.get_field_index("expected_gain"), "expected_gain", gains
+        ), certificates
 
     monkeypatch.setattr(deciding, "decide", fickle)
     found = compared(bench, registry, book, made)
