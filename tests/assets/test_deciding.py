@@ -850,7 +850,11 @@ def test_a_kill_between_ledger_and_lake_is_made_good_from_the_ledger(
     for name, table in tables.items():
         want = lake.read(w.table(name), days=[day])
         key = "decision_id" if name == "decisions" else "batch_id"
-        assert table.select(want.schema.names).sort_by(key).equals(want.sort_by(key)), name
+        for column in want.schema.names:
+            found, wanted = (one.sort_by(key)[column].to_pylist() for one in (table, want))
+            if column in ("certificates", "findings"):
+                found, wanted = ([json.loads(text) for text in texts] for texts in (found, wanted))
+            assert found == wanted, (name, column)
     assert all(deciding.replay_row(row, lake, registry).equal for row in bench.decided(day)[:5])
 
 
