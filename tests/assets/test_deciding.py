@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import date, datetime, time, timedelta
 from pathlib import Path
@@ -18,9 +20,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from assets import deciding
+from assets import deciding, delivering
 from assets.deciding import FeaturesMissing, ReplayImpossible, replay
 from assets.lake import Lake, TableMissing, content_digest
+from delivery.ledger import Ledger
 from models.registry import CHAMPION, ModelUnreadable, Registry
 from tests.support.properties import examples
 
@@ -479,3 +482,393 @@ def test_a_model_that_is_gone_or_changed_is_named(small: Any, registry: Registry
     with pytest.raises(ReplayImpossible, match="'ad_budget' has no version 2"):
         deciding.replay_row(row, small.lake, registry)
     assert registry.by_alias("ad_budget", CHAMPION) is None
+
+
+# --- scores and their record ------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """The process died here."""
+
+
+class Dying(Lake):
+    """A lake whose process dies before a write to a table."""
+
+    def __init__(self, root: str, before: str) -> None:
+        super().__init__(root)
+        object.__setattr__(self, "before", before)
+
+    def replace_days(self, table: str, data: pa.Table, days: Sequence[date]) -> int:
+        if table.endswith(f"/{self.before}"):  # type: ignore[attr-defined]
+            raise Killed
+        return super().replace_days(table, data, days)
+
+
+def scored(bench: Any, registry: Registry, hour: int = 4, **more: Any) -> deciding.Scored:
+    now = bench.morning(bench.last, hour)
+    return deciding.score_day(bench.workflow, bench.lake, registry, bench.last, now=now, **more)
+
+
+@pytest.mark.parametrize("table", ["scores", "scoring"])
+def test_a_run_killed_between_scores_and_their_record_decides_nothing_of_the_day(
+    bench: Any, registry: Registry, table: str
+) -> None:
+    by_model, by_rule = scored(bench, registry), scored(bench, registry, hour=7)
+    assert (by_model.step, by_rule.step) == ("champion", "rule")
+    deciding.write_scores(bench.workflow, bench.lake, bench.last, by_model)
+    good = deciding.decide_day(bench.workflow, bench.lake, bench.last)
+    with pytest.raises(Killed):
+        deciding.write_scores(bench.workflow, Dying(bench.lake.root, table), bench.last, by_rule)
+    again = deciding.decide_day(bench.workflow, bench.lake, bench.last)
+    assert again.batch_id == good.batch_id and again.decisions.equals(good.decisions)
+    recorded = deciding.recorded_scores(bench.workflow, bench.lake, [bench.last])
+    kept = recorded.drop_columns(["day", "scoring_id"]).select(by_model.table.schema.names)
+    keys = [(k, "ascending") for k in ("entity_id", "moment") if k in kept.schema.names]
+    assert kept.sort_by(keys).equals(by_model.table.sort_by(keys).cast(kept.schema))
+    deciding.write_batch(
+        bench.workflow, bench.lake, bench.last, again, decided_at=bench.morning(bench.last), run_id="r"
+    )
+    for row in bench.decided(bench.last)[:10]:
+        assert deciding.replay_row(row, bench.lake, registry).equal
+
+
+def test_of_two_runs_at_once_the_record_and_its_scores_are_of_one(bench: Any, registry: Registry) -> None:
+    """Whatever order their commits fall in: the second writer's scores stand, the first one's record comes last."""
+    by_model, by_rule = scored(bench, registry), scored(bench, registry, hour=7)
+    workflow, day = bench.workflow, bench.last
+
+    class Slow(Lake):
+        def replace_days(self, table: str, data: pa.Table, days: Sequence[date]) -> int:
+            if table.endswith("/scoring"):
+                deciding.write_scores(workflow, Lake(self.root), day, by_rule)
+            return super().replace_days(table, data, days)
+
+    deciding.write_scores(workflow, Slow(bench.lake.root), day, by_model)
+    batch = deciding.decide_day(workflow, bench.lake, day)
+    assert batch.step == "champion" and batch.record["model_version"] == 2
+    deciding.write_batch(workflow, bench.lake, day, batch, decided_at=bench.morning(day), run_id="r")
+    assert all(deciding.replay_row(row, bench.lake, registry).equal for row in bench.decided(day)[:10])
+
+
+def test_of_runs_at_once_in_threads_the_record_and_its_scores_are_of_one(small: Any, registry: Registry) -> None:
+    both = {made.step: made for made in (scored(small, registry), scored(small, registry, hour=7))}
+
+    def write(step: str) -> None:
+        for _ in range(4):
+            deciding.write_scores(small.workflow, small.lake, small.last, both[step])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, [*both, *both]))
+    (made,) = small.lake.read(small.workflow.table("scoring"), days=[small.last]).to_pylist()
+    read = deciding.scores_of(small.workflow, small.lake, small.last, made)
+    want = both[made["step"]].table
+    assert read.sort_by("entity_id").equals(want.sort_by("entity_id").cast(read.schema))
+
+
+def test_scores_from_before_they_were_named_are_read_as_they_stand(bench: Any, registry: Registry) -> None:
+    good = bench.decide(registry, bench.last)
+    table = bench.workflow.table("scoring")
+    rows = bench.lake.read(table).drop_columns(["scoring_id", "scores_version", "shadow_version", "standing_version"])
+    shutil.rmtree(bench.lake.uri(table))
+    bench.lake.replace_days(table, rows, [bench.last])
+    again = deciding.decide_day(bench.workflow, bench.lake, bench.last)
+    assert again.batch_id == good.batch_id and again.decisions.equals(good.decisions)
+    assert deciding.recorded_scores(bench.workflow, bench.lake, [bench.last]).num_rows > 0
+
+
+# --- arms -------------------------------------------------------------------------------------------------------------
+
+
+def test_days_that_draw_at_once_put_each_unit_in_one_arm(small: Any) -> None:
+    workflow, lake = small.workflow, small.lake
+    first = workflow.start + timedelta(days=1)
+    days = [first + timedelta(days=n) for n in range(6)]
+    spread = {d: [f"unit {i}" for i in range(4 + 5 * n)] for n, d in enumerate(days)}
+    start = threading.Barrier(len(days))
+
+    def draw(day: date) -> dict[str, str]:
+        units = spread[day]
+        features = pa.table({"entity_id": units, "campaign": units, "budget_micros": [1_000_000] * len(units)})
+        start.wait()
+        version, drawn = deciding._arms(workflow, lake, day, features)
+        kept = lake.read(workflow.table("arms"), version=version)
+        mine = dict(zip(drawn["unit"].to_pylist(), drawn["arm"].to_pylist(), strict=True))
+        named = dict(zip(kept["unit"].to_pylist(), kept["arm"].to_pylist(), strict=True))
+        assert mine.items() <= named.items(), "the version that the day names holds other arms than it acted on"
+        return mine
+
+    with ThreadPoolExecutor(len(days)) as pool:
+        found = list(pool.map(draw, days))
+    stands = lake.read(workflow.table("arms")).to_pylist()
+    table = {row["unit"]: row["arm"] for row in stands}
+    assert len(stands) == len(table) == len(spread[days[-1]])
+    for mine in found:
+        assert mine.items() <= table.items(), "a unit was in two arms of one epoch"
+
+
+# --- scores that are no numbers ---------------------------------------------------------------------------------------
+
+
+class Spoilt:
+    """A learner some of whose scores are no numbers."""
+
+    def __init__(self, inner: Any, value: float, column: str, only: int | None) -> None:
+        self.inner, self.value, self.column, self.only = inner, value, column, only
+
+    def score(self, rows: pa.Table) -> pa.Table:
+        table = self.inner.score(rows)
+        values = table[self.column].to_pylist()
+        which = range(len(values)) if self.only is None else [self.only]
+        for i in which:
+            values[i] = [self.value] * len(values[i]) if isinstance(values[i], list) else self.value
+        column = pa.array(values, table.schema.field(self.column).type)
+        return table.set_column(table.schema.get_field_index(self.column), self.column, column)
+
+
+def spoil_scores(
+    monkeypatch: pytest.MonkeyPatch, bench: Any, value: float, versions: set[int], column: str, only: int | None = None
+) -> None:
+    honest = deciding.read_model
+
+    def read(workflow: Any, registry: Registry, version: Any) -> Any:
+        model = honest(workflow, registry, version)
+        return Spoilt(model, value, column, only) if version.number in versions else model
+
+    monkeypatch.setattr(deciding, "read_model", read)
+
+
+COLUMNS = {"ad_budget": ("values", "level"), "ticket_priority": ("p_miss_now", "effort_hours")}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_champion_without_usable_numbers_leaves_it_to_the_next_step(
+    bench: Any, registry: Registry, monkeypatch: pytest.MonkeyPatch, value: float, which: int
+) -> None:
+    column = COLUMNS[bench.workflow.name][which]
+    spoil_scores(monkeypatch, bench, value, {2}, column)
+    made = scored(bench, registry)
+    assert made.step == "previous_champion" and made.model is not None and made.model.number == 1
+    assert len(made.reasons) == 1 and "champion (version 2)" in made.reasons[0]
+    assert f"of {column} are NaN or infinite" in made.reasons[0]
+    spoil_scores(monkeypatch, bench, value, {1}, column)
+    made = scored(bench, registry)
+    assert made.step == "rule" and len(made.reasons) == 2
+
+
+def test_a_rule_without_usable_numbers_changes_nothing(
+    bench: Any, empty_registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, column = deciding.fit_rule, COLUMNS[bench.workflow.name][0]
+    monkeypatch.setattr(deciding, "fit_rule", lambda *given: Spoilt(honest(*given), float("nan"), column, None))
+    batch = bench.decide(empty_registry, bench.last)
+    assert batch.step == "no_change" and batch.changed == 0 and batch.decisions.num_rows
+    assert "the rule's scores cannot be used" in batch.reasons[-1] and column in batch.reasons[-1]
+
+
+def test_columns_that_may_be_empty_are_no_fault(
+    bench: Any, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where too few days calibrated an interval there is none."""
+    column = "value_low" if bench.workflow.name == "ad_budget" else "hours_low"
+    spoil_scores(monkeypatch, bench, None, {2}, column)  # type: ignore[arg-type]
+    made = scored(bench, registry)
+    assert made.step == "champion" and made.table[column].null_count == made.table.num_rows
+
+
+# --- secrets ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://reader:hunter2@store.example/adv_{day}.csv.gz?sig=hunter2",
+        "https://reader:hunter2@store.example/adv_{day}.csv.gz#hunter2",
+        "https://hunter2@store.example/adv_{day}.csv.gz",
+        "https://reader:SE/hunter2@store.example/adv_{day}.csv.gz",
+        "https://reader:SE@hunter2@store.example/adv_{day}.csv.gz",
+        "zip://*.csv::https://reader:hunter2@store.example/adv_{day}.zip?sig=hunter2",
+        "s3://key:hunter2@bucket/folder@v1/adv_{day}.csv.gz",
+    ],
+)
+def test_an_addresss_secret_stays_out_of_the_recorded_spec(small: Any, registry: Registry, address: str) -> None:
+    source = small.workflow.sources["export"].model_copy(update={"files": address})
+    there = replace(small, workflow=small.workflow.model_copy(update={"sources": {"export": source}}))
+    there.decide(registry, there.last)
+    for file in Path(there.lake.root).rglob("*"):
+        if file.is_file():
+            assert b"hunter2" not in file.read_bytes(), file
+    assert "hunter2" not in there.lake.read(there.workflow.table("specs"))["said"].to_pylist()[0]
+    row = next(r for r in there.decided(there.last) if r["changed"])
+    said = deciding.spec_of(there.workflow.name, there.lake, row["spec_digest"])
+    assert "adv_{day}" in said.sources["export"].files
+    assert deciding.replay_row(row, there.lake, registry).equal
+
+
+def test_a_spec_without_secrets_keeps_its_text_and_its_digest(bench: Any) -> None:
+    said, digest = deciding.said_by(bench.workflow)
+    assert said == bench.workflow.model_dump_json(exclude={"folder"})
+    assert digest == deciding.record_spec(bench.workflow, bench.lake)
+
+
+# --- what stands ------------------------------------------------------------------------------------------------------
+
+
+def proofs(*rows: tuple[str, int, int, str, str, date, datetime]) -> pa.Table:
+    """entity, value, prior, batch, kind, day, verified."""
+    names = ["entity_id", "value", "prior", "batch_id", "kind", "day", "verified_at"]
+    table = pa.Table.from_pylist([dict(zip(names, r, strict=True)) for r in rows])
+    return table.append_column("sequence", pa.array(range(len(rows)), pa.int64()))
+
+
+class Said:
+    """A ledger that says what was proven, of the time that it is asked for."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+
+    def proven(self, workflow: str, since: datetime, until: datetime) -> pa.Table:
+        at = pc.field("verified_at")
+        return self.table.filter((at > pc.scalar(since)) & (at <= pc.scalar(until)))
+
+    def promotions(self, workflow: str) -> list[Any]:
+        return []
+
+
+def test_what_stood_before_a_day_is_what_others_proved_last_else_what_its_own_first_delivery_found(small: Any) -> None:
+    day, other = small.last, small.last - timedelta(days=1)
+    at = [small.morning(day, hour) for hour in range(24)]
+    book = Said(
+        proofs(
+            ("late", 7, 5, "y", "decision", other, at[1]),
+            ("late", 8, 7, "x", "decision", day, at[5]),
+            ("taken back", 9, 1, "x", "decision", day, at[5]),
+            ("taken back", 1, 9, "x-rollback", "rollback", day, at[6]),
+            ("own", 4, 3, "x", "decision", day, at[5]),
+            ("own", 6, 4, "x2", "decision", day, at[7]),
+            ("too late", 2, 1, "z", "rollback", other, at[9]),
+            ("too early", 2, 1, "z", "rollback", other, at[0] - timedelta(hours=1)),
+        )
+    )
+    found = deciding.standing_of(small.workflow, book, day, at[8])  # type: ignore[arg-type]
+    stood = {r["entity_id"]: (r["value"], r["batch_id"], r["verified_at"]) for r in found.to_pylist()}
+    assert stood == {"late": (7, "y", at[1]), "taken back": (1, "x-rollback", at[6]), "own": (3, "x", at[5])}
+
+
+def moved_since(bench: Any, registry: Registry) -> tuple[str, int, Said]:
+    """An entity that the champion decides on, the value that a rollback put there at 02:00, and the ledger that says so."""
+    batch = bench.decide(registry, bench.last)
+    entity = next(r for r in batch.decisions.to_pylist() if r["changed"])
+    value = entity["before"] * 2 if bench.workflow.name == "ad_budget" else 1 + entity["before"] % 5
+    at = bench.morning(bench.last, 2)
+    other = bench.last - timedelta(days=1)
+    return entity["entity_id"], value, Said(proofs((entity["entity_id"], value, 1, "y-rb", "rollback", other, at)))
+
+
+def test_a_day_starts_from_what_stands_and_is_replayed_from_it(bench: Any, registry: Registry) -> None:
+    entity, value, book = moved_since(bench, registry)
+    features = bench.lake.version(bench.workflow.table("features"))
+    before = {r["entity_id"]: r["before"] for r in bench.decided(bench.last)}
+    plain = batch_row(bench)
+    deciding.write_scores(bench.workflow, bench.lake, bench.last, scored(bench, registry, ledger=book))
+    batch = deciding.decide_day(bench.workflow, bench.lake, bench.last)
+    assert batch.record["standing_version"] is not None and batch.batch_id != plain["batch_id"]
+    assert plain["standing_version"] is None and batch.record["features_version"] == features
+    assert {r["entity_id"]: r["before"] for r in batch.decisions.to_pylist()} == before | {entity: value}
+    if bench.workflow.name == "ad_budget":
+        scores = bench.lake.read("ad_budget/scores", days=[bench.last]).to_pylist()
+        (spends,) = [r["spends"] for r in scores if r["entity_id"] == entity]
+        assert spends[len(spends) // 2] == value, "the curve lies around what stands"
+    deciding.write_batch(
+        bench.workflow, bench.lake, bench.last, batch, decided_at=bench.morning(bench.last), run_id="r"
+    )
+    rows = bench.decided(bench.last)
+    live_on(bench, registry)
+    for row in [r for r in rows if r["entity_id"] == entity] + rows[:3]:
+        assert deciding.replay_row(row, bench.lake, registry).equal
+    _cut(bench.lake, bench.workflow.table("standing"))
+    with pytest.raises(ReplayImpossible, match="standing"):
+        deciding.replay_row(rows[0], bench.lake, registry)
+
+
+def test_deciding_again_from_the_same_standing_names_the_same_version(bench: Any, registry: Registry) -> None:
+    _, _, book = moved_since(bench, registry)
+    ids = []
+    for _ in range(2):
+        deciding.write_scores(bench.workflow, bench.lake, bench.last, scored(bench, registry, ledger=book))
+        ids.append(deciding.decide_day(bench.workflow, bench.lake, bench.last).batch_id)
+    assert ids[0] == ids[1]
+
+
+def test_a_backfill_sees_what_stood_when_its_day_would_have_been_decided(bench: Any, registry: Registry) -> None:
+    entity, value, book = moved_since(bench, registry)
+    later = bench.morning(bench.last + timedelta(days=3))
+    extra = proofs((entity, value + 1, value, "z-rb", "rollback", bench.last, later - timedelta(hours=2)))
+    book.table = pa.concat_tables([book.table, extra])
+    made = deciding.score_day(bench.workflow, bench.lake, registry, bench.last, now=later, ledger=book)  # type: ignore[arg-type]
+    assert made.standing["value"].to_pylist() == [value], "a value of days later was seen"
+
+
+def test_only_the_moment_that_is_decided_on_takes_what_stands(queue: Any) -> None:
+    features = queue.lake.read(queue.workflow.table("features"), days=[queue.last])
+    chosen = deciding.of_policy(queue.workflow, features).to_pylist()[0]
+    stands = {"entity_id": [chosen["entity_id"]], "value": [77], "batch_id": ["b"], "verified_at": [None]}
+    moved = deciding.with_standing(queue.workflow, features, pa.table(stands, schema=deciding.STANDING))
+    mine = [r for r in moved.to_pylist() if r["entity_id"] == chosen["entity_id"]]
+    assert {r["moment"]: r["priority"] for r in mine}["open"] == 77
+    was = {r["moment"]: r["priority"] for r in features.to_pylist() if r["entity_id"] == chosen["entity_id"]}
+    assert all(r["priority"] == was[r["moment"]] for r in mine if r["moment"] != "open")
+    others = [r for r in features.to_pylist() if r["entity_id"] != chosen["entity_id"]]
+    assert [r for r in moved.to_pylist() if r["entity_id"] != chosen["entity_id"]] == others
+
+
+# --- the ledger first, then the lake ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Iterator[Ledger]:
+    with Ledger.open(f"sqlite:///{tmp_path}/ledger.db", key=b"k" * 32) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("killed_before", ["decisions", "batches"])
+def test_a_kill_between_ledger_and_lake_is_made_good_from_the_ledger(
+    bench: Any, registry: Registry, book: Ledger, killed_before: str
+) -> None:
+    w, lake, day, now = bench.workflow, bench.lake, bench.last, bench.morning(bench.last)
+    bench.decide(empty_of(registry, bench), day)  # what stood in the lake before
+    deciding.write_scores(w, lake, day, scored(bench, registry))
+    batch = deciding.decide_day(w, lake, day)
+    assert deciding.complete_lake(w, lake, book, day) is None, "the ledger knows nothing of the day"
+    delivering.record(w, book, day, batch, decided_at=now, run_id="r")
+    with pytest.raises(Killed):
+        deciding.write_batch(w, Dying(lake.root, killed_before), day, batch, decided_at=now, run_id="r")
+    assert batch_row(bench)["batch_id"] != batch.batch_id
+    assert deciding.complete_lake(w, lake, book, day) == batch.batch_id
+    tables = {t: lake.read(w.table(t), days=[day]) for t in ("decisions", "batches")}
+    assert deciding.complete_lake(w, lake, book, day) is None
+    deciding.write_batch(w, lake, day, batch, decided_at=now, run_id="r")
+    for name, table in tables.items():
+        want = lake.read(w.table(name), days=[day])
+        key = "decision_id" if name == "decisions" else "batch_id"
+        for column in want.schema.names:
+            found, wanted = (one.sort_by(key)[column].to_pylist() for one in (table, want))
+            if column in ("certificates", "findings"):
+                found, wanted = ([json.loads(text) for text in texts] for texts in (found, wanted))
+            assert found == wanted, (name, column)
+    assert all(deciding.replay_row(row, lake, registry).equal for row in bench.decided(day)[:5])
+
+
+def empty_of(registry: Registry, bench: Any) -> Registry:
+    """A registry that knows no model, for a batch by the rule."""
+    return replace(registry, uri=f"sqlite:///{bench.root}/none.db")
+
+
+def test_a_newer_generation_of_a_batch_names_its_decisions_as_the_ledger_does(bench: Any, registry: Registry) -> None:
+    batch = bench.decide(registry, bench.last)
+    first, second = (
+        deciding.with_record(bench.workflow, bench.last, replace(batch, batch_id=batch.batch_id + suffix))
+        for suffix in ("", ".2")
+    )
+    ids = [one["decision_id"].to_pylist() for one in (first, second)]
+    assert ids[1] == [f"{i}.2" for i in ids[0]] and second["batch_id"][0].as_py().endswith(".2")

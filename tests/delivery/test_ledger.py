@@ -929,3 +929,26 @@ def test_threads_of_one_process_open_new_ledgers_at_once(tmp_path: Path) -> None
 
     with ThreadPoolExecutor(6) as pool:
         assert all(pool.map(one, range(6)))
+
+
+def test_what_a_workflow_proved_within_a_time_is_found_with_its_batch(book: Ledger, clock: Clock) -> None:
+    clock.now = NOW + timedelta(hours=3)
+    pushed(book, "b1", [acked(n, verified_at=NOW + timedelta(hours=n)) for n in range(4)])
+    later = NOW + timedelta(hours=10)
+    clock.now = later
+    gone = Result(1, "CONFLICT", expected=100, found=7, ended_at=later, outcome="conflict")
+    over = acked(2, 150, prior=120, observed=151, verified_at=later)
+    pushed(book, "b2", [acked(0, 150, prior=120, verified_at=later), gone, replace(over, state="OVERWRITTEN")])
+
+    def found(since: float, until: float, workflow: str = "ad_budget") -> list[tuple[Any, ...]]:
+        table = book.proven(workflow, NOW + timedelta(hours=since), NOW + timedelta(hours=until))
+        names = ("entity_id", "value", "prior", "batch_id", "kind", "day")
+        return [tuple(row[n] for n in names) for row in table.to_pylist()]
+
+    kept = ("decision", new_batch().day)
+    assert found(0, 1) == [("line-1", 120, 100, "b1", *kept)]
+    assert found(-1, 0) == [("line-0", 120, 100, "b1", *kept)]
+    assert found(2, 20) == [("line-3", 120, 100, "b1", *kept), ("line-0", 150, 120, "b2", *kept)]
+    assert found(10, 20) == [] == found(-9, 20, "another")
+    book.forget("line-3")
+    assert found(2, 20) == [("line-0", 150, 120, "b2", *kept)]
