@@ -24,7 +24,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from delivery.tables import VERSION_TABLE
 
-HEAD = "0001"
+HEAD = "0002"
 """The schema that this code writes: the newest migration."""
 BUSY_S = 30
 """How long a writer waits for another one."""
