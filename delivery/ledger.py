@@ -344,10 +344,11 @@ class Ledger:
     ) -> None:
         now = self.clock()
         findings = [self.people.sealed(finding) for finding in new.findings]
+        record, in_record = self.people.sealed({"record": new.record})
         values = {
             "batch_id": new.batch_id, "workflow": new.workflow, "kind": new.kind, "day": new.day, "digest": new.digest,
             "status": new.status, "step": new.step, "as_of": new.as_of, "decided_at": new.decided_at, "run_id": new.run_id,
-            "record": chain.canonical(self.people.sealed({"record": new.record})[0]["record"]), "findings": chain.canonical([body for body, _ in findings]),
+            "record": chain.canonical(record["record"]), "findings": chain.canonical([body for body, _ in findings]),
             "pools": None if new.pools is None else json.dumps(dict(new.pools), sort_keys=True),
             "reverses": new.reverses, "sequence": sequence, "root": root, "rows": stored.num_rows, "changed": changed,
             "recorded_at": now,
@@ -356,7 +357,7 @@ class Ledger:
         connection.execute(
             insert(tables.batches), {**values, "seq": seq, "delivery": "NONE", "retired": False}
         )  # fmt: skip
-        self._remember(connection, (one for _, named in findings for one in named))
+        self._remember(connection, [*in_record, *(one for _, named in findings for one in named)])
         insert_bulk(connection, tables.names, mapping, ignore_known=True)
         numbers = pa.array([sequence] * stored.num_rows, pa.int64())
         insert_bulk(connection, tables.decisions, stored.add_column(0, "sequence", numbers))
@@ -1197,7 +1198,9 @@ class Ledger:
                 select(tables.decisions.c.unit).where(tables.decisions.c.unit.is_not(None)),
                 select(tables.acknowledged.c.entity),
             )
-            found = connection.execute(select(b.c.findings).where(b.c.retired.is_(False), b.c.findings != "[]")).scalars()
+            found = connection.execute(
+                select(b.c.findings).where(b.c.retired.is_(False), b.c.findings != "[]")
+            ).scalars()
             quoted = self._quoted(connection, found)
             connection.execute(delete(n).where(n.c.kind == "entity", n.c.digest.not_in(used)))
             self._remember(connection, quoted)

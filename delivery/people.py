@@ -80,7 +80,7 @@ class People:
         if isinstance(value, Mapping):
             return {
                 k: MARK + self._noted(PEOPLE[k], v, mapping)
-                if k in PEOPLE and isinstance(v, str) and v != ERASED
+                if k in PEOPLE and _is_name(v)
                 else self._below(k, v, mapping)
                 for k, v in value.items()
             }
@@ -89,10 +89,14 @@ class People:
         kind = LISTS.get(key)
         return [
             MARK + self._noted(kind, one, mapping)
-            if kind is not None and isinstance(one, str) and one != ERASED
+            if kind is not None and _is_name(one)
             else self._below("", one, mapping)
             for one in value
         ]
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ERASED and not _MARKED.fullmatch(value)
 
 
 def digests_in(value: Any) -> Iterator[str]:
