@@ -24,12 +24,14 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from delivery.tables import VERSION_TABLE
 
-HEAD = "0001"
+HEAD = "0002"
 """The schema that this code writes: the newest migration."""
 BUSY_S = 30
 """How long a writer waits for another one."""
 _MIGRATING = 0x5167_6E61  # an advisory lock's number, of no meaning
 _CHUNK = 50_000
+_FETCH = 5_000
+"""Rows that are read at once: few enough to stay near the processor while they become columns."""
 
 
 class LedgerError(RuntimeError):
@@ -279,7 +281,7 @@ def select_bulk(connection: Connection, statement: str, values: Sequence[Any], s
     try:
         cursor.execute(statement, tuple(values))
         parts = []
-        while rows := cursor.fetchmany(_CHUNK):
+        while rows := cursor.fetchmany(_FETCH):
             columns = zip(*rows, strict=True)
             arrays = [pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)]
             parts.append(pa.Table.from_arrays(arrays, schema=schema))

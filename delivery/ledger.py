@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from sqlalchemy import Connection, Engine, Row, Table, and_, bindparam, delete, func, insert, select, text, update
+from sqlalchemy import Connection, Engine, Row, Table, and_, bindparam, delete, func, insert, or_, select, text, update
 
 from delivery import chain, tables
 from delivery.database import (
@@ -36,7 +36,7 @@ from delivery.database import (
     writing,
 )  # fmt: skip
 from delivery.leases import ABANDONED, Busy, Holder, Lease
-from delivery.people import PEOPLE, People
+from delivery.people import MARK, PEOPLE, People, digests_in, eraser, in_texts, unsealed
 from delivery.records import (
     ACTED,
     FINAL,
@@ -78,6 +78,11 @@ CHAINED = {
 }
 """Kinds of event that a table repeats row by row."""
 _OWN = frozenset({*CHAINED, "batch", "push begun", "push ended", "taken back", "superseded", "forgotten", "retention"})
+WORDS = (
+    tables.deliveries.c.says, tables.attempts.c.says, tables.batches.c.findings, tables.approvals.c.reason,
+    tables.rollbacks.c.reason, tables.switches.c.reason,
+)  # fmt: skip
+"""Columns of free words, which may quote a name: the chain holds a keyed digest of each text, so that they can be erased."""
 _WORDS = frozenset({"reason", "secret_hash"})
 _JSON = frozenset({"evidence"})
 _GIVEN = (
@@ -181,7 +186,7 @@ class Ledger:
         table = CHAINED[kind]
         seq = self._append(connection, kind, body_of(values, self.people), values["at"])
         row = {k: self.people.digest(PEOPLE[k], v) if k in PEOPLE else v for k, v in values.items()}
-        row |= {k: chain.canonical(row[k]) for k in _JSON & row.keys()}
+        row |= {k: chain.canonical(self.people.sealed({k: row[k]})[0][k]) for k in _JSON & row.keys()}
         connection.execute(insert(table), {"seq": seq, **row})
         return seq
 
@@ -205,7 +210,8 @@ class Ledger:
     def note(self, kind: str, body: Mapping[str, Any]) -> int:
         """Add an event of another kind (a guard's verdict, a failed proof of identity); returns its number.
 
-        Names belong under ``actor``, ``approver``, ``person`` or ``entity``: there they are kept as digests.
+        Names belong under ``actor``, ``approver``, ``person`` or ``entity``, or in lists under ``entities`` or ``examples``:
+        there they are kept as digests, and can be forgotten.
         """
         if kind in _OWN:
             raise LedgerError(f"events of kind {kind!r} are the ledger's own: use the method that makes them")
@@ -222,9 +228,15 @@ class Ledger:
             rows = [(row, json.loads(row.body)) for row in connection.execute(query)]
             rows = [(row, body) for row, body in rows if workflow is None or body.get("workflow") == workflow]
             known = self._names(connection, (body.get(key) for _, body in rows for key in PEOPLE))
+            deep = {row.seq for row, _ in rows if MARK in row.body}
+            known |= self._names(connection, (d for row, body in rows if row.seq in deep for d in digests_in(body)))
         return [
             Event(
-                row.seq, row.at, row.kind, {k: known.get(v) if k in PEOPLE else v for k, v in body.items()},
+                row.seq, row.at, row.kind,
+                {
+                    k: known.get(v) if k in PEOPLE else unsealed(v, known) if row.seq in deep else v
+                    for k, v in body.items()
+                },
                 row.previous, row.hash,
             )
             for row, body in rows
@@ -372,10 +384,11 @@ class Ledger:
     ) -> None:
         now = self.clock()
         findings = [self.people.sealed(finding) for finding in new.findings]
+        record, in_record = self.people.sealed({"record": new.record})
         values = {
             "batch_id": new.batch_id, "workflow": new.workflow, "kind": new.kind, "day": new.day, "digest": new.digest,
             "status": new.status, "step": new.step, "as_of": new.as_of, "decided_at": new.decided_at, "run_id": new.run_id,
-            "record": chain.canonical(new.record), "findings": chain.canonical([body for body, _ in findings]),
+            "record": chain.canonical(record["record"]), "findings": chain.canonical([body for body, _ in findings]),
             "pools": None if new.pools is None else json.dumps(dict(new.pools), sort_keys=True),
             "reverses": new.reverses, "sequence": sequence, "root": root, "rows": stored.num_rows, "changed": changed,
             "recorded_at": now,
@@ -384,7 +397,7 @@ class Ledger:
         connection.execute(
             insert(tables.batches), {**values, "seq": seq, "delivery": "NONE", "retired": False}
         )  # fmt: skip
-        self._remember(connection, (one for _, named in findings for one in named))
+        self._remember(connection, [*in_record, *(one for _, named in findings for one in named)])
         insert_bulk(connection, tables.names, mapping, ignore_known=True)
         numbers = pa.array([sequence] * stored.num_rows, pa.int64())
         insert_bulk(connection, tables.decisions, stored.add_column(0, "sequence", numbers))
@@ -415,12 +428,17 @@ class Ledger:
         known = self._names(
             connection, (found[key] for found in named for key in PEOPLE if isinstance(found.get(key), str))
         )
+        records = {row.sequence: json.loads(row.record) for row in rows}
+        known |= self._names(connection, digests_in([named, *(records[r.sequence] for r in rows if MARK in r.record)]))
+        records |= {row.sequence: unsealed(records[row.sequence], known) for row in rows if MARK in row.record}
         for found in named:
-            found |= {key: known.get(found[key]) for key in PEOPLE if isinstance(found.get(key), str)}
+            found |= {
+                k: known.get(v) if k in PEOPLE and isinstance(v, str) else unsealed(v, known) for k, v in found.items()
+            }
         out = []
         for row in rows:
             own = {k: v for k, v in row._mapping.items() if k != "seq"}
-            own |= {"record": json.loads(row.record), "findings": findings[row.sequence]}
+            own |= {"record": records[row.sequence], "findings": findings[row.sequence]}
             own["pools"] = None if row.pools is None else json.loads(row.pools)
             if row.counts is not None:
                 own["counts"] = json.loads(row.counts)
@@ -725,6 +743,7 @@ class Ledger:
         targets = {one.target: self.people.digest("target", one.target) for one in results if one.target is not None}
         self._remember(connection, ((d, "target", t) for t, d in targets.items()))
         changes, ended, proved, met = [], [], [], []
+        last = self._proved_last(connection, lease.system, [found[one.n].entity for one in results if one.verified_at])
         for one in results:
             was = found[one.n]
             said = self.people.text(one.says)
@@ -745,6 +764,11 @@ class Ledger:
                 )  # fmt: skip
             ours = one.verified_at is not None and one.observed is not None and one.observed == new["sent"]
             if one.state == "ACKED" or (one.state == "OVERWRITTEN" and ours):
+                before = last.get(was.entity)
+                if before is not None and before[1:] != (row.sequence, one.n):
+                    # A clock that was set back must not make what is proved last the older one.
+                    at = max(new["verified_at"], before[0])
+                    new["verified_at"] = at if (at, row.sequence) > before[:2] else at + timedelta(microseconds=1)
                 proved.append(
                     {
                         "system": lease.system, "entity": was.entity, "target": new["target"], "value": new["observed"],
@@ -785,6 +809,17 @@ class Ledger:
                 tables.conflicts.c.sequence == row.sequence, tables.conflicts.c.n == bindparam("k")
             ), [{"k": one["n"]} for one in met])  # fmt: skip
             connection.execute(insert(tables.conflicts), met)
+
+    def _proved_last(
+        self, connection: Connection, system: str, entities: Sequence[str]
+    ) -> dict[str, tuple[datetime, int, int]]:
+        """When the value that stands acknowledged of each entity was proved, and by which delivery."""
+        k = tables.acknowledged.c
+        found: dict[str, tuple[datetime, int, int]] = {}
+        for some in chunks(entities):
+            query = select(k.entity, k.verified_at, k.sequence, k.n).where(k.system == system, k.entity.in_(some))
+            found |= {row.entity: (row.verified_at, row.sequence, row.n) for row in connection.execute(query)}
+        return found
 
     @plainly
     def acknowledged(
@@ -1218,9 +1253,17 @@ class Ledger:
         with reading(self.engine) as connection, connection.begin():
             rows = connection.execute(query).all()
             known = self._names(connection, (getattr(row, c.name) for row in rows for c in columns if c.name in PEOPLE))
+            said = [getattr(row, c.name) for row in rows for c in columns if c.name in _JSON]
+            known |= self._names(
+                connection, (d for words in said if MARK in words for d in digests_in(json.loads(words)))
+            )
         return [
             [
-                known.get(value) if c.name in PEOPLE else json.loads(value) if c.name in _JSON else value
+                known.get(value)
+                if c.name in PEOPLE
+                else unsealed(json.loads(value), known)
+                if c.name in _JSON
+                else value
                 for c, value in zip(columns, row, strict=True)
             ]
             for row in rows
@@ -1426,7 +1469,9 @@ class Ledger:
     def forget(self, name: str) -> int:
         """Erase a name, whatever it named, and what systems said about that entity; returns how many mappings went.
 
-        The digests stay, so the chain still verifies, and nobody can read them any more. An approver is revoked by it.
+        Where it is quoted in words about somebody else (what a system said of another entity, what a guardrail found, why
+        somebody approved), ``(erased)`` stands in its place. The digests stay, so the chain still verifies, and nobody can
+        read them any more. An approver is revoked by it.
         """
         n, d, c, a = tables.names, tables.deliveries, tables.decisions, tables.attempts
         digests = [self.people.digest(kind, name) for kind in ("entity", "target", "person")]
@@ -1434,11 +1479,9 @@ class Ledger:
         with writing(self.engine) as connection, connection.begin():
             self._lock(connection)
             found = set(connection.execute(select(n.c.digest).where(n.c.digest.in_(digests))).scalars())
-            if not found:
-                return 0
             v = tables.approvers
             last = select(v.c.active).where(v.c.approver == person).order_by(v.c.seq.desc()).limit(1)
-            if connection.execute(last).scalar():
+            if found and connection.execute(last).scalar():
                 self._set_approver(connection, name, False, None)
             # What holds the entity's value downstream names it too, unless other entities share it.
             at = connection.execute(select(c.c.sequence, c.c.n).where(c.c.entity == entity)).all()
@@ -1457,8 +1500,32 @@ class Ledger:
                 )
                 if not connection.execute(shared).scalar():
                     found.add(target)
-            self._append(connection, "forgotten", {"digests": sorted(found)})
+            gone = {name, *self._names(connection, found).values()}
+            words = self._erase_from_words(connection, gone)
+            if found or words:
+                self._append(connection, "forgotten", {"digests": sorted(found)} | ({"words": words} if words else {}))
             return connection.execute(delete(n).where(n.c.digest.in_(sorted(found)))).rowcount
+
+    def _erase_from_words(self, connection: Connection, names: Collection[str]) -> dict[str, str]:
+        """Put ``(erased)`` in the place of names wherever free words quote them; returns digest before → digest after."""
+        erase = eraser(names)
+        changed: dict[str, str] = {}
+        for column in WORDS:
+            table, is_json = column.table, column.name == "findings"
+            quoted = [json.dumps(name, ensure_ascii=False)[1:-1] if is_json else name for name in names]
+            # As it is and without regard to case, which SQLite knows of ASCII alone.
+            there = [column.contains(q, autoescape=True) for q in quoted]
+            there += [func.lower(column).contains(q.lower(), autoescape=True) for q in quoted]
+            key = list(table.primary_key.columns)
+            for row in connection.execute(select(*key, column).where(or_(*there))).all():
+                old = row._mapping[column.name]
+                new = chain.canonical(in_texts(json.loads(old), erase)) if is_json else erase(old)
+                if new == old:
+                    continue
+                mine = and_(*(one == row._mapping[one.name] for one in key))
+                connection.execute(update(table).where(mine).values({column.name: new}))
+                changed[self.people.digest("text", old)] = self.people.digest("text", new)
+        return changed
 
     @plainly
     def retention(self, keep_days: int) -> list[str]:
@@ -1483,19 +1550,45 @@ class Ledger:
                 for table in (tables.attempts, tables.conflicts, tables.deliveries, tables.decisions):
                     connection.execute(delete(table).where(table.c.sequence.in_(some)))
                 connection.execute(update(b).where(b.c.sequence.in_(some)).values(retired=True))
+            kept = self._keep_values_of_retired(connection)
             n = tables.names
             used = select(tables.decisions.c.entity).union(
                 select(tables.decisions.c.unit).where(tables.decisions.c.unit.is_not(None)),
                 select(tables.acknowledged.c.entity),
             )
+            found = connection.execute(
+                select(b.c.findings).where(b.c.retired.is_(False), b.c.findings != "[]")
+            ).scalars()
+            quoted = self._quoted(connection, found)
             connection.execute(delete(n).where(n.c.kind == "entity", n.c.digest.not_in(used)))
+            self._remember(connection, quoted)
             held = select(tables.deliveries.c.target).where(tables.deliveries.c.target.is_not(None)).union(
                 select(tables.acknowledged.c.target).where(tables.acknowledged.c.target.is_not(None))
             )  # fmt: skip
             connection.execute(delete(n).where(n.c.kind == "target", n.c.digest.not_in(held)))
             ids = [row.batch_id for row in old]
-            self._append(connection, "retention", {"keep_days": keep_days, "before": before, "batches": ids})
+            self._append(connection, "retention", {"keep_days": keep_days, "before": before, "batches": ids, **kept})
         return ids
+
+    def _quoted(self, connection: Connection, texts: Iterable[str]) -> list[tuple[str, str, str]]:
+        """The names of entities in findings, as (digest, kind, name)."""
+        digests = set()
+        for findings in map(json.loads, texts):
+            digests |= {*digests_in(findings)} | {found.get("entity") for found in findings}
+        known = self._names(connection, (d for d in digests if isinstance(d, str)))
+        return [(digest, "entity", name) for digest, name in known.items() if digest is not None]
+
+    def _keep_values_of_retired(self, connection: Connection) -> dict[str, Any]:
+        """Copy the acknowledged values whose deliveries are gone to where they stay, and seal them: the root for the chain.
+
+        Later deliveries may replace a row of ``acknowledged``; against the copy ``verify`` still tells what stood.
+        """
+        k, r, b = tables.acknowledged, tables.retired_values, tables.batches
+        connection.execute(delete(r))
+        of_retired = select(*(k.c[c.name] for c in r.columns)).join(b, b.c.sequence == k.c.sequence).where(b.c.retired)
+        connection.execute(insert(r).from_select([c.name for c in r.columns], of_retired))
+        rows = stored_rows(connection, r)
+        return {"values": rows.num_rows, "values_root": root_of(rows)}
 
 
 _RAW = pa.schema(
@@ -1604,11 +1697,16 @@ def batch_body(values: Mapping[str, Any], people: People) -> dict[str, Any]:
     return body
 
 
-def stored_rows(connection: Connection, table: Table, sequence: int) -> pa.Table:
-    """A batch's rows of a table as they are hashed: all columns but ``sequence`` and free words, in the key's order."""
+def stored_rows(
+    connection: Connection, table: Table, sequence: int | None = None, *, with_words: bool = False
+) -> pa.Table:
+    """Rows of a table as they are hashed, in the key's order: of one batch all columns but ``sequence``, else all columns.
+
+    Free words are left out, for they may be erased; ``with_words``: they stand in the last column, for ``root_of`` to drop.
+    """
     fields, columns = [], []
     for column in table.columns:
-        if column.name in ("sequence", "says"):
+        if (column.name == "sequence" and sequence is not None) or column.name == "says":
             continue
         kind = column.type.python_type
         shown = f'"{column.name}"'
@@ -1616,14 +1714,24 @@ def stored_rows(connection: Connection, table: Table, sequence: int) -> pa.Table
             shown = f"to_char({shown}, 'YYYY-MM-DD HH24:MI:SS.US')"  # as SQLite keeps it
         columns.append(shown)
         fields.append((column.name, {int: pa.int64(), float: pa.float64()}.get(kind, pa.string())))
-    order = ", ".join(f'"{c.name}"' for c in table.primary_key.columns if c.name != "sequence")
-    query = f'SELECT {", ".join(columns)} FROM "{table.name}" WHERE sequence = ? ORDER BY {order}'
-    return select_bulk(connection, query, [sequence], pa.schema(fields))
+    if with_words and "says" in table.columns:
+        columns.append("says")
+        fields.append(("says", pa.string()))
+    query = f'SELECT {", ".join(columns)} FROM "{table.name}"'
+    key = [c.name for c in table.primary_key.columns if c.name != "sequence" or sequence is None]
+    if sequence is None:
+        # Sorted here: databases sort text each in their own way.
+        return select_bulk(connection, query, [], pa.schema(fields)).sort_by([(name, "ascending") for name in key])
+    order = ", ".join(f'"{name}"' for name in key)
+    return select_bulk(connection, f"{query} WHERE sequence = ? ORDER BY {order}", [sequence], pa.schema(fields))
+
+
+def root_of(rows: pa.Table) -> str:
+    """The Merkle root over rows as ``stored_rows`` gives them."""
+    return chain.merkle_root(chain.leaf_hashes(rows.drop_columns("says") if "says" in rows.column_names else rows))
 
 
 def roots(connection: Connection, sequence: int) -> dict[str, str]:
     """Merkle roots over what a push left of a batch."""
-    return {
-        table.name: chain.merkle_root(chain.leaf_hashes(stored_rows(connection, table, sequence)))
-        for table in (tables.deliveries, tables.attempts, tables.conflicts)
-    }
+    pushed = (tables.deliveries, tables.attempts, tables.conflicts)
+    return {table.name: root_of(stored_rows(connection, table, sequence)) for table in pushed}

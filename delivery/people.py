@@ -1,13 +1,15 @@
 """Keyed digests that stand for names: what the ledger holds instead of identifiers of people.
 
-Belongs here: the digest and which columns hold which kind of name. Does not: the table of names (``delivery.ledger``).
+Belongs here: the digest, which columns and keys hold which kind of name, finding a name in words. Does not: the table of
+names (``delivery.ledger``).
 Without the key a digest cannot be guessed back, and without its row in ``names`` not even the key's owner can read it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 Kind = Literal["entity", "target", "person", "text"]
@@ -15,6 +17,13 @@ Kind = Literal["entity", "target", "person", "text"]
 
 PEOPLE: dict[str, Kind] = {"actor": "person", "approver": "person", "person": "person", "entity": "entity"}
 """Keys of an event's body whose value is a name: it is stored as a digest, and read back as the name."""
+LISTS: dict[str, Kind] = {"examples": "entity", "entities": "entity"}
+"""Keys, however deep, whose value is a list of names, in findings and evidence as in events."""
+MARK = "digest:"
+"""What a digest begins with below a body's own keys, so that it is told from a name that an older ledger kept there."""
+ERASED = "(erased)"
+"""What is read in the place of a name that was forgotten."""
+_MARKED = re.compile(f"{MARK}[0-9a-f]{{32}}")
 
 
 class People:
@@ -52,11 +61,85 @@ class People:
 
     def sealed(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
         """A body with digests for its names, and the mapping as (digest, kind, name)."""
-        out: dict[str, Any] = dict(body)
         mapping: list[tuple[str, str, str]] = []
-        for key, kind in PEOPLE.items():
-            if isinstance(out.get(key), str):
-                name = out[key]
-                out[key] = self.digest(kind, name)
-                mapping.append((out[key], kind, name))
+        out = {
+            key: self._noted(PEOPLE[key], value, mapping)
+            if key in PEOPLE and isinstance(value, str)
+            else self._below(key, value, mapping)
+            for key, value in body.items()
+        }
         return out, mapping
+
+    def _noted(self, kind: Kind, name: str, mapping: list[tuple[str, str, str]]) -> str:
+        digest = self.digest(kind, name)
+        mapping.append((digest, kind, name))
+        return digest
+
+    def _below(self, key: str, value: Any, mapping: list[tuple[str, str, str]]) -> Any:
+        """What stands under a key, with marked digests for the names in it."""
+        if isinstance(value, Mapping):
+            return {
+                k: MARK + self._noted(PEOPLE[k], v, mapping)
+                if k in PEOPLE and _is_name(v)
+                else self._below(k, v, mapping)
+                for k, v in value.items()
+            }
+        if not isinstance(value, list | tuple):
+            return value
+        kind = LISTS.get(key)
+        return [
+            MARK + self._noted(kind, one, mapping)
+            if kind is not None and _is_name(one)
+            else self._below("", one, mapping)
+            for one in value
+        ]
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ERASED and not _MARKED.fullmatch(value)
+
+
+def digests_in(value: Any) -> Iterator[str]:
+    """The marked digests in a sealed value, however deep."""
+    if isinstance(value, str):
+        if _MARKED.fullmatch(value):
+            yield value.removeprefix(MARK)
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from digests_in(one)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from digests_in(one)
+
+
+def unsealed(value: Any, known: Mapping[str | None, str]) -> Any:
+    """A sealed value with names for its marked digests, ``ERASED`` for those that ``known`` lacks."""
+    if isinstance(value, str):
+        return known.get(value.removeprefix(MARK), ERASED) if _MARKED.fullmatch(value) else value
+    if isinstance(value, Mapping):
+        return {key: unsealed(one, known) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [unsealed(one, known) for one in value]
+    return value
+
+
+def eraser(names: Iterable[str]) -> Callable[[str], str]:
+    """What puts ``ERASED`` in the place of these names in a text, where they stand as words of their own."""
+    parts = [
+        ("(?<!\\w)" if name[0].isalnum() else "") + re.escape(name) + ("(?!\\w)" if name[-1].isalnum() else "")
+        for name in sorted(set(names), key=len, reverse=True)
+        if name
+    ]
+    pattern = re.compile("|".join(parts) or "(?!)", re.IGNORECASE)
+    return lambda words: pattern.sub(ERASED, words)
+
+
+def in_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A value of JSON with every text in it changed, keys left as they are."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: in_texts(one, change) for key, one in value.items()}
+    if isinstance(value, list):
+        return [in_texts(one, change) for one in value]
+    return value

@@ -169,6 +169,18 @@ acknowledged = Table(
     Index("acknowledged_target", "system", "target"),
 )  # fmt: skip
 
+retired_values = Table(
+    "retired_values", metadata,
+    Column("system", String, primary_key=True),
+    Column("entity", String(32), primary_key=True),
+    Column("target", String(32)),
+    Column("value", BigInteger),
+    Column("verified_at", DateTime, nullable=False),
+    Column("sequence", Integer, ForeignKey("batches.sequence"), nullable=False),
+    Column("n", Integer, nullable=False),
+)  # fmt: skip
+"""The rows of ``acknowledged`` whose deliveries the newest retention, or one before it, had removed; its event seals them."""
+
 # Tables whose rows repeat an event's body, one to one; free text stands in the event as a digest.
 
 approvals = Table(

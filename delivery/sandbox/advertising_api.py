@@ -33,6 +33,7 @@ from zoneinfo import ZoneInfo
 import numpy as np
 
 from delivery.connectors.discovery import Document
+from delivery.sandbox import private
 from delivery.sandbox.advertising_query import Language, Query, QueryError, camel
 from delivery.sandbox.worlds import advertising
 
@@ -207,8 +208,8 @@ class AdvertisingSandbox:
         self._language = Language(self.document, resources)
         self._pages: OrderedDict[str, tuple[str, list[dict[str, Any]], str]] = OrderedDict()
         self._requests = 0
-        folder.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(folder / "advertising.sqlite", check_same_thread=False, isolation_level=None)
+        file = private.database(private.folder(folder) / "advertising.sqlite")
+        self._db = sqlite3.connect(file, check_same_thread=False, isolation_level=None)
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=NORMAL")
         self._open(next_day, budgets)

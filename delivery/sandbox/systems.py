@@ -17,7 +17,7 @@ from types import TracebackType
 
 import pyarrow as pa
 
-from delivery.sandbox import advertising_api
+from delivery.sandbox import advertising_api, private
 from delivery.sandbox.helpdesk import HelpdeskSandbox
 from delivery.sandbox.worlds import advertising, tickets
 
@@ -59,7 +59,7 @@ class Setup:
 
     def write(self, folder: Path) -> None:
         """Keep it in a folder."""
-        folder.mkdir(parents=True, exist_ok=True)
+        private.folder(folder)
         (folder / _SETUP).write_text(json.dumps(asdict(self), default=str) + "\n")
 
     @classmethod
@@ -91,7 +91,7 @@ class Systems:
         clock: Callable[[], datetime] = lambda: datetime.now(UTC).replace(tzinfo=None),
     ) -> None:
         self.setup = setup
-        folder.mkdir(parents=True, exist_ok=True)
+        private.folder(folder)
         tokens = _tokens(folder)
         self.ads = advertising_api.AdvertisingSandbox(
             folder / "advertising", setup.advertising(), next_day=setup.opened, token=tokens["SIGNALBOX_ADS_TOKEN"],
@@ -145,6 +145,7 @@ def _tokens(folder: Path) -> dict[str, str]:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "w") as file:
             json.dump({name: secrets.token_hex(16) for name in names}, file)
+    path.chmod(0o600)
     found: dict[str, str] = json.loads(path.read_text())
     return found
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pytest
 from sqlalchemy import create_engine, inspect, text
 
-from delivery import database, ledger, tables
+from delivery import database, ledger, tables, verify
 from delivery.ledger import (
     Attempt,
     Busy,
@@ -581,6 +581,7 @@ def test_no_name_stands_anywhere_but_in_names(file_book: Ledger, tmp_path: Path)
     file_book.set_approver("zoe", "$argon2id$x")
     file_book.approve("b2", "d" * 64, "zoe", "reason", NOW, NOW)
     file_book.note("guard", {"entity": "zoe-1", "person": "zoe"})
+    file_book.promotion("ad_budget", 3, "promoted", "zoe", {"examples": ["zoe-1"]})
     with sqlite3.connect(tmp_path / "ledger.db") as raw:
         for table in tables.metadata.tables:
             found = [row for row in raw.execute(f'SELECT * FROM "{table}"') if any("zoe" in str(cell) for cell in row)]
@@ -614,6 +615,124 @@ def test_a_forgotten_name_is_gone_and_the_ledger_still_verifies(book: Ledger) ->
     assert verdict.ok, verdict.problems
     book.record_batch(new_batch("b2"), some_decisions("b2"))
     assert book.deliveries("b1")[1].entity == "line-1", "a name that comes again is known again"
+
+
+ZOE = "zoe@example.org"
+
+
+def everywhere(book: Ledger, words: str) -> set[str]:
+    """Tables in which words stand, in any cell."""
+    with book.engine.connect() as connection:
+        return {
+            name
+            for name, table in tables.metadata.tables.items()
+            for row in connection.execute(table.select())
+            if any(words.lower() in str(cell).lower() for cell in row)
+        }
+
+
+def quote(book: Ledger, quoted: str) -> None:
+    """Every way in which a writer may quote a name, as the ledger is told it."""
+    finding = {
+        "name": "change",
+        "status": "HELD",
+        "limit": 0.5,
+        "observed": 8.0,
+        "arm": None,
+        "examples": [quoted, "bob"],
+    }
+    book.record_batch(
+        new_batch("b1", status="HELD", findings=[finding], record={"model_version": 3, "entities": [quoted]}),
+        some_decisions("b1", [quoted, "bob", "eve"]),
+    )
+    lease = book.lease("ads")
+    book.open_push(lease, "b1")
+    book.begin(lease, "b1", [attempt(n) for n in range(3)])
+    both = f"{quoted} (120) and bob (90) share budget-1 and want different values"
+    book.settle(
+        lease, "b1",
+        [
+            Result(0, "REJECTED", target="budget-1", says=both),
+            Result(1, "REJECTED", target="budget-1", says=both),
+            Result(2, "UNKNOWN", says=f"the answer mentions {quoted.upper()} alone"),
+        ],
+    )  # fmt: skip
+    book.close_push(lease, "b1", False)
+    book.approve("b1", "d" * 64, "ann", f"{quoted} asked for it", NOW, NOW)
+    book.switch("ad_budget", True, "ann", f"because of {quoted}")
+    asked = {"actor": "ann", "reason": f"{quoted} was harmed", "trigger": "person"}
+    book.rollback_asked("b1", **asked, evidence={"entities": [quoted], "worst": {"examples": [quoted]}})
+    book.promotion("ad_budget", 3, "promoted", "ann", {"margin": 0.1, "examples": [quoted], "entity": quoted})
+    book.note("guard", {"workflow": "ad_budget", "findings": [{"name": "rejected", "examples": [quoted]}]})
+    book.note("verdict", {"workflow": "ad_budget", "entity": quoted, "people": {"person": quoted}})
+
+
+def test_a_forgotten_name_stands_nowhere_whoever_quoted_it(book: Ledger) -> None:
+    quote(book, ZOE)
+    assert {"names", "batches", "deliveries", "attempts", "approvals", "switches", "rollbacks"} >= everywhere(book, ZOE)
+    assert "events" not in everywhere(book, ZOE), "the chain never holds a name"
+    assert book.batch("b1").findings[0]["examples"] == [ZOE, "bob"] and book.batch("b1").record["entities"] == [ZOE]
+    assert book.promotions("ad_budget")[0].evidence == {"margin": 0.1, "examples": [ZOE], "entity": ZOE}
+    assert book.rollbacks("b1")[0].evidence == {"entities": [ZOE], "worst": {"examples": [ZOE]}}
+    assert book.events("guard")[0].body["findings"] == [{"name": "rejected", "examples": [ZOE]}]
+    assert book.verify().problems == []
+
+    assert book.forget(ZOE) > 0
+    assert everywhere(book, ZOE) == set() and everywhere(book, "zoe") == set()
+    assert book.verify().problems == []
+    assert book.batch("b1").findings[0]["examples"] == ["(erased)", "bob"]
+    said = {d.entity: d.says for d in book.deliveries("b1")}
+    assert said == {
+        None: None,
+        "bob": "(erased) (120) and bob (90) share budget-1 and want different values",
+        "eve": "the answer mentions (erased) alone",
+    }
+    assert book.approvals("b1")[0].reason == "(erased) asked for it"
+    assert book.promotions("ad_budget")[0].evidence["examples"] == ["(erased)"]
+    assert book.events("verdict")[0].body["people"] == {"person": "(erased)"}
+    assert book.forget(ZOE) == 0
+
+    assert book.forget("bob") > 0, "in words that were changed before"
+    assert everywhere(book, "bob") == set() and book.verify().problems == []
+
+
+def test_words_of_others_cannot_be_changed_under_the_cover_of_a_forgotten_name(book: Ledger) -> None:
+    quote(book, ZOE)
+    book.forget(ZOE)
+    for statement in (
+        "UPDATE deliveries SET says = 'something else' WHERE n = 1",
+        "UPDATE deliveries SET says = NULL WHERE n = 1",
+        "UPDATE approvals SET reason = 'somebody else asked for it'",
+        "UPDATE batches SET findings = '[]'",
+    ):
+        with book.engine.connect().execution_options(writes=True) as connection, connection.begin() as undone:
+            connection.execute(text(statement))
+            assert verify.examine(connection, book.people, None)[0], statement
+            undone.rollback()
+
+
+def test_a_name_that_an_older_ledger_kept_in_its_findings_is_erased_from_them(book: Ledger) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        # As it was before lists of names were sealed.
+        patch.setattr("delivery.people.LISTS", {})
+        book.record_batch(
+            new_batch("b1", findings=[{"name": "change", "examples": [ZOE, "bob"], "note": f'of "{ZOE}"'}]),
+            some_decisions("b1", [ZOE, "bob"]),
+        )
+    assert book.verify().ok and "batches" in everywhere(book, ZOE)
+    assert book.batch("b1").findings[0]["examples"] == [ZOE, "bob"]
+    book.forget(ZOE)
+    assert everywhere(book, ZOE) == set() and book.verify().problems == []
+    assert book.batch("b1").findings[0]["examples"] == ["(erased)", "bob"]
+
+
+def test_a_name_that_a_finding_mentions_outlives_the_retention_of_other_batches(book: Ledger, clock: Clock) -> None:
+    pushed(book, "b0")
+    clock.add(400 * 86400)
+    today = clock().date()
+    book.record_batch(new_batch("b1", day=today, findings=[{"name": "x", "examples": [ZOE]}]), some_decisions("b1", 1))
+    assert book.retention(30) == ["b0"]
+    assert book.batch("b1").findings[0]["examples"] == [ZOE] and book.verify().problems == []
 
 
 def test_retention_removes_rows_by_policy_only_and_verify_knows(book: Ledger, clock: Clock) -> None:

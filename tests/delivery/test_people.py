@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from delivery.people import People
+from delivery.people import ERASED, MARK, People, digests_in, eraser, unsealed
 
 NAMES = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=30)
 
@@ -37,3 +37,40 @@ def test_the_names_in_a_body_become_digests() -> None:
         "approver": None,
     }
     assert mapping == [(body["actor"], "person", "ann"), (body["entity"], "entity", "line-1")]
+
+
+def test_names_in_lists_and_below_a_bodys_own_keys_become_marked_digests_and_come_back() -> None:
+    people = People(b"k" * 16)
+    body = {
+        "examples": ["zoe", "bob", None],
+        "evidence": {"entities": ["zoe"], "person": "ann", "deeper": [{"entity": "line-1", "rule": "zoe"}], "n": 1},
+        "findings": [{"name": "change", "examples": []}],
+    }
+    sealed, mapping = people.sealed(body)
+    assert "zoe" not in repr([sealed["examples"], sealed["evidence"]["entities"]])
+    assert sealed["examples"] == [MARK + people.digest("entity", "zoe"), MARK + people.digest("entity", "bob"), None]
+    assert sealed["evidence"]["person"] == MARK + people.digest("person", "ann")
+    assert sorted(digests_in(sealed)) == sorted(digest for digest, _, _ in mapping)
+    known = {digest: name for digest, _, name in mapping}
+    assert unsealed(sealed, known) == body
+    assert people.sealed({"below": sealed}) == ({"below": sealed}, []), "what is sealed stays as it is"
+    del known[people.digest("entity", "zoe")]
+    assert unsealed(sealed, known)["examples"] == [ERASED, "bob", None]
+    assert people.sealed({"examples": [ERASED]}) == ({"examples": [ERASED]}, []), "nobody is called so"
+
+
+@pytest.mark.parametrize(
+    ("words", "left"),
+    [
+        ("zoe@example.org (120) and bob (90) share budget-1", "(erased) (120) and bob (90) share budget-1"),
+        ("set by Zoe@Example.ORG.", "set by (erased)."),
+        ("xzoe@example.org and zoe@example.orgs are others", "xzoe@example.org and zoe@example.orgs are others"),
+        ("zoe@example.org", "(erased)"),
+    ],
+)
+def test_a_name_is_erased_from_words_where_it_is_a_word_of_its_own(words: str, left: str) -> None:
+    assert eraser(["zoe@example.org"])(words) == left
+
+
+def test_an_eraser_of_nothing_changes_nothing() -> None:
+    assert eraser([])("words") == eraser([""])("words") == "words"

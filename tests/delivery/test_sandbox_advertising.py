@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import http.client
 import json
+import os
+import sqlite3
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +21,7 @@ import pytest
 
 from assets.workflow import FOLDER, load
 from delivery.connectors.discovery import Document
+from delivery.sandbox import private
 from delivery.sandbox.advertising_api import AdvertisingSandbox, Refusal, Server, Trouble, budgets_of, serve
 from delivery.sandbox.worlds import advertising
 
@@ -502,3 +507,21 @@ def test_the_clock_of_changes_never_stands_still(tmp_path: Path) -> None:
     moments = [c["micros"] for c in sandbox.changes()]
     assert moments == sorted(set(moments)) and len(moments) == 5
     sandbox.close()
+
+
+def test_what_holds_tokens_is_closed_from_its_first_byte_and_what_stood_open_is_closed(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        file = private.database(private.folder(tmp_path / "desk") / "desk.sqlite3")
+        with contextlib.closing(sqlite3.connect(file)) as database:
+            database.execute("PRAGMA journal_mode=WAL")
+            database.execute("CREATE TABLE tokens (token TEXT)")
+            modes = {one.name: stat.S_IMODE(one.stat().st_mode) for one in file.parent.iterdir()}
+            assert modes == dict.fromkeys(("desk.sqlite3", "desk.sqlite3-wal", "desk.sqlite3-shm"), 0o600)
+            for one in (file.parent, *file.parent.iterdir()):
+                one.chmod(0o777)
+            private.database(private.folder(file.parent) / file.name)
+            modes = {one.name: stat.S_IMODE(one.stat().st_mode) for one in (file.parent, *file.parent.iterdir())}
+            assert modes.pop("desk") == 0o700 and set(modes.values()) == {0o600}
+    finally:
+        os.umask(before)

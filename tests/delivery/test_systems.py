@@ -99,6 +99,13 @@ def get(url: str, token: str, kind: str) -> httpx.Response:
     return httpx.get(url, headers={"Authorization": f"{kind} {token}"}, timeout=20)
 
 
+def open_to_others(state: Path) -> list[str]:
+    """Folders, databases and tokens below a folder that anybody but their owner may read."""
+    secret = [f for f in (state, *state.rglob("*")) if f.is_dir() or "sqlite" in f.name or f.name == "tokens.json"]
+    assert any(f.name.endswith("-wal") for f in secret), "the databases are in use"
+    return [f"{f} {stat.S_IMODE(f.stat().st_mode):o}" for f in secret if stat.S_IMODE(f.stat().st_mode) & 0o077]
+
+
 def test_both_run_on_free_ports_and_a_restart_goes_on_where_they_were(tmp_path: Path) -> None:
     landing, state = tmp_path / "landing", tmp_path / "sandbox"
     clock = lambda: datetime(2026, 3, 7, 4)  # noqa: E731
@@ -112,6 +119,7 @@ def test_both_run_on_free_ports_and_a_restart_goes_on_where_they_were(tmp_path: 
         assert httpx.get(f"{said['SIGNALBOX_ADS_ENDPOINT']}/sandbox/state").status_code == 401
         assert httpx.get(f"{said['SIGNALBOX_HELPDESK_URL']}/tickets/").status_code in (401, 403)
         assert stat.S_IMODE((state / "tokens.json").stat().st_mode) == 0o600, "everybody here can read the tokens"
+        assert open_to_others(state) == [], "everybody here can read what holds tokens"
         line = sorted(both.ads.amounts())[0]
         ticket = next(name for name, t in both.desk.tickets().items() if t["status"] in (1, 2))
         both.ads.by_hand(line, 12_340_000)

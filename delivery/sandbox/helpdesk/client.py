@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from delivery.connectors.http import Http
+from delivery.sandbox import private
 from delivery.sandbox.helpdesk import recipe
 from delivery.sandbox.worlds import tickets
 
@@ -115,7 +116,7 @@ class HelpdeskSandbox(Controls):
     ) -> None:  # fmt: skip
         if not 8 <= len(token) <= 40:
             raise ValueError("token: 8 to 40 characters, as the help desk stores them")
-        folder.mkdir(parents=True, exist_ok=True)
+        private.folder(folder)
         recipe.Recipe.of(world, next_day).write(folder)
         self.folder, self.port = folder, port
         self._token, self._templates, self._patience_s = token, templates or folder, patience_s

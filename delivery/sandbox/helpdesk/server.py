@@ -14,6 +14,8 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+from delivery.sandbox import private
+
 THREADS = 8
 
 
@@ -56,9 +58,10 @@ def stop_with_parent() -> None:
 
 def _database(file: Path, templates: Path) -> None:
     if file.exists():
+        private.database(file)
         return
     kept = templates / f"empty-helpdesk-{version('django-helpdesk')}-django-{version('django')}.sqlite3"
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    draft = private.database(file.with_name(f".{file.name}.{os.getpid()}"))
     if kept.exists():
         shutil.copyfile(kept, draft)
     else:
