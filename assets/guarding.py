@@ -634,7 +634,9 @@ def _acted_or_may(ledger: Ledger, workflow: Workflow) -> tuple[list[BatchRow], l
     """The batches that acted, oldest day first; and they with those that may still be sent, in the order of deciding."""
     every = ledger.batches(workflow.name, kind="decision")
     acted = [b for rows in acting.by_day(every).values() for b in rows]
-    may = {b.day: b for b in every if b.status != "REFUSED" and not b.backfill and ledger.clock() < promoting.over(b.day)}
+    may = {
+        b.day: b for b in every if b.status != "REFUSED" and not b.backfill and ledger.clock() < promoting.over(b.day)
+    }
     chosen = {b.batch_id for b in (*acted, *may.values())}
     return acted, [b for b in every if b.batch_id in chosen]
 
