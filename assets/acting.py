@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from assets.lake import Lake
+from assets.point_in_time import connect
 from assets.promoting import over
 from assets.workflow import Workflow
 from delivery.ledger import BatchRow, Ledger
@@ -104,15 +105,14 @@ def decided(
     what it left alone it has left alone. Of a day on which nothing acted there is no row, nor of an entity whose name was
     forgotten. A rollback during the day shows in ``standing``; a later one changes nothing about that day.
     """
-    import duckdb
-
     batches = ledger.batches(workflow)
     rollbacks = [b for b in batches if b.kind == "rollback" and b.delivery != "NONE"]
     acted = by_day(b for b in batches if first <= b.day <= last and (only is None or b.day in only))
-    with duckdb.connect() as con:
-        con.execute("SET TimeZone = 'UTC'")
+    if not acted:
+        return DECIDED.empty_table()
+    with connect() as con:
         tables = [_day(con, ledger, day, rows, _taken_back(rollbacks, day), entities) for day, rows in acted.items()]
-    return pa.concat_tables(tables) if tables else DECIDED.empty_table()
+    return pa.concat_tables(tables)
 
 
 def of_entity(ledger: Ledger, workflow: str, day: date, entity: str) -> dict[str, Any] | None:

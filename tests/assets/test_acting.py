@@ -266,7 +266,7 @@ def test_days_whose_stored_scores_are_not_of_the_version_that_acted_are_named(bo
 # --- any history ------------------------------------------------------------------------------------------------------
 
 SOAK = int(os.environ.get("SIGNALBOX_SOAK") or 0)
-EXAMPLES = 20 * max(1, SOAK)
+EXAMPLES = 12 * max(1, SOAK)
 HOW: dict[str, Any] = {"deadline": None, "derandomize": not SOAK}
 CONTENTS = [{}, {"a": 120, "b": 180}, {"a": 80}, {"b": 230, "c": 270}, {"a": 110, "b": 190, "c": 310}]
 SYSTEMS = [Capabilities(conditional_write=True, bulk_read=10), Capabilities(idempotency_key=True)]

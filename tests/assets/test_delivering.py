@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pytest
 
 from assets import deciding, delivering, point_in_time
+from assets.stages import delivery as stage
 from assets.workflow import Workflow
 from delivery import push as pushing
 from delivery.guards import Finding
@@ -100,6 +101,22 @@ def test_a_delivered_batch_stands_downstream_and_untouched_entities_are_not_sent
     assert {e: t.value for e, t in system.targets.items()} == {d["entity_id"]: d["after"] for d in decided}
     assert {a.target for a in system.applied} == {d["entity_id"] for d in decided if d["changed"]}
     assert not [d for d in decided if d["arm"] == "holdout" and d["changed"]]
+
+
+def test_a_push_of_which_nothing_was_acknowledged_fails_its_check_with_a_sentence(
+    bench: Bench, registry: Registry, book: Ledger
+) -> None:
+    row = recorded(bench, registry, book)
+    system = downstream(book, row)
+    for target in system.targets.values():
+        target.value = 4_999_999  # somebody's, everywhere
+    done = send(bench, book, row, system)
+    assert done.report is not None and done.report.complete and not done.report.counts.get("ACKED")
+    reconciled, _ = stage._checks(bench.workflow, bench.last, done)
+    assert not reconciled.passed and "was acknowledged" in str(reconciled.description)
+    other = recorded(bench, registry, book, bench.days[-2])
+    well = send(bench, book, other, downstream(book, other))
+    assert well.report is None or well.report.why or stage._checks(bench.workflow, other.day, well)[0].passed
 
 
 def test_which_batches_may_go(bench: Bench, registry: Registry, book: Ledger) -> None:
@@ -198,12 +215,51 @@ def test_an_arm_that_spends_over_its_pool_is_found(ads: Bench, registry: Registr
     *_, day, last = bench.days
     with Ledger.open(f"sqlite:///{tmp_path / 'l.db'}", key=b"k" * 32, clock=lambda: bench.morning(bench.last)) as book:
         row = recorded(bench, registry, book, day)
+        assert not delivering.outcomes_of_decisions(bench.workflow, bench.lake, book, last).num_rows, "nothing was sent"
+        send(bench, book, row, downstream(book, row))
         outcomes = delivering.outcomes_of_decisions(bench.workflow, bench.lake, book, last)
         assert delivering.spend_findings(bench.workflow, book, outcomes) == {}
         twice = outcomes.set_column(outcomes.schema.get_field_index("cost"), "cost", pc.multiply(outcomes["cost"], 2.0))
         found = delivering.spend_findings(bench.workflow, book, twice)
         assert {f.arm for f in found[row.batch_id]} == {d["arm"] for d in bench.decided(day)}
         assert all(f.rollback for f in found[row.batch_id])
+
+
+def test_a_delivered_day_that_is_decided_again_and_not_sent_keeps_its_outcomes(
+    bench: Bench, registry: Registry, book: Ledger
+) -> None:
+    *_, day, last = bench.days
+    row = recorded(bench, registry, book, day)
+    send(bench, book, row, downstream(book, row))
+    before = delivering.outcomes_of_decisions(bench.workflow, bench.lake, book, last)
+    drawn = delivering.randomised(book, bench.workflow.name, day)
+    registry.step_back(bench.workflow.name, 2, "to decide otherwise")
+    again = recorded(bench, registry, book, day)
+    assert delivering.batch_of(book, bench.workflow.name, day).batch_id == again.batch_id != row.batch_id
+    assert before.num_rows and delivering.outcomes_of_decisions(bench.workflow, bench.lake, book, last) == before
+    assert delivering.randomised(book, bench.workflow.name, day) == drawn
+
+
+def test_a_days_spend_is_judged_as_a_whole_where_two_of_its_batches_acted(
+    ads: Bench, registry: Registry, tmp_path: Path
+) -> None:
+    bench = ads.copy(tmp_path / "bench")
+    *_, day, last = bench.days
+    with Ledger.open(f"sqlite:///{tmp_path / 'l.db'}", key=b"k" * 32, clock=lambda: bench.morning(bench.last)) as book:
+        first = recorded(bench, registry, book, day)
+        system = downstream(book, first)
+        send(bench, book, first, system)
+        registry.step_back(bench.workflow.name, 2, "to decide otherwise")
+        second = recorded(bench, registry, book, day)
+        send(bench, book, second, system, hour=7)
+        outcomes = delivering.outcomes_of_decisions(bench.workflow, bench.lake, book, last)
+        half = outcomes.num_rows // 2
+        names = [first.batch_id] * half + [second.batch_id] * (outcomes.num_rows - half)
+        outcomes = outcomes.set_column(outcomes.schema.get_field_index("batch_id"), "batch_id", [names])
+        twice = outcomes.set_column(outcomes.schema.get_field_index("cost"), "cost", pc.multiply(outcomes["cost"], 2.0))
+        found = delivering.spend_findings(bench.workflow, book, twice)
+        assert list(found) == [second.batch_id], "the newest of them has set what stood in the end"
+        assert {f.arm for f in found[second.batch_id]} == {d["arm"] for d in bench.decided(day)}
 
 
 def test_an_address_from_the_environment_replaces_the_workflows(ads: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,3 +190,9 @@ def test_scores_are_judged_only_among_days_that_one_version_scored(ads: Bench, t
     assert stage._judge_scores(bench.workflow, bench.lake, bench.last).spoke is True
     early = stage._judge_scores(bench.workflow, bench.lake, days[5])
     assert early.spoke is None and "version 2 has scored 3 days, 8 are needed" in early.text
+    # what was scored anew after the day had acted is none of what acts
+    assert (
+        "are not of the version that acted" in stage._judge_scores(bench.workflow, bench.lake, days[5], {days[5]}).text
+    )
+    fewer = stage._judge_scores(bench.workflow, bench.lake, bench.last, set(days[4:7]))
+    assert "version 2 has scored 6 days, 8 are needed" in fewer.text

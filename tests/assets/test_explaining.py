@@ -534,6 +534,43 @@ def test_a_decision_that_the_ledger_never_had_is_told_from_the_lake_and_an_unkno
         explain(ledger, lake, registry, "no-such-decision")
 
 
+# --- what acted ---------------
+
+
+def test_a_decision_that_was_never_sent_is_not_told_as_what_stands(
+    small: Any, registry: Registry, ledger: Ledger, unsearched: None
+) -> None:
+    rows = decided(small, registry, ledger)
+    push(ledger, Shelf(rows), rows[0]["batch_id"])
+    registry.step_back("ad_budget", 2, "to decide otherwise")
+    later = decided(small, registry, ledger)
+    sent = {r["entity_id"]: r for r in rows}
+    for row in (next(r for r in later if r["changed"]), next(r for r in later if not r["changed"])):
+        mine = sent[row["entity_id"]]
+        reading = Reading(row["entity_id"], "t", row["after"])
+        told = explain(ledger, small.lake, registry, row["decision_id"], reading=reading)
+        seen = told.as_dict()["downstream"]
+        assert seen["acted"] is False and not seen["now"]["as_decided"], "the same value by chance"
+        assert seen["instead"] == {k: mine[k] for k in ("decision_id", "batch_id", "after")} | {
+            "standing": mine["before"]
+        }
+        lines = "\n".join(told.lines())
+        assert f"decision {mine['decision_id']} of batch {mine['batch_id']} did" in lines
+        assert "not by this decision" in lines
+        first = explain(ledger, small.lake, registry, mine["decision_id"]).as_dict()["downstream"]
+        assert first["acted"] is True and "instead" not in first
+
+
+def test_a_decision_of_a_batch_of_which_nothing_was_sent_has_not_acted(
+    small: Any, registry: Registry, ledger: Ledger, unsearched: None
+) -> None:
+    rows = decided(small, registry, ledger)
+    row = next(r for r in rows if r["changed"])
+    told = explain(ledger, small.lake, registry, row["decision_id"])
+    assert told.as_dict()["downstream"]["acted"] is False
+    assert any("nothing of its batch has been sent" in line for line in told.lines())
+
+
 # --- rollbacks --------------------------------------------------------------------------------------------------------
 
 

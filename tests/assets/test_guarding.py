@@ -305,6 +305,16 @@ class Book:
         )
         return new.batch_id
 
+    def again(self, n: int, version: int, *, hour: int = 6, **record: Any) -> str:
+        """Day ``n`` decided anew on the morning of the eighth, with something to change, and never sent."""
+        self.now = datetime.combine(at(8), time(hour))
+        new = NewBatch(
+            batch_id=f"again-{n}-{version}", workflow=self.workflow.name, kind="decision", day=at(n), digest=f"again {n}",
+            status="READY", step="champion", as_of=self.now, decided_at=self.now, run_id="run",
+            record={"model_version": version, **record},
+        )  # fmt: skip
+        return self.ledger.record_batch(new, table([{"entity": "l1", "before": 1, "after": 3}], new.batch_id)).batch_id
+
     def taken_back(self, n: int) -> None:
         self.now = datetime.combine(at(n + 1), time(8))
         self.ledger.rollback_complete(f"b{n}", actor="guard", reason="harm", trigger="guard")
@@ -398,6 +408,15 @@ def test_what_was_not_sent_has_not_acted(book: Book) -> None:
     assert book.compared(6) == [("champion vs holdout", 1, 4)]
 
 
+def test_a_day_that_is_decided_again_and_not_sent_is_judged_by_what_acted(book: Book) -> None:
+    book.moved(3, 1, "promoted")
+    for n in (3, 4, 5):
+        book.batch(n, 1)
+    book.again(4, 2)
+    assert [b.batch_id for b in guarding._acted(book.workflow, book.ledger, at(8), book.now)] == ["b3", "b4", "b5"]
+    assert book.compared(8) == [("champion vs holdout", 1, 3)]
+
+
 def test_a_challenger_is_judged_beside_the_champion_since_its_canary(book: Book) -> None:
     shares = {"holdout": 0.2, "champion": 0.5, "challenger": 0.3}
     book.moved(3, 1, "promoted")
@@ -441,6 +460,30 @@ def test_a_rollback_stands_until_the_version_and_its_batches_are_taken_back(book
     assert book.condemned() == []
     book.verdict(9, 2, 4)
     assert book.condemned() == [], "judged once more before its end was known"
+
+
+@pytest.mark.parametrize("record", [{}, {"backfill": True}], ids=["a day run again", "a backfill"])
+def test_what_was_decided_of_a_past_day_and_never_sent_is_not_to_be_taken_back(
+    book: Book, record: dict[str, Any]
+) -> None:
+    book.moved(3, 2, "promoted")
+    book.batch(2, 2)
+    book.batch(3, 2)
+    book.again(2, 2, **record)
+    book.verdict(8, 2, 2)
+    assert book.condemned() == [(2, ("b2", "b3"))]
+    book.moved(9, 2, "rolled back")
+    book.taken_back(3)
+    book.taken_back(2)
+    book.now = known(9)
+    assert book.condemned() == [], "nothing of it is left downstream"
+
+
+def test_without_promotions_the_one_that_acted_last_acts_now(book: Book) -> None:
+    book.batch(2, 1)
+    book.again(3, 2)
+    book.verdict(8, 1, 2)
+    assert book.condemned() == [(1, ("b2",))]
 
 
 def test_a_version_that_was_replaced_meanwhile_is_left(book: Book) -> None:

@@ -198,6 +198,40 @@ def test_what_is_open_is_named_with_whom_it_waits_for(book: Ledger, clock: Clock
     assert later.figures["deadline_misses"] == 4
 
 
+@pytest.mark.parametrize(
+    "other", [{}, {"record": {"backfill": True}}, {"status": "REFUSED"}], ids=["run again", "backfill", "refused"]
+)
+def test_a_range_of_past_days_run_again_changes_no_figure(book: Ledger, clock: Clock, other: dict[str, Any]) -> None:
+    tell(book, clock)
+    before = health.examine(book, WORKFLOW, until=NOON).as_dict()
+    again = Story(book, clock)
+    for day in (1, 2, 4, 5, 6, 8):
+        clock.now = NOON
+        said = {"day": date(2026, 4, day), "decided_at": NOON, "pools": None, "record": {"model_version": 4}} | other
+        again.book.record_batch(new_batch(f"again-{day}", **said), some_decisions(f"again-{day}"))
+    assert health.examine(book, WORKFLOW, until=NOON).as_dict() == before
+    told = "\n".join(health.lines(health.examine(book, WORKFLOW, until=NOON)))
+    assert "newest day decided 2026-04-10, delivered 2026-04-09" in told
+
+
+def test_a_day_of_which_two_batches_met_the_system_counts_the_deliveries_of_both(book: Ledger, clock: Clock) -> None:
+    story = Story(book, clock)
+    story.decided(1)
+    story.pushed(1, "RRRR")
+    story.decided(1, name="b1-again", hour=5, step="rule")
+    clock.now = april(2, 5.5)
+    lease = book.lease("ads")
+    book.open_push(lease, "b1-again")
+    book.begin(lease, "b1-again", [Attempt(n, 120, 100, f"again-{n}", clock.now) for n in range(4)])
+    book.settle(lease, "b1-again", [
+        Result(n, "ACKED", sent=120, prior=100, observed=120, verified_at=clock.now, ended_at=clock.now) for n in range(4)
+    ])  # fmt: skip
+    book.close_push(lease, "b1-again", True)
+    found = health.examine(book, WORKFLOW, until=april(2, 7))
+    assert (found.figures["deliveries"], found.figures["rejected"]) == (8, 4)
+    assert found.figures["days_by_rule"] == 1 and found.now["newest_day_delivered"] == "2026-04-01"
+
+
 def test_the_past_is_seen_as_it_was(book: Ledger, clock: Clock) -> None:
     tell(book, clock)
     then = health.examine(book, WORKFLOW, until=april(5, 10))

@@ -127,6 +127,16 @@ def test_a_line_is_judged_by_its_curve_at_the_budget_that_came_to_stand(ads_work
     assert np.isnan([r["actual"] for r in performing.scored(ads_workflow, lake, DAY).to_pylist()]).all()
 
 
+def test_a_day_whose_scores_were_made_anew_after_it_acted_is_left_out(tickets: Workflow, lake: Lake) -> None:
+    days = [DAY - timedelta(days=1), DAY]
+    for day, version in zip(days, (1, 2), strict=True):
+        put(lake, tickets, day, {"entity_id": ["a"], "moment": ["open"], "p_miss": [0.2]}, version)
+    known(lake, tickets, DAY, [("a", True, tickets.cutoff_of(DAY))])
+    assert {r["day"] for r in performing.scored(tickets, lake, DAY).to_pylist()} == set(days)
+    assert {r["day"] for r in performing.scored(tickets, lake, DAY, {days[0]}).to_pylist()} == {DAY}
+    assert performing.scored(tickets, lake, DAY, set(performing.span(tickets, DAY))).num_rows == 0
+
+
 def test_without_scores_or_outcomes_there_is_nothing_to_judge(tickets: Workflow, lake: Lake) -> None:
     assert performing.judge(tickets, lake, None, DAY).schema.equals(perf.SCHEMA)
     assert stage.verdict(tickets, performing.judge(tickets, lake, None, DAY))[0]

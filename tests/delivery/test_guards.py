@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from delivery.guards import TRIED, Guards, judge, spend_over_pool
+from delivery.reports import Report
 
 EVERY = Guards(
     max_rejected_share=0.1, max_conflict_share=0.1, max_unknown_share=0.1, max_overwritten=0, max_spend_over_pool=0.15
@@ -24,6 +25,25 @@ def test_a_broken_limit_names_itself_its_limit_and_what_was_seen() -> None:
     assert (finding.name, finding.limit, finding.observed, finding.rollback) == ("max_rejected_share", 0.1, 0.2, True)
     assert "20 of 100" in finding.text
     assert finding.as_dict()["name"] == "max_rejected_share"
+
+
+@pytest.mark.parametrize(
+    ("counts", "limit", "says"),
+    [
+        ({}, 0.2, ""),
+        ({"ACKED": 8, "REJECTED": 2}, 0.2, ""),
+        ({"ACKED": 7, "REJECTED": 3}, None, ""),
+        ({"ACKED": 7, "REJECTED": 3, "SKIPPED": 90}, 0.2, "3 of 10 tried deliveries were rejected (limit 20.00%)"),
+        ({"OVERWRITTEN": 1, "SKIPPED": 3}, 0.2, ""),
+        ({"CONFLICT": 3}, None, "none of 3 deliveries was acknowledged: {'CONFLICT': 3}"),
+        ({"REJECTED": 1, "SKIPPED": 1}, None, "none of 2 deliveries was acknowledged: {'REJECTED': 1, 'SKIPPED': 1}"),
+        ({"SKIPPED": 4}, 0.2, "none of 4 deliveries was acknowledged: {'SKIPPED': 4}"),
+    ],
+)  # fmt: skip
+def test_a_push_of_which_nothing_stands_or_too_much_was_rejected_says_so(
+    counts: dict[str, int], limit: float | None, says: str
+) -> None:
+    assert Report("b1", "there", True, counts, "exactly once").failure(limit) == says
 
 
 @pytest.mark.parametrize("state", ["REJECTED", "CONFLICT", "UNKNOWN"])
