@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ORDER = (
-    "daily_run", "budget_policy", "advertising_world", "priority_policy", "ledger", "push", "regression", "drift",
+    "daily_run", "budget_policy", "advertising_world", "priority_policy", "ledger", "verify", "push", "regression", "drift",
     "conformal", "students", "training_memory",
 )  # fmt: skip
 
