@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 ORDER = (
-    "daily_run", "budget_policy", "advertising_world", "priority_policy", "ledger", "push", "regression", "drift",
-    "rollback", "conformal", "students", "training_memory",
+    "daily_run", "budget_policy", "advertising_world", "priority_policy", "ledger", "verify", "push", "rollback",
+    "regression", "drift", "conformal", "students", "training_memory",
 )  # fmt: skip
 
 

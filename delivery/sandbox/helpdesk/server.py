@@ -74,7 +74,7 @@ def _database(file: Path, templates: Path) -> None:
         connection.close()  # the last connection takes the write-ahead log into the file
         connection.settings_dict["NAME"] = asked
         templates.mkdir(parents=True, exist_ok=True)
-        copy = kept.with_name(f".{kept.name}.{os.getpid()}")
+        copy = private.database(kept.with_name(f".{kept.name}.{os.getpid()}"))
         shutil.copyfile(draft, copy)
         os.replace(copy, kept)
     with sqlite3.connect(draft) as database:
