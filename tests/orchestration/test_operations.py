@@ -432,3 +432,8 @@ def test_what_cannot_be_done_is_said_in_a_sentence(office: Office, words: tuple[
     )
     said = " ".join((done.stdout + done.stderr).replace("│", " ").split())
     assert done.returncode != 0 and says in said and "Traceback" not in said, said
+
+
+def test_again_is_refused_where_nothing_is_decided() -> None:
+    result = CliRunner().invoke(cli.app, ["run", "ad_budget", "deliver", "--again"])
+    assert result.exit_code == 2 and "--again" in result.output
