@@ -262,7 +262,7 @@ def deliver(
         told({"batch": found.batch_id, "sent": False, "why": done.said}, as_json, [done.said])
         raise typer.Exit(1)
     report = done.report
-    failed = _came_to_nothing(report.counts, workflow.delivery.guards.max_rejected_share)
+    failed = report.failure(workflow.delivery.guards.max_rejected_share)
     lines = [
         f"{found.batch_id}: {'complete' if report.complete else 'NOT complete: run it again'}; {report.counts}",
         f"  {report.guarantee}",
@@ -279,18 +279,6 @@ def deliver(
 
 SHOWN = 20
 """Lines of one sort that are printed; ``--json`` has them all."""
-
-
-def _came_to_nothing(counts: Mapping[str, int], max_rejected_share: float | None) -> str:
-    """Why a push that is over did not do what it was for; empty where it did."""
-    from delivery.guards import TRIED
-
-    tried, rejected = sum(counts.get(state, 0) for state in TRIED), counts.get("REJECTED", 0)
-    if sum(counts.values()) and not counts.get("ACKED", 0) + counts.get("OVERWRITTEN", 0):
-        return "nothing of it stands downstream"
-    if max_rejected_share is not None and tried and rejected / tried > max_rejected_share:
-        return f"{rejected} of {tried} tried deliveries were rejected (limit {max_rejected_share:.2%})"
-    return ""
 
 
 def _diff_lines(workflow: Any, diff: Any, limit: int = SHOWN) -> list[str]:
