@@ -3,7 +3,7 @@
 Checked after each step: never a false ACKED, people's values never overwritten under a condition and every overwrite listed
 where there is a history, no decision lost, the live total never over a pool, each write applied once where the system has a
 key or a condition and every repeat counted where not, no older batch over a newer one, and the ledger verifies.
-``SIGNALBOX_EXAMPLES`` sets how many histories are tried.
+``SIGNALBOX_SOAK`` multiplies how many histories are tried (``tests.support.properties``).
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from delivery.push import Stopped
 from delivery.sandbox import advertising_api
 from delivery.sandbox.worlds import advertising
 from models.registry import Registry
-from orchestration import cli, operations
+from orchestration import cli
 from tests.conftest import Bench
 
 SECRET = "marked secret, nobody else's"
