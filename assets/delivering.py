@@ -50,9 +50,19 @@ def pools(workflow: Workflow, decisions: pa.Table) -> dict[str, int] | None:
 
 
 def record(
-    workflow: Workflow, ledger: Ledger, day: date, batch: deciding.Batch, *, decided_at: datetime, run_id: str
+    workflow: Workflow,
+    ledger: Ledger,
+    day: date,
+    batch: deciding.Batch,
+    *,
+    decided_at: datetime,
+    run_id: str,
+    unless_sent: bool = False,
 ) -> BatchRow:
-    """Write a decided batch to the ledger, with what each of its decisions needs to be replayed; the same batch once."""
+    """Write a decided batch to the ledger, with what each of its decisions needs to be replayed; the same batch once.
+
+    ``unless_sent``: raises ``ledger.DaySent`` where another batch of the day was sent by then.
+    """
     new = NewBatch(
         batch_id=batch.batch_id,
         workflow=workflow.name,
@@ -75,7 +85,7 @@ def record(
         pools=pools(workflow, batch.decisions),
         reverses=None,
     )
-    return ledger.record_batch(new, deciding.with_record(workflow, day, batch))
+    return ledger.record_batch(new, deciding.with_record(workflow, day, batch), unless_sent=unless_sent)
 
 
 def _terms(workflow: Workflow) -> dict[str, Any]:

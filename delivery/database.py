@@ -50,6 +50,10 @@ class LedgerMismatch(LedgerError):
     """What was asked contradicts what stands in the ledger."""
 
 
+class DaySent(LedgerError):
+    """A batch of the day was sent, so it is not decided anew unasked."""
+
+
 class Fenced(LedgerError):
     """Another writer holds the lease by now; nothing was written."""
 

@@ -19,6 +19,7 @@ from sqlalchemy import Connection, Engine, Row, Table, and_, bindparam, delete, 
 
 from delivery import chain, tables
 from delivery.database import (
+    DaySent,
     Fenced,
     LedgerError,
     LedgerMismatch,
@@ -64,7 +65,7 @@ from delivery.records import (
 
 __all__ = [
     "ACTED", "FINAL", "OPEN", "Acknowledged", "Approval", "Approver", "Attempt", "AttemptRow", "BatchRow", "Busy", "Conflict",
-    "Delivery", "Event", "Fenced", "Head", "Holder", "Lease", "Ledger", "LedgerError", "LedgerMismatch", "LedgerNewer",
+    "DaySent", "Delivery", "Event", "Fenced", "Head", "Holder", "Lease", "Ledger", "LedgerError", "LedgerMismatch", "LedgerNewer",
     "LedgerUnavailable", "Leftover", "NewBatch", "Promotion", "Result", "Rollback", "State", "Switch", "Unknown", "Verdict", "generation",
     "utc_now",
 ]  # fmt: skip
@@ -262,13 +263,14 @@ class Ledger:
     # --- batches
 
     @plainly
-    def record_batch(self, new: NewBatch, decisions: pa.Table) -> BatchRow:
+    def record_batch(self, new: NewBatch, decisions: pa.Table, *, unless_sent: bool = False) -> BatchRow:
         """Record a batch, its decisions and a PENDING delivery for each changed one, in one transaction; returns its row.
 
         Deciding the same again changes nothing while it is still what may be sent. After something else was decided for the
         day, or after it was superseded or taken back, it is a new decision: ``X.2`` (``generation``), with decision ids of
         its own. The same id with another content raises LedgerMismatch. ``decisions``: the columns that the stage writes,
-        entities and ids unique.
+        entities and ids unique. ``unless_sent``: raises DaySent where another batch of the day was sent, or is being sent:
+        between the look at a day and its record a push may begin.
         """
         stored, mapping = self._stored(new, decisions)
         root = chain.merkle_root(chain.leaf_hashes(stored))
@@ -291,9 +293,22 @@ class Ledger:
                 ids = pc.binary_join_element_wise(stored["decision_id"], str(number), ".")
                 stored = stored.set_column(stored.schema.get_field_index("decision_id"), "decision_id", ids)
                 root = chain.merkle_root(chain.leaf_hashes(stored))
+            if unless_sent:
+                self._not_sent(connection, new)
             last = connection.execute(select(func.max(b.sequence))).scalar() or 0
             self._insert_batch(connection, new, last + 1, root, stored, mapping, changed)
             return self._batch(connection, new.batch_id)
+
+    def _not_sent(self, connection: Connection, new: NewBatch) -> None:
+        b = tables.batches.c
+        day = select(tables.batches).where(b.workflow == new.workflow, b.day == new.day, b.kind == "decision")
+        for one in self._rows(connection, connection.execute(day).all()):
+            if one.acted or one.delivery == "OPEN":
+                raise DaySent(
+                    f"{new.workflow}: batch {one.batch_id} of {new.day} was sent while the day was decided anew, and what was "
+                    "decided is not recorded. Whoever wants it in the place of what was sent says so: signalbox run "
+                    f"{new.workflow} decide --day {new.day} --again"
+                )
 
     def _newest(self, connection: Connection, row: AnyRow) -> AnyRow:
         """The last time that the content of a batch was decided."""

@@ -114,7 +114,9 @@ def _decide(
     batch = deciding.decide_day(workflow, lake, found.day)
     if found.state == "backfill":
         batch = replace(batch, record={**batch.record, "backfill": True})
-    row = delivering.record(workflow, book, found.day, batch, decided_at=now, run_id=run_id)
+    row = delivering.record(
+        workflow, book, found.day, batch, decided_at=now, run_id=run_id, unless_sent=not found.asked
+    )
     batch = replace(batch, batch_id=row.batch_id)
     deciding.write_batch(workflow, lake, found.day, batch, decided_at=now, run_id=run_id)
     return batch

@@ -17,7 +17,7 @@ import pytest
 from delivery import approvals
 from delivery.connectors import file_drop
 from delivery.connectors.base import Capabilities
-from delivery.ledger import Holder, LedgerMismatch, NewBatch
+from delivery.ledger import DaySent, Holder, LedgerMismatch, NewBatch
 from delivery.push import Blocked, Changed, NotApproved, PushSettings, Refused, dry_run, push
 from delivery.rollback import Batch, roll_back
 from tests.delivery.test_push import (  # noqa: F401
@@ -173,6 +173,29 @@ def test_a_backfill_is_never_sent(room: Room) -> None:
     with pytest.raises(Refused, match="is a backfill"):
         room.push(fake, "late")
     assert not fake.writes
+
+
+@pytest.mark.parametrize("how", ["sent", "on its way", "not sent"])
+def test_a_batch_sent_while_the_day_was_decided_anew_is_not_replaced_unasked(room: Room, how: str) -> None:
+    fake = room.system()
+    decided(room, {"a": 100}, {"a": 120}, "X")
+    if how == "sent":
+        room.push(fake, "X")
+    elif how == "on its way":
+        fake.fault = lambda op, key: "unavailable" if op == "read" else ""
+        room.push(fake, "X", settings=PushSettings(patience_s=0.0))
+    new = NewBatch(
+        batch_id="Y", workflow="ad_budget", kind="decision", day=DAY, digest="y", status="READY", step="champion",
+        as_of=START, decided_at=START, run_id="r", record={},
+    )  # fmt: skip
+    decisions = table(rows({"a": 100}, {"a": 130}), "Y")
+    if how == "not sent":
+        assert room.ledger.record_batch(new, decisions, unless_sent=True).batch_id == "Y"
+        return
+    with pytest.raises(DaySent, match=r"batch X of 2026-03-01 was sent .* --again"):
+        room.ledger.record_batch(new, decisions, unless_sent=True)
+    assert [b.batch_id for b in room.ledger.batches()] == ["X"]
+    assert room.ledger.record_batch(new, decisions).batch_id == "Y"
 
 
 def test_only_what_would_be_sent_can_be_approved(room: Room) -> None:
