@@ -56,7 +56,7 @@ class Bench:
 
     def morning(self, day: date, hour: int = 4) -> datetime:
         """When ``day`` is usually decided: after its cut-off, before its deadline."""
-        return datetime.combine(day + timedelta(days=1), time(hour))
+        return datetime.combine(day + timedelta(days=1), time()) + timedelta(hours=hour)
 
     def copy(self, to: Path) -> Bench:
         return replace(self, root=Path(shutil.copytree(self.root, to)))

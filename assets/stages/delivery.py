@@ -74,12 +74,14 @@ def _checks(workflow: Workflow, day: Any, done: delivering.Delivered) -> list[dg
     if report is None:
         waits = done.batch.status == "HELD"
         return [
-            folded("reconciled", {day: (False, done.said)}, warn=waits),
+            folded("reconciled", {day: (done.batch.backfill, done.said)}, warn=waits),
             folded("guards", {day: (True, "nothing was sent")}),
         ]
     assert workflow.delivery is not None, "asked for workflows that deliver"
     text = f"{report.counts}" if report.complete else f"not at its end, run it again: {report.counts}; {report.why}"
-    failure = report.failure(workflow.delivery.guards.max_rejected_share) if report.complete else ""
+    # an older batch that a newer one has ended was not to be sent
+    judged = report.complete and done.batch.superseded_by is None
+    failure = report.failure(workflow.delivery.guards.max_rejected_share) if judged else ""
     if failure and report.why:
         failure = f"{failure}; {report.why}"
     over = "; ".join(f.text for f in done.findings)

@@ -92,7 +92,7 @@ FAULTS: list[Fault] = ["", "", "", "unknown_applied", "unknown_lost", "not_appli
 @example(
     can=SYSTEMS[0],
     steps=[("batch", [1, 1, 1, 1, 7], None), ("batch", [1, 1, 5, 1, 1], 32), ("batch", [1, 1, 1, 1, 1], 37)],
-    which=[0], since=False, between=None, kills=[], faults=[""] * 7,
+    which=[0], since=False, between=None, missing=None, kills=[], faults=[""] * 7,
 )  # fmt: skip
 def test_every_value_is_right_or_listed(
     empty: Path,

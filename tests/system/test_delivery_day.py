@@ -219,7 +219,8 @@ def test_rejections_over_the_limit_ask_for_a_rollback_which_restores_what_stood(
     # a refused decrease frees no money: some increases are left out, and never meet the refusal
     assert rejected <= set(refused) and shown["states"]["REJECTED"] == len(rejected) > 0.2 * len(changed)
     assert all(line in shown["not as intended"] for line in list(rejected)[:1]), shown["not as intended"]
-    assert checks(result)["reconciled"][0] == "passed", "a rejected change has come to its end"
+    verdict, says = checks(result)["reconciled"]
+    assert verdict == "ERROR" and "were rejected" in says, "every change has ended, and too many did not land"
     assert morning.stands() != before, "nothing to take back"
     _take_back(morning)
     assert morning.stands() == before
@@ -289,10 +290,18 @@ def test_of_several_days_in_one_run_only_the_newest_is_sent(morning: Morning) ->
 
 
 def test_a_day_that_is_over_is_not_sent_and_the_run_says_how_it_could_be(ads_morning: Morning) -> None:
+    day = ads_morning.day
+    assert ads_morning.run("decide", ads_morning.saying(guardrails=LENIENT)).success
+    said = step_error(ads_morning.run("deliver", hour=24 + 5))
+    assert f"decided for {day + timedelta(days=1)}, which is over" in said and "--late" in said
+    assert ads_morning.system.applied() == 0
+
+
+def test_a_backfill_is_no_fault_and_is_never_sent(ads_morning: Morning) -> None:
     older = ads_morning.day - timedelta(days=1)
     assert ads_morning.run("decide", ads_morning.saying(guardrails=LENIENT), day=older).success
-    said = step_error(ads_morning.run("deliver", day=older))
-    assert f"decided for {ads_morning.day}, which is over" in said and "--late" in said
+    result = ads_morning.run("deliver", day=older)
+    assert result.success and "a backfill" in checks(result)["reconciled"][1]
     assert ads_morning.system.applied() == 0
 
 
