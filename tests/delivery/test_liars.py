@@ -213,7 +213,7 @@ def connector(liar: Liar, folder: Path, variant: str, **more: Any) -> rest.RestC
 
 def settings(**more: Any) -> PushSettings:
     said: dict[str, Any] = {
-        "concurrency": 48, "attempts": 3, "patience_s": 1.2, "backoff_s": (0.01, 0.1), "breaker_failures": 10**6, "late_s": 0.5,
+        "concurrency": 48, "attempts": 3, "patience_s": 4.0, "backoff_s": (0.01, 0.1), "breaker_failures": 10**6, "late_s": 0.5,
     }  # fmt: skip
     return PushSettings.model_validate(said | more)
 
