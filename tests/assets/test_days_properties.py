@@ -211,12 +211,9 @@ class Days(RuleBasedStateMachine):
     @rule(which=st.integers(0, 20), crash=st.none() | st.integers(1, 40))
     def send_by_hand(self, which: int, crash: int | None) -> None:
         """Somebody sends whichever batch, of a day that is not over."""
-        rows = self.batches()
-        if not rows:
-            return
-        batch = rows[which % len(rows)]
-        if self.clock() < delivering.over(batch.day):
-            self.push(batch.batch_id, crash, "")
+        rows = [b for b in self.batches() if self.clock() < delivering.over(b.day)]
+        if rows:
+            self.push(rows[which % len(rows)].batch_id, crash, "")
 
     @rule(which=st.integers(0, 20))
     def approve(self, which: int) -> None:
