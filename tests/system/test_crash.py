@@ -90,6 +90,23 @@ def test_a_killed_push_and_a_killed_rollback_end_as_intended(
     tallies.append((f"{downstream.name} over {database}", crashes.tally))
 
 
+@pytest.mark.parametrize("system", ["ads", "table"])
+def test_what_lies_between_batches_ends_as_intended(
+    request: pytest.FixtureRequest,
+    prepared: Prepared,
+    url: Callable[[str, str], str],
+    tmp_path: Path,
+    tallies: list[tuple[str, Tally]],
+    system: str,
+) -> None:
+    """A day sent in part and decided anew, another workflow on the same system, a rollback between days, all through kills."""
+    with closing(Tables(url("sqlite", "tables-between")) if system == "table" else Ads(tmp_path / "ads")) as made:
+        crashes = Crashes(prepared, made, url("sqlite", f"ledger-between-{system}"), SEED)
+        crashes.between(2, 2)
+        tallies.append((f"between batches, {system}", crashes.tally))
+        assert len(crashes.tally.kills) >= 5
+
+
 @pytest.mark.parametrize("database", ["sqlite", "postgres"])
 def test_where_writes_have_a_condition_each_is_applied_exactly_once(
     prepared: Prepared, url: Callable[[str, str], str], tallies: list[tuple[str, Tally]], database: str
