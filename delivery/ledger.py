@@ -311,7 +311,9 @@ class Ledger:
                 )
 
     def _newest(self, connection: Connection, row: AnyRow) -> AnyRow:
-        """The last time that the content of a batch was decided."""
+        """The last time that the content of a batch was decided; a rollback is made once for the batch that it takes back."""
+        if row.kind != "decision":
+            return row
         b = tables.batches.c
         same = connection.execute(
             select(tables.batches).where(
@@ -331,7 +333,9 @@ class Ledger:
         newer = select(func.count()).where(b.workflow == row.workflow, b.sequence > row.sequence)
         decided = connection.execute(newer.where(b.kind == "decision", b.day == row.day)).scalar()
         undone = row.delivery == "NONE" and connection.execute(newer.where(b.kind == "rollback")).scalar()
-        return not (row.superseded_by or own or decided or undone)
+        # all of it was left out, by its limits from what stood then: deciding it again is another try
+        skipped = row.delivery == "COMPLETE" and json.loads(row.counts or "{}").keys() == {"SKIPPED"}
+        return not (row.superseded_by or own or decided or undone or skipped)
 
     @plainly
     def newest(self, batch_id: str) -> BatchRow:
@@ -854,7 +858,15 @@ class Ledger:
     ) -> dict[str, AnyRow]:
         k, b = tables.acknowledged, tables.batches
         rows = select(
-            k.c.entity, k.c.target, k.c.value, k.c.verified_at, k.c.sequence, b.c.batch_id, b.c.workflow
+            k.c.entity,
+            k.c.target,
+            k.c.value,
+            k.c.verified_at,
+            k.c.sequence,
+            b.c.batch_id,
+            b.c.workflow,
+            b.c.kind,
+            b.c.day,
         ).join(b, b.c.sequence == k.c.sequence)
         own: list[AnyRow] = []
         # Two steps, each along an index: the entities, then whoever else shares their targets.
@@ -883,7 +895,8 @@ class Ledger:
         d, c, b = tables.deliveries, tables.decisions, tables.batches
         query = (
             select(
-                c.c.entity, d.c.target, d.c.observed.label("value"), d.c.verified_at, d.c.sequence, b.c.batch_id, b.c.workflow
+                c.c.entity, d.c.target, d.c.observed.label("value"), d.c.verified_at, d.c.sequence, b.c.batch_id, b.c.workflow,
+                b.c.kind, b.c.day,
             )
             .select_from(
                 d.join(c, and_(c.c.sequence == d.c.sequence, c.c.n == d.c.n)).join(b, b.c.sequence == d.c.sequence)
@@ -1087,16 +1100,33 @@ class Ledger:
 
     def _left_standing(self, connection: Connection, row: AnyRow, system: str, entities: Collection[str]) -> list[int]:
         """Decisions of a batch that change nothing, have no delivery, and whose entity shows an earlier batch's value."""
-        k, b, d = tables.acknowledged, tables.batches, tables.deliveries
-        query = (
-            select(k.c.entity, k.c.value)
-            .join(b, b.c.sequence == k.c.sequence)
+        k, b, c, d = tables.acknowledged, tables.batches, tables.decisions, tables.deliveries
+        same_day = and_(b.c.day == row.day, b.c.kind == "decision", b.c.sequence < row.sequence)
+        # Whoever proved last: where that was another workflow, what this one had proved before may stand there again.
+        since = select(k.c.entity).join(b, b.c.sequence == k.c.sequence)
+        since = since.where(
+            k.c.system == system, (k.c.verified_at > row.as_of) | and_(b.c.workflow == row.workflow, same_day)
+        )
+        own = self._acknowledged(connection, system, connection.execute(since).scalars().all(), row.workflow)
+        stands: dict[str, int | None] = {
+            entity: one.value
+            for entity, one in own.items()
+            if one.kind == "decision"
+            and one.sequence < row.sequence
+            and (one.verified_at > row.as_of or one.day == row.day)
+        }
+        # What a system made of an earlier write of the day, or what that write replaced, proves no value of ours.
+        odd = (
+            select(c.c.entity, d.c.observed)
+            .select_from(
+                d.join(c, and_(c.c.sequence == d.c.sequence, c.c.n == d.c.n)).join(b, b.c.sequence == d.c.sequence)
+            )
             .where(
-                k.c.system == system, k.c.verified_at > row.as_of, b.c.workflow == row.workflow,
-                b.c.kind == "decision", b.c.sequence < row.sequence,
+                b.c.workflow == row.workflow, same_day, d.c.state.in_(("REJECTED", "OVERWRITTEN")), d.c.sent.is_not(None),
+                d.c.observed.is_not(None), d.c.observed != d.c.prior,
             )
         )  # fmt: skip
-        stands: dict[str, int | None] = {one.entity: one.value for one in connection.execute(query)}
+        stands = {one.entity: one.observed for one in connection.execute(odd)} | stands
         stands |= dict.fromkeys(self.people.digests("entity", list(entities)))
         if not stands:
             return []
@@ -1449,13 +1479,38 @@ class Ledger:
                 sequence, reverses = of[name]
                 newer = self._find(connection, reverses).sequence if reverses else 0
                 named[newer] = reverses or ""
-                for entity, target in _raw(connection, _NOT_BACK.format(undoing=sequence, newer=newer)):
+                kept = _raw(connection, _NOT_BACK.format(undoing=sequence, newer=newer))
+                past = self._passed(connection, of[undoing][0], {entity for entity, *_ in kept}) if kept else {}
+                for entity, target, after in kept:
+                    if past.get((entity, after), 0) > newer:
+                        continue  # a newer batch's rollback has brought back what stood before this one
                     for key in (entity, target):
                         if key is not None:
                             held[key] = max(newer, held.get(key, 0))
             rows = _raw(connection, waiting) if held else []
         found = {n: held.get(entity) or held.get(target or "") for n, entity, target in rows}
         return {n: named[sequence] for n, sequence in found.items() if sequence}
+
+    def _passed(self, connection: Connection, undoing: int, entities: Collection[str]) -> dict[tuple[str, int], int]:
+        """What rollbacks of the same workflow brought back: (entity, value) → the newest batch of which it was."""
+        d, c, r = tables.deliveries, tables.decisions, tables.batches.alias("r")
+        original, mine = tables.batches.alias("o"), tables.batches.alias("m")
+        query = (
+            select(c.c.entity, c.c.after, func.max(original.c.sequence))
+            .select_from(
+                d.join(c, and_(c.c.sequence == d.c.sequence, c.c.n == d.c.n))
+                .join(r, r.c.sequence == d.c.sequence)
+                .join(original, original.c.batch_id == r.c.reverses)
+                .join(mine, mine.c.workflow == r.c.workflow)
+            )
+            .where(mine.c.sequence == undoing, d.c.state == "ACKED", d.c.observed == c.c.after)
+            .group_by(c.c.entity, c.c.after)
+        )
+        found: dict[tuple[str, int], int] = {}
+        for some in chunks(entities):
+            rows = connection.execute(query.where(c.c.entity.in_(some)))
+            found |= {(entity, after): int(newest) for entity, after, newest in rows}
+        return found
 
     @plainly
     def left_of(self, batch_id: str, undone: Sequence[str]) -> list[Leftover]:
@@ -1632,7 +1687,7 @@ _PROVED_AT = "SELECT d.target, MAX(d.sequence) FROM deliveries d"
 # ``+ 0``: along the index of decision ids, and not through the whole batch for each row.
 _OF_ORIGINAL = "c.decision_id = substr(uc.decision_id, 10) AND c.sequence + 0 = {newer}"
 _NOT_BACK = (
-    "SELECT c.entity, d.target FROM deliveries u JOIN decisions uc ON uc.sequence = u.sequence AND uc.n = u.n"
+    'SELECT c.entity, d.target, uc."after" FROM deliveries u JOIN decisions uc ON uc.sequence = u.sequence AND uc.n = u.n'
     f" JOIN decisions c ON {_OF_ORIGINAL} JOIN deliveries d ON d.sequence = c.sequence AND d.n = c.n"
     f" WHERE u.sequence = {{undoing}} AND {_STOOD}"
     " AND (u.state IN ('SKIPPED', 'REJECTED', 'PENDING', 'UNKNOWN', 'IN_FLIGHT')"
@@ -1640,7 +1695,7 @@ _NOT_BACK = (
 )
 _LEFT = (
     'SELECT d.sequence, c.entity, c."before", c."after", d.state, d.observed FROM ' + _ROWS +
-    " WHERE d.sequence IN ({undone}) AND d.state IN ('SKIPPED', 'PENDING', 'CONFLICT')"
+    " WHERE d.sequence IN ({undone}) AND d.state IN ('SKIPPED', 'PENDING', 'CONFLICT', 'ACKED')"
     " AND c.entity IN (SELECT entity FROM decisions WHERE sequence = {mine})"
 )  # fmt: skip
 

@@ -444,7 +444,12 @@ class _Push:
     def _instead(self, others: Sequence[BatchRow]) -> tuple[BatchRow, str] | None:
         """What stands in this batch's place, with the words for it; None where it is the one to be sent."""
         batch = self.batch
-        later = [one for one in others if _is_later(one, batch) and (one.delivery != "NONE" or _replaces(one, batch))]
+        later = [
+            one for one in others
+            # of rollbacks only its own: another one ends it where it took back an entity of it
+            if one.reverses == batch.batch_id
+            or (one.kind == "decision" and _age(one) > _age(batch) and (one.delivery != "NONE" or _replaces(one, batch)))
+        ]  # fmt: skip
         if later:
             by = max(later, key=_age)
             what = "is newer and has been sent" if by.delivery != "NONE" else f"was decided for {by.day} after it"
@@ -638,11 +643,14 @@ class _Push:
                 gone.append(_Done(_item(batch, d, d.before), Final(left, what, None)))
                 continue
             known = proved.get(d.entity)
-            expected = known.value if known and known.verified_at > batch.as_of else d.before
+            setter = batches.get(known.batch_id) if known else None
+            # an earlier batch of the day is older whatever the clock said when it was proven
+            earlier = setter is not None and setter.day == batch.day and setter.sequence < batch.sequence
+            expected = known.value if known and (known.verified_at > batch.as_of or earlier) else d.before
             if d.before == d.after:  # left alone by this batch, and taken back from an earlier one
                 expected = self.may_hold.get(d.entity, expected)
             item = _item(batch, d, expected)
-            if known and known.batch_id != batch.batch_id and (setter := batches.get(known.batch_id)) is not None:
+            if known and known.batch_id != batch.batch_id and setter is not None:
                 newer = setter.sequence > batch.sequence if batch.kind == "rollback" else _is_later(setter, batch)
                 if newer and not d.attempts:
                     gone.append(
@@ -680,15 +688,24 @@ class _Push:
                 # ended has no second try: its late write must not come as a surprise to the next one.
                 item.clear_at = at + (self.late_s if ending else self.window_s)
             items.append(item)
-        if batch.kind == "decision" and not ending and (over := self._over_in_total(batch, limits, items)):
+        if batch.kind == "decision" and not ending and (over := self._over_in_total(batch, limits, items, deliveries)):
             fresh_ones = [i for i in items if not i.sent and not i.maybe]
             gone += [_Done(i, Final("SKIPPED", f"{over}: decide the day again", None)) for i in fresh_ones]
             items = [i for i in items if i.sent or i.maybe]
         return items, gone
 
-    def _over_in_total(self, batch: BatchRow, limits: Limits, items: Sequence[Item]) -> str:
-        """Why the batch as a whole is over its limits, where what stands is not what it was decided from."""
-        moved = {i.key: i.expected for i in items if i.expected is not None and i.expected != i.deliveries[0].before}
+    def _over_in_total(
+        self, batch: BatchRow, limits: Limits, items: Sequence[Item], deliveries: Sequence[Delivery]
+    ) -> str:
+        """Why the batch as a whole is over its limits, where what stands is not what it was decided from.
+
+        What was delivered already counts from what had stood there; what is taken back is no change of this batch.
+        """
+        moved = {d.entity: d.prior for d in deliveries if d.state not in OPEN and d.prior is not None and d.entity}
+        moved |= {i.key: i.expected for i in items if i.expected is not None}
+        same = {d.entity: d.before for d in deliveries if d.entity}
+        own = {d.entity for d in deliveries if d.before != d.after}
+        moved = {key: stood for key, stood in moved.items() if key in own and stood != same[key]}
         if not moved:
             return ""
         rows = self._timed(self.ledger.decisions, batch.batch_id).select(["entity_id", "arm", "before", "after"])

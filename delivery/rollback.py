@@ -563,32 +563,44 @@ def _back(ledger: Ledger, connector: Connector, batch: BatchRow, known: _Known) 
         # what stands there instead is no clamped value of this batch but what another of ours, a rollback, has set since
         if proven.batch_id != batch.batch_id and proven.value == back[rejected[entity]][0]:
             del back[rejected[entity]]
-    return _further_back(ledger, batch, back, known)
+    unsent = {d.n: d.observed for d in deliveries if d.state == "ACKED" and d.sent is None and d.observed is not None}
+    return _further_back(ledger, batch, back, known, unsent)
 
 
 def _further_back(
-    ledger: Ledger, batch: BatchRow, back: Mapping[int, tuple[int | None, int]], known: _Known
+    ledger: Ledger,
+    batch: BatchRow,
+    back: Mapping[int, tuple[int | None, int]],
+    known: _Known,
+    unsent: Mapping[int, int],
 ) -> dict[int, tuple[int | None, int]]:
-    """Go on to the value before an older batch, where its rollback had to leave an entity to this batch."""
-    further = dict(back)
+    """Go on to the value before an older batch, where its rollback had to leave an entity to this batch, or has taken back
+    meanwhile what stood before this one. ``unsent``: values that stood there already when this batch came to them.
+    """
+    further = {n: (stood, stood) for n, stood in unsent.items()} | dict(back)
     older = {
         undoing.batch_id: _age(one)
         for one in known.decisions
-        if _age(one) < _age(batch) and (undoing := known.undoing.get(one.batch_id)) is not None and _leaves(undoing)
+        if _age(one) < _age(batch) and (undoing := known.undoing.get(one.batch_id)) is not None and _leaves(undoing, batch)
     }
+    since = {undoing.batch_id for undoing in known.undoing.values() if undoing.sequence > batch.sequence}
     left = ledger.left_of(batch.batch_id, list(older)) if older else []
     for one in sorted(left, key=lambda left: older[left.batch_id], reverse=True):
         if one.n not in further or one.after is None or further[one.n][1] != one.before:
             continue
+        if one.state == "ACKED" and (one.batch_id not in since or one.n not in back):
+            continue  # brought back before this batch was decided: what stood since was decided anew
         # a conflict is this batch's doing where it met this batch's value, else a person's
         if one.state != "CONFLICT" or one.observed == further[one.n][0]:
             further[one.n] = (further[one.n][0], one.after)
     return {n: pair for n, pair in further.items() if pair[0] != pair[1]}
 
 
-def _leaves(undoing: BatchRow) -> bool:
-    """Whether a rollback left, or may leave, an entity to a newer batch."""
-    return undoing.delivery != "COMPLETE" or any(undoing.counts.get(state) for state in ("SKIPPED", "CONFLICT"))
+def _leaves(undoing: BatchRow, newer: BatchRow) -> bool:
+    """Whether a rollback left, or may leave, an entity to a newer batch, or was made after that one was decided."""
+    if undoing.delivery != "COMPLETE" or any(undoing.counts.get(state) for state in ("SKIPPED", "CONFLICT")):
+        return True
+    return undoing.sequence > newer.sequence
 
 
 def _leave_to_newer(
@@ -631,11 +643,13 @@ def _of_others(
     foreign = {e: one for e, one in ledger.acknowledged(system, names).items() if one.batch_id not in own}
     if not foreign:
         return []
+    gave_back = {one.batch_id for one in ledger.batches(kind="rollback")}
     ours = {rollback_id(d.decision_id): d.verified_at for d in ledger.deliveries(batch.batch_id)}
     found = []
     for d in waiting:
         theirs, at = foreign.get(d.entity or ""), ours.get(d.decision_id)
-        if theirs is not None and at is not None and theirs.verified_at > at:
+        ours_again = theirs is not None and theirs.batch_id in gave_back and theirs.value == d.before
+        if theirs is not None and at is not None and theirs.verified_at > at and not ours_again:
             says = f"batch {theirs.batch_id} of another workflow has set {theirs.value} since: not ours to take back"
             found.append(Result(d.n, "CONFLICT", observed=theirs.value, found=theirs.value, says=says))
     return found
