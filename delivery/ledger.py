@@ -1514,7 +1514,7 @@ class Ledger:
 
     @plainly
     def left_of(self, batch_id: str, undone: Sequence[str]) -> list[Leftover]:
-        """What these rollbacks did not bring back of the entities that ``batch_id`` decides on."""
+        """What these rollbacks left, or brought back, of the entities that ``batch_id`` decides on."""
         with reading(self.engine) as connection, connection.begin():
             mine = self._find(connection, batch_id).sequence
             of = {sequence: name for name, (sequence, _) in self._sequences(connection, undone).items()}

@@ -581,7 +581,9 @@ def _further_back(
     older = {
         undoing.batch_id: _age(one)
         for one in known.decisions
-        if _age(one) < _age(batch) and (undoing := known.undoing.get(one.batch_id)) is not None and _leaves(undoing, batch)
+        if _age(one) < _age(batch)
+        and (undoing := known.undoing.get(one.batch_id)) is not None
+        and _leaves(undoing, batch)
     }
     since = {undoing.batch_id for undoing in known.undoing.values() if undoing.sequence > batch.sequence}
     left = ledger.left_of(batch.batch_id, list(older)) if older else []

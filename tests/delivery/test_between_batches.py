@@ -19,7 +19,7 @@ from delivery.connectors import file_drop
 from delivery.connectors.base import Capabilities
 from delivery.ledger import DaySent, Holder, LedgerMismatch, NewBatch
 from delivery.push import Blocked, Changed, NotApproved, PushSettings, Refused, dry_run, push
-from delivery.rollback import Batch, roll_back
+from delivery.rollback import Batch, Since, roll_back
 from tests.delivery.test_push import (  # noqa: F401
     CONDITION,
     EVERY,
@@ -494,3 +494,142 @@ def test_a_lease_ends_counted_from_its_grant(room: Room) -> None:
     with pytest.raises(Exception, match="no longer ours"):
         room.push(fake, holder=Holder("this host", 1, "y"), settings=PushSettings(lease_s=60.0))
     assert not fake.writes
+
+
+# --- rollbacks between rollbacks
+
+
+def chain(room: Room, fake: FakeSystem, values: tuple[int, ...]) -> None:
+    """A batch a day, each from what the one before has set."""
+    stands = 100
+    for n, value in enumerate(values):
+        record(room.ledger, rows({"a": stands}, {"a": value}), f"B{n}", day=DAY + timedelta(days=n), as_of=room.clock())
+        assert room.push(fake, f"B{n}").complete
+        stands = value
+        room.clock.sleep(60)
+
+
+@pytest.mark.parametrize("first", [(), (1,), (1, 2), (0, 1), (2,)], ids=str)
+def test_however_a_chain_of_days_is_taken_back_it_ends_where_it_began(room: Room, first: tuple[int, ...]) -> None:
+    fake = room.system({"a": 100})
+    chain(room, fake, (110, 120, 130))
+    for n in first:
+        back(room, fake, Batch(f"B{n}"))
+    assert back(room, fake, Since(DAY)).complete and fake.value("a") == 100
+
+
+def test_a_rollback_that_waits_is_finished_after_the_same_was_decided_and_taken_back_again(room: Room) -> None:
+    fake = room.system({"a": 100})
+    record(room.ledger, rows({"a": 100}, {"a": 120}), "X")
+    room.push(fake, "X")
+    fake.end("a", "missing")
+    assert not back(room, fake, Batch("X")).complete
+    again = record(room.ledger, rows({"a": 100}, {"a": 120}), "X")
+    back(room, fake, Batch(again.batch_id))
+    fake.end("a", "open")
+    assert back(room, fake, Batch("X")).complete and fake.value("a") == 100
+
+
+def test_what_an_older_batchs_rollback_restored_is_not_set_again_by_a_newer_ones(room: Room) -> None:
+    """The newer one had decided the same value, and its write was lost."""
+    fake = room.system({"a": 100})
+    record(room.ledger, rows({"a": 100}, {"a": 120}), "X")
+    room.push(fake, "X")
+    room.clock.sleep(60)
+    record(room.ledger, rows({"a": 120}, {"a": 100}), "T", day=DAY + timedelta(days=1), as_of=room.clock())
+    fake.fault = lambda op, key: "unknown_lost" if op == "apply" else ""
+    room.push(fake, "T", settings=PushSettings(patience_s=0.0, attempts=1, late_s=0.5))
+    fake.fault = lambda op, key: ""
+    for name in ("X", "T"):
+        assert back(room, fake, Batch(name)).complete
+    assert fake.value("a") == 100
+
+
+def test_what_was_left_to_a_batch_that_had_nothing_to_send_goes_back_with_it(room: Room) -> None:
+    fake = room.system({"a": 100})
+    record(room.ledger, rows({"a": 100}, {"a": 120}), "X")
+    room.push(fake, "X")
+    record(room.ledger, rows({"a": 100}, {"a": 100}), "Y")
+    again = record(room.ledger, rows({"a": 100}, {"a": 120}), "X")
+    room.push(fake, again.batch_id)
+    assert [one.entity for one in back(room, fake, Batch("X")).batches[0].left] == ["a"]
+    report = back(room, fake, Batch(again.batch_id))
+    assert report.complete and report.batches[0].restored == 1 and fake.value("a") == 100
+
+
+@pytest.mark.parametrize("how", ["rolled back", "decided anew"])
+def test_a_value_that_another_workflow_gave_back_is_ours_again(room: Room, how: str) -> None:
+    fake = room.system({"a": 100})
+    record(room.ledger, rows({"a": 100}, {"a": 120}), "X")
+    room.push(fake, "X")
+    room.clock.sleep(60)
+    record(room.ledger, rows({"a": 120}, {"a": 90}), "theirs", workflow="prices", as_of=room.clock())
+    room.push(fake, "theirs")
+    room.clock.sleep(60)
+    back(room, fake, Batch("theirs"))
+    if how == "rolled back":
+        assert back(room, fake, Batch("X")).complete
+    else:
+        record(room.ledger, rows({"a": 100}, {"a": 100}), "Y")
+        assert room.push(fake, "Y").complete
+    assert fake.value("a") == 100
+
+
+def test_what_is_taken_back_counts_in_no_limit_of_the_total(room: Room) -> None:
+    before = {"a": 100, "b": 100}
+    fake = room.system(before)
+    decided(room, before, {"a": 60, "b": 100}, "X", record={"limits": {"max_total_change": 0.2}})
+    room.push(fake, "X")
+    decided(room, before, {"a": 100, "b": 105}, "Y", record={"limits": {"max_total_change": 0.2}})
+    assert room.push(fake, "Y").counts == {"ACKED": 2} and (fake.value("a"), fake.value("b")) == (100, 105)
+
+
+def test_a_batch_that_its_limits_left_out_as_a_whole_can_be_decided_again(room: Room) -> None:
+    fake = room.system({"a": 100})
+    record(room.ledger, rows({"a": 100}, {"a": 50}), "late")
+    room.push(fake, "late")
+    said = {"day": DAY + timedelta(days=1), "record": {"limits": {"max_change": 0.5}}}
+    decided(room, {"a": 100}, {"a": 120}, "next", **said)
+    assert room.push(fake, "next").counts == {"SKIPPED": 1}
+    assert decided(room, {"a": 100}, {"a": 120}, "next", **said).batch_id == "next.2"
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_push_that_broke_off_is_judged_as_a_whole_one(room: Room, cut: bool) -> None:
+    fake, stop = room.system({"p": 100, "q": 100}), threading.Event()
+    record(room.ledger, rows({"p": 100, "q": 100}, {"p": 110, "q": 90}), "late")
+    room.push(fake, "late")
+    limits = {"limits": {"max_total_change": 0.2}}
+    decided(room, {"p": 100, "q": 100}, {"p": 130, "q": 110}, "next", day=DAY + timedelta(days=1), record=limits)
+    one = PushSettings(concurrency=1, wave=1)
+    room.push(fake, "next", settings=one, stop=stop, progress=lambda p: cut and p.done and stop.set())
+    room.push(fake, "next", settings=one)
+    assert (fake.value("p"), fake.value("q")) == (130, 110)
+
+
+def test_what_a_system_made_of_an_earlier_write_of_the_day_is_listed_and_not_passed_over(room: Room) -> None:
+    fake = room.system({"a": 100, "b": 50})
+    record(room.ledger, rows({"a": 100, "b": 50}, {"a": 200, "b": 50}), "X")
+    fake.fault = lambda op, key: "clamp" if (op, key) == ("apply", "a") else ""
+    room.push(fake, "X")
+    fake.fault = lambda op, key: ""
+    record(room.ledger, rows({"a": 100, "b": 50}, {"a": 100, "b": 60}), "Y")
+    assert [entity for entity, _ in room.push(fake, "Y").conflicts] == ["a"] and fake.value("a") == 160
+
+
+def test_a_clock_that_was_behind_hides_no_value_of_the_same_day(room: Room) -> None:
+    fake = room.system()
+    record(room.ledger, rows({"a": 100, "b": 50}, {"a": 120, "b": 45}), "X")
+    room.clock.jump(-7200)
+    room.push(fake, "X")
+    room.clock.jump(7200)
+    record(room.ledger, rows({"a": 100, "b": 50}, {"a": 100, "b": 60}), "Y")
+    assert room.push(fake, "Y").counts == {"ACKED": 2} and (fake.value("a"), fake.value("b")) == (100, 60)
+
+
+def test_a_rollback_of_other_entities_ends_no_batch_of_the_same_day(room: Room) -> None:
+    fake = room.system()
+    record(room.ledger, rows({"a": 100}, {"a": 120}), "X")
+    record(room.ledger, rows({"b": 50}, {"b": 60}), "Y")
+    back(room, fake, Batch("X"))
+    assert room.push(fake, "Y").complete and fake.value("b") == 60
