@@ -1435,25 +1435,31 @@ class Ledger:
 
     @plainly
     def taken_back_since(self, batch_id: str) -> str | None:
-        """A rollback, recorded after this batch was decided, of an entity that the batch would change; None: there is none."""
-        b = tables.batches.c
+        """A rollback of an entity that the batch would change, recorded after the batch was decided, or under way by then: its
+        values were proven later. None: there is none."""
+        b, d = tables.batches, tables.deliveries
         with reading(self.engine) as connection, connection.begin():
             row = self._find(connection, batch_id)
-            later = select(b.sequence, b.batch_id).where(
-                b.workflow == row.workflow, b.kind == "rollback", b.sequence > row.sequence
+            proven = select(d.c.n).where(d.c.sequence == b.c.sequence, d.c.verified_at > row.recorded_at)
+            later = select(b.c.sequence, b.c.batch_id).where(
+                b.c.workflow == row.workflow, b.c.kind == "rollback", (b.c.sequence > row.sequence) | proven.exists()
             )
-            undone = connection.execute(later.order_by(b.sequence.desc())).all()
+            undone = connection.execute(later.order_by(b.c.sequence.desc())).all()
             mine = self._changed(connection, row.sequence) if undone else pa.array([], pa.string())
             for one in undone:
-                if pc.any(pc.is_in(self._changed(connection, one.sequence), mine)).as_py():
+                since = None if one.sequence > row.sequence else row.recorded_at
+                if pc.any(pc.is_in(self._changed(connection, one.sequence, since), mine)).as_py():
                     return str(one.batch_id)
         return None
 
-    def _changed(self, connection: Connection, sequence: int) -> pa.Array:
-        """The digests of the entities that a batch changes."""
-        query = "SELECT entity FROM decisions WHERE sequence = ? AND changed <> 0"
-        found = select_bulk(connection, query, [sequence], pa.schema({"entity": pa.string()}))
-        return found["entity"].combine_chunks()
+    def _changed(self, connection: Connection, sequence: int, proven_since: datetime | None = None) -> pa.Array:
+        """The digests of the entities that a batch changes; ``proven_since``: of which it proved a value after that."""
+        c, d = tables.decisions, tables.deliveries
+        query = select(c.c.entity).where(c.c.sequence == sequence, c.c.changed != 0)
+        if proven_since is not None:
+            query = query.join(d, and_(d.c.sequence == c.c.sequence, d.c.n == c.c.n))
+            query = query.where(d.c.verified_at > proven_since)
+        return pa.array(connection.execute(query).scalars().all(), pa.string())
 
     @plainly
     def held_by(self, undoing: str, batch_id: str, standing: Sequence[str], undone: Sequence[str]) -> dict[int, str]:

@@ -81,6 +81,8 @@ class Days(RuleBasedStateMachine):
         self.past: dict[date, Any] = {}
         """The figures of each day whose effect is over, as they were when it ended."""
         self.approved: set[str] = set()
+        self.told: dict[str, int] = {}
+        """How many writes there had been when a batch was decided."""
         self.decided: dict[date, list[tuple[list[int], str]]] = {}
 
     # --- what the machine stands on
@@ -195,6 +197,7 @@ class Days(RuleBasedStateMachine):
         newest = max((b for b in self.batches() if b.day == day), key=lambda b: b.sequence)
         assert newest.batch_id == row.batch_id, f"{row.batch_id} was decided last, and {newest.batch_id} would be sent"
         self.decided.setdefault(day, []).append((moves, status))
+        self.told[row.batch_id] = len(self.world.log)
 
     def of(self, key: str) -> list[Any]:
         return [d for b in self.batches() for d in self.ledger.deliveries(b.batch_id) if d.entity == key]
@@ -349,15 +352,13 @@ class Days(RuleBasedStateMachine):
             return
         if newest.status == "HELD" and not approvals.standing(self.ledger, newest, self.clock(), False).ok:
             return
-        sequence = {b.batch_id: b.sequence for b in self.ledger.batches(self.workflow.name)}
         ended = {d.entity: d for d in self.ledger.deliveries(newest.batch_id)}
         for row in self.ledger.decisions(newest.batch_id).to_pylist():
             key = row["entity_id"]
-            last = next((who for entity, _, who in reversed(self.world.log) if entity == key), None)
-            if last == "person" or (
-                last is not None and last.startswith("rollback-") and sequence[last] > newest.sequence
-            ):
-                continue  # people win, and what was taken back is taken back
+            writes = [(n, who) for n, (entity, _, who) in enumerate(self.world.log) if entity == key]
+            n, last = writes[-1] if writes else (-1, "")
+            if last == "person" or (last.startswith("rollback-") and n >= self.told[newest.batch_id]):
+                continue  # people win, and what was taken back since is taken back
             listed = key in ended and ended[key].state in ("SKIPPED", "CONFLICT", "REJECTED")
             assert self.world.value(key) == row["after"] or listed, (key, row["after"], self.world.log, ended.get(key))
 

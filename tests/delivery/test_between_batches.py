@@ -281,6 +281,23 @@ def test_a_batch_decided_before_a_rollback_of_its_entities_is_superseded(room: R
     assert room.push(fake, "of b").complete and fake.value("b") == 60, "what it did not touch goes on"
 
 
+def test_a_batch_decided_while_a_rollback_of_its_entities_was_under_way_is_superseded(room: Room) -> None:
+    fake = room.system({"a": 100, "b": 50})
+    record(room.ledger, rows({"a": 100, "b": 50}, {"a": 150, "b": 60}), "monday")
+    room.push(fake, "monday")
+    fake.fault = lambda op, key: "unavailable" if (op, key) == ("read", "a") else ""
+    assert not back(room, fake, Batch("monday")).complete
+    fake.fault = lambda op, key: ""
+    room.clock.sleep(60)
+    for name, key, stands in (("of a", "a", 150), ("of b", "b", 50)):
+        said = {"day": DAY + timedelta(days=1), "as_of": room.clock(), "workflow": "ad_budget"}
+        record(room.ledger, rows({key: stands}, {key: stands + 5}), name, **said)
+    room.clock.sleep(60)
+    assert back(room, fake, Batch("monday")).complete and fake.value("a") == 100
+    assert room.ledger.taken_back_since("of a") == "rollback-monday", "it stood at 150 when that was decided"
+    assert room.ledger.taken_back_since("of b") is None, "that had been taken back by then"
+
+
 # --- limits against what stands
 
 
