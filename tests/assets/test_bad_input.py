@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
@@ -500,7 +501,7 @@ def test_json_lines_with_new_or_missing_keys_are_refused(desk: Desk) -> None:
 
 def _parquet(table: pa.Table) -> bytes:
     sink = io.BytesIO()
-    landing.pa.parquet.write_table(table, sink)
+    pa.parquet.write_table(table, sink)
     return sink.getvalue()
 
 
@@ -532,5 +533,5 @@ def test_a_sql_cannot_read_other_files(desk: Desk) -> None:
 
 
 def test_a_refusal_hides_the_secrets_of_an_address() -> None:
-    said = landing._without_secrets("s3://key:secret@bucket/a.csv?X-Token=abc is gone, https://h/p?sig=x")
+    said = landing.without_secrets("s3://key:secret@bucket/a.csv?X-Token=abc is gone, https://h/p?sig=x")
     assert said == "s3://bucket/a.csv is gone, https://h/p"

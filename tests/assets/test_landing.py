@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from assets import landing
 from assets.lake import Lake, content_digest
-from assets.landing import IngestResult, discover, ingest
+from assets.landing import IngestResult, discover, ingest, manifest, readers
 from assets.workflow import Contract, Source, Workflow
 from tests.support.properties import examples
 
@@ -318,7 +318,7 @@ def test_a_landing_into_one_day_leaves_the_files_of_other_days_alone(desk: Desk)
 def test_a_second_ingest_of_the_workflow_waits_for_the_first(desk: Desk) -> None:
     desk.put("a.csv", line("a"))
     with ThreadPoolExecutor(1) as pool:
-        with landing._only_writer(desk.lake, "shop"):
+        with manifest._only_writer(desk.lake, "shop"):
             second = pool.submit(desk.land)
             with pytest.raises(TimeoutError):
                 second.result(timeout=0.3)
@@ -467,15 +467,15 @@ def test_no_damage_loses_a_row(rows: list[tuple[str, int]], damage: list[tuple[i
 
 def _read(text: str, chunk: int) -> landing.Raw:
     source = Source.model_validate(FIELDS)
-    usual = landing._CHUNK_LINES
+    usual = readers._CHUNK_LINES
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "a.csv")
         path.write_bytes(text.encode())
-        landing._CHUNK_LINES = chunk
+        readers._CHUNK_LINES = chunk
         try:
             return landing.read_rows(landing.Snapshot("a.csv", path, "", 0), source)
         finally:
-            landing._CHUNK_LINES = usual
+            readers._CHUNK_LINES = usual
 
 
 @settings(max_examples=examples(15))

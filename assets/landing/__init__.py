@@ -1,0 +1,46 @@
+"""Landing: files as they come become events, quarantined rows and a manifest of files.
+
+Belongs here: ``files`` (bytes), ``readers`` (rows), ``row_rules`` (the contract, row by row), ``manifest`` (each content landed
+whole and once). Does not: what a workflow's SQL and contract say (its folder does), Dagster, and what later stages make of the
+events.
+
+A file is refused as a whole (FileRefused, recorded in the manifest with the reason) when it cannot be read as declared;
+a row is quarantined when it breaks a rule.
+"""
+
+from assets.landing.files import (
+    MAX_BYTES,
+    FileChanged,
+    FileRefused,
+    LandingFile,
+    Snapshot,
+    discover,
+    snapshot,
+    without_secrets,
+)
+from assets.landing.manifest import FILES, FileRecord, IngestResult, ingest
+from assets.landing.readers import MAX_COLUMNS, Raw, read_rows
+from assets.landing.row_rules import QUARANTINE, Judged, Landing, event_columns, judge
+
+__all__ = [
+    "FILES",
+    "MAX_BYTES",
+    "MAX_COLUMNS",
+    "QUARANTINE",
+    "FileChanged",
+    "FileRecord",
+    "FileRefused",
+    "IngestResult",
+    "Judged",
+    "Landing",
+    "LandingFile",
+    "Raw",
+    "Snapshot",
+    "discover",
+    "event_columns",
+    "ingest",
+    "judge",
+    "read_rows",
+    "snapshot",
+    "without_secrets",
+]
