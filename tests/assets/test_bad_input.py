@@ -20,7 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from assets import landing
 from assets.lake import Lake
-from assets.landing import FileRefused, IngestResult, discover, ingest
+from assets.landing import FileRefused, IngestResult, discover, ingest, readers
 from assets.workflow import Contract, Source, Workflow
 
 NOW = datetime(2024, 5, 2, 4)
@@ -172,7 +172,7 @@ def test_latin_1_is_refused_with_line_and_byte_and_lands_where_declared(desk: De
 
 
 def test_the_place_of_a_wrong_byte_is_right_beyond_the_first_block(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(landing, "_BLOCK", 7)
+    monkeypatch.setattr(readers, "BLOCK", 7)
     body = HEADER.encode() + "\u00e4\u20ac,1/5/2024,1,1\n".encode() * 9
     desk.put("orders.csv", body + b"\xff,1/5/2024,1,1\n")
     said = desk.refusal("orders.csv")
