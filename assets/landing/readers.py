@@ -140,7 +140,9 @@ def _pick(found: Sequence[str], source: Source, name: str, header: str | None = 
     if new and source.extra_columns == "refuse":
         raise FileRefused(f"{name}: new column {some(new)}; add it to `columns`, or declare `extra_columns: ignore`")
     picked = [i for i, c in enumerate(found) if c in set(declared)]
-    nameless = [i + 1 for i in picked if not found[i].strip() or found[i].casefold() == "source_row"]
+    nameless = [
+        i + 1 for i in picked if not found[i].strip() or "\0" in found[i] or found[i].casefold() == "source_row"
+    ]
     if nameless:
         raise FileRefused(
             f"{name}: column {nameless[0]} of the header is called {found[nameless[0] - 1]!r}, which cannot be a name; "
@@ -450,12 +452,34 @@ def _read_xes(snap: Snapshot, source: Source) -> Raw:
     return rows.raw()
 
 
+def _decoded(kind: pa.DataType) -> pa.DataType:
+    """A type without the dictionaries in it."""
+    if pa.types.is_dictionary(kind):
+        return kind.value_type
+    if pa.types.is_struct(kind):
+        return pa.struct([f.with_type(_decoded(f.type)) for f in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(
+            kind.key_field.with_type(_decoded(kind.key_type)), kind.item_field.with_type(_decoded(kind.item_type))
+        )
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_decoded(kind.value_type)))
+    return kind
+
+
 def _unpacked_bytes(column: pa.Array) -> int:
-    """Bytes of a column without a dictionary; texts are counted before they are written out."""
-    if not pa.types.is_dictionary(column.type):
-        return int(column.nbytes)
-    lengths = pc.fill_null(pc.binary_length(column.dictionary), 0)
-    return int(pc.sum(lengths.take(column.indices), min_count=0).as_py()) + 4 * len(column)
+    """Bytes of a column without its dictionaries; texts are counted before they are written out."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        lengths = pc.fill_null(pc.binary_length(column.dictionary), 0)
+        return int(pc.sum(lengths.take(column.indices), min_count=0).as_py()) + 4 * len(column)
+    if pa.types.is_struct(kind):
+        return sum(_unpacked_bytes(c) for c in column.flatten())
+    if pa.types.is_map(kind):
+        return 4 * len(column) + _unpacked_bytes(column.keys) + _unpacked_bytes(column.items)
+    if pa.types.is_list(kind):
+        return 4 * len(column) + _unpacked_bytes(column.flatten())
+    return int(column.nbytes)
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -483,25 +507,25 @@ def _parquet_batches(snap: Snapshot, source: Source, max_bytes: int) -> Iterator
             chunks = [meta.row_group(i).column(n) for i in range(meta.num_row_groups)]
             width = _BYTES.get(leaf.physical_type, leaf.length)
             size += sum(max(c.total_uncompressed_size, c.num_values * width) for c in chunks)
-            if leaf.path == name and leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type != "DECIMAL":
-                texts.append(name)
+            if leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type != "DECIMAL":
+                texts.append(leaf.path)
     if size > max_bytes:
         raise too_large
     size = 0
     file = pa.parquet.ParquetFile(snap.content, read_dictionary=texts)
     yield arrow.empty_table().select(picked)
-    for batch in file.iter_batches(_BATCH_ROWS, columns=picked, use_threads=False):
-        size += 8 * len(batch) + sum(_unpacked_bytes(column) for column in batch.columns)
-        if size > max_bytes:
-            raise too_large
-        yield pa.Table.from_batches([batch]).select(picked)
+    for group in range(meta.num_row_groups):
+        for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=picked, use_threads=False):
+            size += 8 * len(batch) + sum(_unpacked_bytes(column) for column in batch.columns)
+            if size > max_bytes:
+                raise too_large
+            yield pa.Table.from_batches([batch]).select(picked)
 
 
 def _read_parquet(snap: Snapshot, source: Source, max_bytes: int) -> Raw:
     try:
         parts = list(_parquet_batches(snap, source, max_bytes))
-        kinds = [t.value_type if pa.types.is_dictionary(t) else t for t in parts[0].schema.types]
-        schema = pa.schema(list(zip(parts[0].column_names, kinds, strict=True)))
+        schema = pa.schema([f.with_type(_decoded(f.type)) for f in parts[0].schema])
         table = pa.concat_tables([part.cast(schema) for part in parts])
         table = pa.table([_plain(c) for c in table.columns], names=table.column_names)
         table.validate(full=True)
@@ -530,7 +554,9 @@ def read_rows(snap: Snapshot, source: Source, *, max_bytes: int = MAX_BYTES) -> 
         return _read_parquet(snap, source, max_bytes)
     read = {"csv": _read_csv, "jsonl": _read_jsonl, "xes": _read_xes}[source.format]
     try:
-        return read(snap, source)
+        raw = read(snap, source)
+        "".join(text for _, text, _ in raw.malformed).encode()
+        return raw
     except UnicodeEncodeError as error:
         bad = f"U+{ord(error.object[error.start]):04X}"
         raise FileRefused(f"{snap.name}: holds {bad}, which is no character; is `encoding` the right one?") from error

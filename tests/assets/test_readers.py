@@ -97,16 +97,17 @@ def _rfc_4180(text: str) -> list[list[str]]:
         else:
             end = min(e if (e := text.find(c, at)) >= 0 else len(text) for c in ",\n")
             value, at = text[at:end], end
-            if value.endswith("\r") and text[at : at + 1] != ",":
-                value, at = value.rstrip("\r"), at
+            if text[at : at + 1] != ",":
+                value = value.rstrip("\r")
+        after = len(text[at:]) - len(text[at:].lstrip("\r"))
+        if text[at + after : at + after + 1] in ("", "\n"):
+            at += after
         record.append(value)
         if text[at : at + 1] == ",":
             at += 1
             if at == len(text):
                 record.append("")
-            elif text[at] in "\n":
-                continue
-        elif text[at : at + 2] == "\r\n" or at >= len(text) or text[at] == "\n":
+        elif text[at : at + 1] in ("", "\n"):
             at = text.find("\n", at) + 1 or len(text)
             records, record, blank = records if blank and record == [""] else [*records, record], [], True
         else:
@@ -126,6 +127,7 @@ _PIECES = st.sampled_from(['"', '""', ",", "\n", "\r", "\r\n", "\0", " ", "\\", 
 )
 @example(rows=[("a", "b", "c")], damage=[(0, '"he said \\"hi\nT,9,9\nbye",')], chunk=8, every=False)
 @example(rows=[("x\n" * 150 + "T,9,9", "b", "c"), ("d", "e", "f")], damage=[], chunk=8, every=True)
+@example(rows=[], damage=[(0, '"'), (4, '"'), (5, "\r")], chunk=1, every=False)
 @example(rows=[('" "', "b", "c")], damage=[(3, "\r")], chunk=1, every=True)
 def test_no_damage_makes_a_row_that_is_no_record_of_the_file(
     rows: list[tuple[str, str, str]], damage: list[tuple[int, str]], chunk: int, every: bool
@@ -196,9 +198,15 @@ def test_the_character_nul_makes_its_row_malformed_and_no_other() -> None:
     assert _rows(raw) == [("z", "3")]
 
 
-def test_what_an_encoding_makes_that_is_no_character_refuses_the_file() -> None:
+@pytest.mark.parametrize("row", [b"\\ud800,1\n", b"\\ud800\n", b'"\\ud800",1\n'])
+def test_what_an_encoding_makes_that_is_no_character_refuses_the_file(row: bytes) -> None:
     with pytest.raises(FileRefused, match=r"holds U\+D800, which is no character"):
-        _read(b"a,b\n\\ud800,1\n", encoding="raw_unicode_escape")
+        _read(b"a,b\n" + row, encoding="raw_unicode_escape")
+
+
+def test_a_header_with_the_character_nul_is_no_name() -> None:
+    with pytest.raises(FileRefused, match="cannot be a name"):
+        _read("a\0,b\n1,2\n")
 
 
 @pytest.mark.parametrize("delimiter", ["\n", "\r", '"'])
@@ -296,6 +304,26 @@ def test_a_parquet_file_that_points_a_million_times_at_one_text_is_refused_befor
     assert pa.total_allocated_bytes() - before < 100_000_000
 
 
+def _pointing(rows: int) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array(["x" * 10_000]))
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.ListArray.from_arrays(pa.array([0, 50_000]), _pointing(50_000)),
+        pa.StructArray.from_arrays([_pointing(50_000)], ["x"]),
+        pa.MapArray.from_arrays(pa.array([0, 50_000]), pa.array(np.arange(50_000)), _pointing(50_000)),
+        pa.ListArray.from_arrays(pa.array([0, 50_000]), pa.StructArray.from_arrays([_pointing(50_000)], ["x"])),
+    ],
+)
+def test_texts_within_lists_and_structures_of_parquet_are_counted_before_they_unpack(column: pa.Array) -> None:
+    packed = _parquet(pa.table({"a": column}), store_schema=False)
+    with pytest.raises(FileRefused, match="unpacks to more than 100,000,000 bytes"):
+        _read(packed, max_bytes=100_000_000, format="parquet")
+    assert _read(packed, format="parquet", max_bytes=1 << 30).rows == len(column)
+
+
 @pytest.mark.parametrize(
     "table",
     [
@@ -326,12 +354,22 @@ def test_every_kind_of_parquet_column_keeps_its_values() -> None:
             "half": pa.array(np.array([1.5, 2, 3], np.float16)),
             "large": pa.array(["a", "b", None], pa.large_string()),
             "nested": [{"x": 1}, None, {"x": 2}],
+            "lists": [["a", None], [], None],
+            "maps": pa.array([[("k", "v")], None, []], pa.map_(pa.string(), pa.string())),
+            "structs": [[{"z": "a"}], None, [{"z": None}]],
+            "json": pa.array(['{"a": 1}', None, "{}"], pa.json_()),
             "none": pa.nulls(3),
         }
     )
     raw = _read(_parquet(table, row_group_size=2), format="parquet")
     expected = zip(*(c.to_pylist() for c in table.columns), strict=True)
     assert _rows(raw) == list(expected) and raw.table["source_row"].to_pylist() == [1, 2, 3]
+
+
+def test_texts_in_lists_that_outgrow_their_dictionary_are_read() -> None:
+    lists = [[f"text {n:06d} {k}" for k in range(3)] for n in range(40_000)]
+    packed = _parquet(pa.table({"a": lists}), dictionary_pagesize_limit=10_000, data_page_size=20_000)
+    assert _read(packed, format="parquet").table["a"].to_pylist() == lists
 
 
 def test_a_text_with_nul_makes_its_parquet_row_malformed_and_no_other() -> None:
