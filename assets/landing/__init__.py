@@ -1,7 +1,8 @@
 """Landing: files as they come become events, quarantined rows and a manifest of files.
 
 Belongs here: ``files`` (bytes), ``readers`` (rows), ``row_rules`` (the contract, row by row), ``manifest`` (which content
-stands under which path), ``ingesting`` (a run: each content landed whole and once). Does not: what a workflow's SQL and contract
+stands under which path), ``ingesting`` (a run: each content landed whole and once), ``shares`` (how much stands in quarantine).
+Does not: what a workflow's SQL and contract
 say (its folder does), Dagster, and what later stages make of the events.
 
 A file is refused as a whole (FileRefused, recorded in the manifest with the reason) when it cannot be read as declared;
@@ -23,6 +24,7 @@ from assets.landing.ingesting import IngestResult, RemapResult, ingest, remap
 from assets.landing.manifest import FILES, FileRecord, standing_quarantine
 from assets.landing.readers import MAX_COLUMNS, Raw, read_rows
 from assets.landing.row_rules import QUARANTINE, Judged, Landing, event_columns, judge
+from assets.landing.shares import Share, shares
 
 __all__ = [
     "FILES",
@@ -38,6 +40,7 @@ __all__ = [
     "LandingFile",
     "Raw",
     "RemapResult",
+    "Share",
     "Snapshot",
     "day_of",
     "discover",
@@ -46,6 +49,7 @@ __all__ = [
     "judge",
     "read_rows",
     "remap",
+    "shares",
     "snapshot",
     "standing_quarantine",
     "without_secrets",

@@ -71,13 +71,14 @@ _TAKEN_BACK = "an interrupted landing, taken back; the time is kept for the next
 class IngestResult:
     """What one run of ingest found. ``files`` are the records of every file seen, counts are of rows it landed itself.
 
-    ``new`` holds the paths that hold another content than before, ``refused`` the reasons by path, ``versions`` the
-    newest version of each table. ``admitted``: rows that came in from quarantine, because the row that they doubled has
-    left. ``outdated``: paths whose rows stand by another mapping or contract than the present one.
+    ``new`` holds the paths that hold another content than before, ``landed`` those of them whose rows this run judged,
+    ``refused`` the reasons by path, ``versions`` the newest version of each table.
+    ``admitted``: rows that came in from quarantine, because the row that they doubled has left. ``outdated``: paths whose rows stand by another mapping or contract than the present one.
     """
 
     files: tuple[FileRecord, ...] = ()
     new: tuple[str, ...] = ()
+    landed: tuple[str, ...] = ()
     accepted: int = 0
     quarantined: int = 0
     rules: Mapping[str, int] = field(default_factory=dict)
@@ -122,6 +123,7 @@ class _Run:
         self.known_days: set[date | None] = set()
         self.seen: list[tuple[Place, FileRecord | None]] = []
         self.new: list[str] = []
+        self.landed: list[str] = []
         self.accepted = self.quarantined = self.admitted = 0
         self.rules: Counter[str] = Counter()
         self.by_day: Counter[date] = Counter()
@@ -269,6 +271,7 @@ class _Run:
             self.accepted += record.accepted
             self.quarantined += record.quarantined
             self._come(place, record)
+            self.landed.append(record.path)
         if old is not None:
             self._leave(old, file_id, zone, renamed)
 
@@ -473,6 +476,7 @@ class _Run:
         return IngestResult(
             files=tuple(sorted((r for r in seen if r is not None), key=self._place_in_order)),
             new=tuple(self.new),
+            landed=tuple(self.landed),
             accepted=self.accepted,
             quarantined=self.quarantined,
             rules={rule: n for rule, n in sorted(self.rules.items()) if n},
