@@ -697,10 +697,7 @@ def remap(
         *(f"  refused, its rows stay as they are: {reason}" for reason in done.refused.values()),
     ]
     if done.days:
-        lines.append(
-            "  make the days anew that read them: "
-            f"signalbox run {found.name} prepare --since {done.days[0]} --day {done.days[1]}"
-        )
+        lines.append(f"  make the days anew that read them: signalbox run {found.name} prepare --since {done.days[0]}")
     told(document, as_json, lines)
     if done.refused:
         raise typer.Exit(1)

@@ -73,7 +73,8 @@ class IngestResult:
 
     ``new`` holds the paths that hold another content than before, ``landed`` those of them whose rows this run judged,
     ``refused`` the reasons by path, ``versions`` the newest version of each table.
-    ``admitted``: rows that came in from quarantine, because the row that they doubled has left. ``outdated``: paths whose rows stand by another mapping or contract than the present one.
+    ``admitted``: rows that came in from quarantine, because the row that they doubled has left. ``outdated``: paths whose
+    rows stand by another mapping or contract than the present one.
     """
 
     files: tuple[FileRecord, ...] = ()
