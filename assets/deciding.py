@@ -196,7 +196,7 @@ def with_standing(workflow: Workflow, features: pa.Table, standing: pa.Table) ->
     # another moment of the entity lies in the past: what stands now was not its status quo
     number = pa.array(np.arange(features.num_rows))
     chosen = [
-        point_in_time.rows_where(table.append_column("#row", number), workflow.policy.decide_on)["#row"]
+        point_in_time.chosen(workflow, table.append_column("#row", number), "policy.decide_on")["#row"]
         for table in (features, moved)
     ]
     now = pc.is_in(number, value_set=pa.concat_arrays([c.combine_chunks() for c in chosen]))
@@ -214,7 +214,7 @@ def _usable(workflow: Workflow, rows: pa.Table, scores: pa.Table) -> pa.Table:
 
     Raises NotANumber naming the column.
     """
-    chosen = point_in_time.rows_where(rows, workflow.policy.decide_on)
+    chosen = point_in_time.chosen(workflow, rows, "policy.decide_on")
     keys = [k for k in point_in_time.keys_of(rows.schema.names) if k in scores.schema.names]
     theirs, decided = (
         pc.binary_join_element_wise(*(t[k].cast(pa.string()).combine_chunks() for k in keys), "\0", null_handling="replace")
@@ -394,7 +394,7 @@ def mixed(workflow: Workflow, features: pa.Table, drawn: pa.Table, scores: pa.Ta
 
 def of_policy(workflow: Workflow, features: pa.Table) -> pa.Table:
     """The rows that the policy decides on, in the order of their keys, with their ``unit``."""
-    chosen = point_in_time.rows_where(point_in_time.ordered(features), workflow.policy.decide_on)
+    chosen = point_in_time.chosen(workflow, point_in_time.ordered(features), "policy.decide_on")
     unit = chosen[workflow.arms.unit].cast(pa.string())
     # a unit that upstream left empty is a unit of its own rather than nobody's
     unit = pc.fill_null(unit, "(none)")

@@ -59,8 +59,8 @@ def held_out(workflow: Workflow, lake: Lake, day: date, rows: pa.Table) -> Held:
     return Held(
         split,
         mature,
-        point_in_time.rows_where(early, training.train_on),
-        point_in_time.rows_where(rows.filter(late), training.evaluate_on),
+        point_in_time.chosen(workflow, early, "training.train_on"),
+        point_in_time.chosen(workflow, rows.filter(late), "training.evaluate_on"),
         deciding.of_policy(workflow, rows.filter(mine)),
     )
 

@@ -60,9 +60,8 @@ def scored(workflow: Workflow, lake: Lake, day: date, without: Collection[date] 
         return _EMPTY
     keys = ["day", *point_in_time.keys_of(scores.schema.names)]
     if workflow.training.evaluate_on.strip().lower() != "true":
-        features = point_in_time.rows_where(
-            lake.read(workflow.table("features"), days=days), workflow.training.evaluate_on
-        )
+        every = lake.read(workflow.table("features"), days=days)
+        features = point_in_time.chosen(workflow, every, "training.evaluate_on")
         scores = scores.join(features.select(keys), keys=keys, join_type="left semi")
     known = (pc.field("day") <= pc.scalar(day)) & (pc.field("day") >= pc.scalar(days[0]))
     try:

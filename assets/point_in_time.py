@@ -8,24 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import date, datetime, timedelta
+from pathlib import Path
 
 import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from assets import sql_session
 from assets.lake import Lake, TableMissing
+from assets.sql_session import StageSqlError
 from assets.workflow import Workflow
 
 _BEGINNING = datetime(1900, 1, 1)
 SYSTEM_ORDER = "known_at, source_file_id, source_row"
 
 
-class StageSqlError(ValueError):
-    """A workflow's SQL cannot be used; the message names the file, the day and what is wrong."""
-
-
 def connect() -> duckdb.DuckDBPyConnection:
-    """An in-memory DuckDB whose results do not depend on scheduling: one thread, UTC, rows in order."""
+    """An in-memory DuckDB for SQL of the program's own, whose results do not depend on scheduling: one thread, UTC, rows
+    in order. SQL of a workflow's folder runs in ``assets.sql_session``."""
     connection = duckdb.connect()
     connection.execute("SET threads = 1; SET TimeZone = 'UTC'; SET preserve_insertion_order = true")
     return connection
@@ -44,32 +44,29 @@ def _as_of(
     known = (pc.field("known_at") <= pc.scalar(workflow.cutoff_of(last)).cast(pa.timestamp("us", tz="UTC"))) & (
         pc.field("day") >= pc.scalar(first - timedelta(days=lookback_days))
     )
-    connection = connect()
+    engine = sql_session.engine()
     try:
-        connection.register("landed", lake.read(workflow.table("events"), version=version, where=known))
-        connection.execute(f"CREATE TEMP TABLE sorted_events AS SELECT * FROM landed ORDER BY {SYSTEM_ORDER}")
-        connection.unregister("landed")
+        ours, theirs = engine.cursor(), engine.cursor()  # what is temporary in ours, theirs cannot read
+        ours.register("landed", lake.read(workflow.table("events"), version=version, where=known))
+        ours.execute(f"CREATE TEMP TABLE sorted_events AS SELECT * FROM landed ORDER BY {SYSTEM_ORDER}")
+        ours.unregister("landed")
         for day in sorted(days):
             # A table of its own for each day: rows that a later day adds cannot move chunk boundaries under a sum.
-            connection.execute(
-                "CREATE OR REPLACE TEMP TABLE events AS SELECT * FROM sorted_events WHERE known_at <= $cutoff "
+            ours.execute(
+                "CREATE OR REPLACE TABLE events AS SELECT * FROM sorted_events WHERE known_at <= $cutoff "
                 "AND (superseded_at IS NULL OR superseded_at > $cutoff) AND day >= $first",
                 {"cutoff": workflow.cutoff_of(day), "first": day - timedelta(days=lookback_days)},
             )
-            yield day, connection
+            yield day, theirs
     finally:
-        connection.close()
+        engine.close()
 
 
 def _run(workflow: Workflow, path: str, connection: duckdb.DuckDBPyConnection, day: date, what: str) -> pa.Table:
-    text = workflow.sql(path)
     previous = _BEGINNING if day <= workflow.start else workflow.cutoff_of(day - timedelta(days=1))
     given = {"day": day, "cutoff": workflow.cutoff_of(day), "previous_cutoff": previous}
-    try:
-        used = {name: value for name, value in given.items() if f"${name}" in text}
-        return connection.sql(text, params=used).to_arrow_table()
-    except duckdb.Error as error:
-        raise StageSqlError(f"{workflow.folder / path}: {what} of {day}: {error}") from error
+    text = sql_session.Text(workflow.sql(path), workflow.folder / path)
+    return sql_session.select(connection, text, {"events"}, given, f"{what} of {day}")
 
 
 def _entities_once(found: pa.Table, keys: Sequence[str], where: str) -> None:
@@ -181,21 +178,26 @@ def ordered(features: pa.Table, *first: str) -> pa.Table:
     return features.sort_by([(k, "ascending") for k in (*first, *keys_of(features.schema.names))])
 
 
-def rows_where(table: pa.Table, predicate: str) -> pa.Table:
-    """The rows of ``table`` that meet a SQL predicate, in their order."""
+def chosen(workflow: Workflow, table: pa.Table, key: str) -> pa.Table:
+    """The rows of a table of features, in their order, that a predicate of workflow.yaml chooses.
+
+    ``key``: where it stands there, such as ``policy.decide_on``. Raises StageSqlError naming file and key.
+    """
+    section, name = key.split(".")
+    return rows_where(table, getattr(getattr(workflow, section), name), workflow.folder / "workflow.yaml", key)
+
+
+def rows_where(table: pa.Table, predicate: str, file: Path | str = "", key: str = "a predicate") -> pa.Table:
+    """The rows of ``table`` that meet a SQL predicate, in their order; it stands in ``file`` under ``key``."""
     if predicate.strip().lower() == "true":
         return table
-    connection = connect()
-    try:
-        connection.register("given", table)
-        return connection.sql(f"SELECT * FROM given WHERE {predicate}").to_arrow_table()
-    finally:
-        connection.close()
+    return table.filter(sql_session.meets(sql_session.Text(predicate, file, key), table))
 
 
 __all__ = [
     "StageSqlError",
     "TableMissing",
+    "chosen",
     "connect",
     "features",
     "keys_of",

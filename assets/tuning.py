@@ -56,10 +56,10 @@ def tune(
     mature = split - timedelta(days=training.maturity_days)
     inner = mature - timedelta(days=asked.validation_days + training.maturity_days)
     first = mature - timedelta(days=asked.validation_days)
-    before = point_in_time.rows_where(point_in_time.training_set(workflow, lake, inner), training.train_on)
+    before = point_in_time.chosen(workflow, point_in_time.training_set(workflow, lake, inner), "training.train_on")
     known = point_in_time.training_set(workflow, lake, split)
     late = known.filter((pc.field("day") > pc.scalar(first)) & (pc.field("day") <= pc.scalar(mature)))
-    later = point_in_time.rows_where(late, training.evaluate_on)
+    later = point_in_time.chosen(workflow, late, "training.evaluate_on")
     if before.num_rows < training.min_rows or not later.num_rows:
         note = (
             f"Nothing was searched: {before.num_rows} rows were known by {inner} ({training.min_rows} are needed, "

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 import pyarrow as pa
 
+from assets import sql_session
 from assets.landing.files import FileRefused
 from assets.landing.readers import Raw, some
 
@@ -139,10 +140,8 @@ def event_columns(contract: EventsContract) -> dict[str, Column]:
 
 
 def open_engine() -> duckdb.DuckDBPyConnection:
-    """A database in memory that reads nothing but what it is handed."""
-    con = duckdb.connect()
-    con.execute("SET threads = 1")
-    con.execute("SET enable_external_access = false")
+    """A database in memory that reads nothing but what it is handed, with the macro that every mapping may use."""
+    con = sql_session.engine()
     # what does not parse stays visible with the format it missed, and never casts by accident
     con.execute(
         "CREATE MACRO parse_time(text, format) AS "
@@ -153,10 +152,7 @@ def open_engine() -> duckdb.DuckDBPyConnection:
 
 def _session(engine: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
     """A connection with temporary tables of its own: opening one costs microseconds, an engine tens of milliseconds."""
-    con = engine.cursor()
-    con.execute("SET TimeZone = 'UTC'")
-    con.execute("SET python_enable_replacements = false")
-    return con
+    return engine.cursor()
 
 
 def judge(
@@ -177,10 +173,14 @@ def judge(
     place = f"{landing.path}: {source.sql}"
     con = _session(engine or open_engine())
 
+    mapping = sql_session.Text(workflow.sql(source.sql), source.sql)
+
     def run(sql: str, what: str = place) -> duckdb.DuckDBPyConnection:
         try:
             return con.execute(sql)
         except duckdb.Error as error:
+            if mapping.sql in sql:
+                raise FileRefused(f"{landing.path}: {sql_session.explained(mapping, error, before=1)}") from error
             raise FileRefused(f"{what}: {str(error).splitlines()[0]}") from error
 
     def table(sql: str) -> pa.Table:
@@ -196,7 +196,11 @@ def judge(
         for n in names
     ]
     run(f'CREATE TEMP VIEW raw AS SELECT {", ".join([*shown, "source_row"])} FROM "#file"')
-    run(f'CREATE TEMP TABLE "#mapped" AS\n{workflow.sql(source.sql)}')
+    try:
+        sql_session.check(mapping, {"raw"})
+    except sql_session.StageSqlError as error:
+        raise FileRefused(f"{landing.path}: {error}") from error
+    run(f'CREATE TEMP TABLE "#mapped" AS\n{mapping.sql}')
     types = {row[0]: row[1] for row in run('DESCRIBE "#mapped"').fetchall()}
     supplied = {"known_at"} if source.known_at == "landing" else set[str]()
     lacking = [c for c in ["source_row", *columns] if c not in types and c not in supplied]

@@ -85,7 +85,7 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
             against = gating.champion_of(workflow, registry.registry, book)
         champion, twin, note = gating.opponent(workflow, registry.registry, against, held.split)
         tuned = tuning.tune(workflow, lake.lake, held.split, device=device, say=context.log.info)
-        learn = point_in_time.rows_where(rows, training.train_on)
+        learn = point_in_time.chosen(workflow, rows, "training.train_on")
         fitted = tuning.resumable(workflow)(fitting.fit_and_judge)(
             learn,
             held.early,

@@ -529,7 +529,7 @@ def test_a_sql_that_drops_or_repeats_rows_is_refused_by_name(desk: Desk, clause:
 def test_a_sql_cannot_read_other_files(desk: Desk) -> None:
     desk.put("orders.csv", GOOD)
     found = desk.land(sql=f"SELECT * FROM read_csv('{desk.zone}/orders.csv')")
-    assert "orders.sql" in found.refused["orders.csv"] and "disabled" in found.refused["orders.csv"]
+    assert "orders.sql" in found.refused["orders.csv"] and "no files" in found.refused["orders.csv"]
 
 
 def test_a_refusal_hides_the_secrets_of_an_address() -> None:
