@@ -126,7 +126,9 @@ class Column(Strict):
     @model_validator(mode="after")
     def _bounds_of_numbers(self) -> Column:
         if (self.min, self.max) != (None, None) and self.type not in ("BIGINT", "DOUBLE"):
-            raise ValueError(f"min and max are bounds of a BIGINT or a DOUBLE, this column is {self.type}; leave them out")
+            raise ValueError(
+                f"min and max are bounds of a BIGINT or a DOUBLE, this column is {self.type}; leave them out"
+            )
         if self.min is not None and self.max is not None and self.min > self.max:
             raise ValueError(f"min {self.min:g} is above max {self.max:g}: no value could stand here")
         return self
@@ -194,7 +196,9 @@ class Contract(Strict):
             if n not in events.columns and n not in ("event_at", "known_at")
         ]
         rules = [rule.name for rule in events.rows]
-        wrong += [f"rows: the name {n} is the engine's own rule; call it something else" for n in rules if n in _ENGINE_RULES]
+        wrong += [
+            f"rows: the name {n} is the engine's own rule; call it something else" for n in rules if n in _ENGINE_RULES
+        ]
         wrong += [f"rows: {n} stands twice; a rule's name is given once" for n, _ in twice(rules)]
         if wrong:
             raise ValueError("; ".join(wrong))
@@ -576,7 +580,9 @@ def _of_sources(workflow: Workflow) -> list[str]:
             wrong.append(f"{at}: {other} stands for nothing, so that no file would be found; {{day}} stands for a day")
         columns = source.columns or ()
         for column, first in twice(columns):
-            wrong.append(f"sources.{name}.columns: {column} is the same name as {first}: SQL does not tell case; rename one")
+            wrong.append(
+                f"sources.{name}.columns: {column} is the same name as {first}: SQL does not tell case; rename one"
+            )
         for column in columns:
             if column.lower() == "source_row":
                 wrong.append(f"sources.{name}.columns: {column} is the engine's own name of a row's number; rename it")
@@ -614,11 +620,11 @@ def _may_both_match(one: str, other: str) -> bool:
 
 
 def _same_character(a: str, b: str) -> bool:
-    for one, other in ((a, b), (b, a)):
-        if one == "?" or (len(one) > 1 and one.startswith("[")):
-            return other != "/"
-        if one == "digit" and other != "digit":
-            return other.isdigit()
+    pair = {a, b}
+    if any(p == "?" or (len(p) > 1 and p.startswith("[")) for p in pair):
+        return "/" not in pair
+    if "digit" in pair:
+        return all(p == "digit" or p.isdigit() for p in pair)
     return a == b
 
 
@@ -649,7 +655,9 @@ def _of_model(workflow: Workflow) -> list[str]:
             f"{', '.join(kind.metrics)}"
         )
     elif training.better != kind.metrics[training.metric]:
-        wrong.append(f"training.better: of {training.metric} {kind.metrics[training.metric]} is better, found {training.better}")
+        wrong.append(
+            f"training.better: of {training.metric} {kind.metrics[training.metric]} is better, found {training.better}"
+        )
     tuned = training.search or training.early_stopping
     kept = training.holdout_days + training.maturity_days + (tuned.validation_days if tuned else 0)
     if training.history_days <= kept:

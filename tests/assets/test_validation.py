@@ -6,14 +6,16 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from assets import validation
-from assets.workflow import FOLDER, WorkflowInvalid, load
+from assets import acting, deciding, point_in_time, validation
+from assets.workflow import ENGINE_COLUMNS, FOLDER, WorkflowInvalid, load
+from models import catalog
 
 Edit = Callable[[Path], None]
 
@@ -95,9 +97,13 @@ def tickets(name: str, edit: Edit, file: str, *says: str) -> Mistake:
     return Mistake(name, "ticket_priority", edit, file, says)
 
 
+TODAY = date(2026, 6, 1)
 TEXT = {"type": "VARCHAR"}
 REST = {"kind": "rest", "file": "system.yaml"}
-W, C, F, O = "workflow.yaml", "contract.yaml", "features.sql", "outcomes.sql"
+W, C, F, OUT = "workflow.yaml", "contract.yaml", "features.sql", "outcomes.sql"
+AGAIN = "UNION ALL BY NAME SELECT d.ticket_id AS entity_id, d.moment FROM described AS d"
+COMMA = swap(F, "AS shift_1", 'AS "shift, 1 day"')
+SAME_DAY = swap(C, "unique: [line_id, event_at]", "unique: [line_id, event_at, known_at]")
 MISTAKES = [
     # --- the contract
     ads("a column named as the engine's", contract("events.columns.source", TEXT), C, "source", "engine"),
@@ -145,28 +151,28 @@ MISTAKES = [
     ads("a feature that the SQL does not yield", more("features.numeric", "shift_2"), W, "shift_2", "features.numeric"),
     ads("a text among the numbers", more("features.numeric", "format"), W, "format", "categorical"),
     ads("a feature in both lists", both(put("features.categorical", ["drawn_days"]), more("features.numeric", "drawn_days")), W, "drawn_days", "twice"),
-    ads("a feature's name with a comma", both(swap(F, "AS shift_1", 'AS "shift, 1 day"'), put("features.numeric.0", "shift, 1 day")), W, "shift, 1 day", "LightGBM"),
+    ads("a feature's name with a comma", both(COMMA, put("features.numeric.0", "shift, 1 day")), W, "shift, 1 day", "LightGBM"),
     ads("a feature's name with a blank", both(swap(F, "AS shift_1", 'AS "shift 1"'), put("features.numeric.0", "shift 1")), W, "shift 1", "LightGBM"),
     ads("features yield the engine's day", swap(F, "drawn_days\nFROM beside", "drawn_days, 1 AS day\nFROM beside"), F, "day", "engine"),
     ads("features yield a column twice", swap(F, "drawn_days\nFROM beside", "drawn_days, 1 AS COST_1\nFROM beside"), F, "COST_1", "cost_1"),
     ads("features yield the model's own column", swap(F, "drawn_days\nFROM beside", "drawn_days, 1 AS spend_shift_1\nFROM beside"), F, "spend_shift_1"),
     ads("an entity that is a number", swap(F, "line_id AS entity_id", "hash(line_id) AS entity_id"), F, "entity_id", "VARCHAR"),
-    tickets("an entity that stands twice", swap(F, "ORDER BY entity_id, moment", "UNION ALL BY NAME SELECT d.ticket_id AS entity_id, d.moment FROM described AS d"), F, "entity_id", "more than once"),
+    tickets("an entity that stands twice", swap(F, "ORDER BY entity_id, moment", AGAIN), F, "entity_id", "more than once"),
     ads("features without the spend column", swap(F, "    budget_micros,\n", ""), F, "budget_micros", "policy.spend"),
     ads("money that is no whole number", swap(F, "    budget_micros,\n", "    budget_micros / 1e6 AS budget_micros,\n"), F, "budget_micros", "BIGINT"),
     ads("features without what the model reads", swap(F, "AS delivered_7", "AS delivered"), F, "delivered_7", "response"),
     ads("features from a table that is not there", swap(F, "FROM events", "FROM quarantine"), F, "quarantine", "events"),
     ads("lookback of nothing", put("features.lookback_days", 0), W, "lookback_days"),
     # --- outcomes
-    ads("outcomes without known_at", swap(O, "    known_at,\n", ""), O, "known_at"),
-    ads("outcomes without value", swap(O, "    value,\n", ""), O, "value", "response"),
-    tickets("outcomes without missed", swap(O, "    missed,\n", ""), O, "missed", "duration"),
-    ads("outcomes yield the engine's day", swap(O, "    value,\n", '    value, "day",\n'), O, "day", "engine"),
-    ads("outcomes yield the training set's column", swap(O, "    value,\n", "    value, 1 AS outcome_known_at,\n"), O, "outcome_known_at", "engine"),
-    ads("outcomes named as a feature", swap(O, "    value,\n", "    value, 1 AS Campaign,\n"), O, "Campaign", "features"),
-    ads("outcomes named as a decision's column", swap(O, "    value,\n", "    value, 1 AS arm,\n"), O, "arm", "engine"),
-    ads("outcomes known twice", both(swap(O, "QUALIFY", "-- QUALIFY"), swap("contract.yaml", "unique: [line_id, event_at]", "unique: [line_id, event_at, known_at]")), O, "more than once", "QUALIFY"),
-    ads("for_day as a time", swap(O, '"day" - 1 AS for_day', "event_at AS for_day"), O, "for_day", "DATE"),
+    ads("outcomes without known_at", swap(OUT, "    known_at,\n", ""), OUT, "known_at"),
+    ads("outcomes without value", swap(OUT, "    value,\n", ""), OUT, "value", "response"),
+    tickets("outcomes without missed", swap(OUT, "    missed,\n", ""), OUT, "missed", "duration"),
+    ads("outcomes yield the engine's day", swap(OUT, "    value,\n", '    value, "day",\n'), OUT, "day", "engine"),
+    ads("outcomes yield the training set's column", swap(OUT, "    value,\n", "    value, 1 AS outcome_known_at,\n"), OUT, "outcome_known_at", "engine"),
+    ads("outcomes named as a feature", swap(OUT, "    value,\n", "    value, 1 AS Campaign,\n"), OUT, "Campaign", "features"),
+    ads("outcomes named as a decision's column", swap(OUT, "    value,\n", "    value, 1 AS arm,\n"), OUT, "arm", "engine"),
+    ads("outcomes known twice", both(swap(OUT, "QUALIFY", "-- QUALIFY"), SAME_DAY), OUT, "more than once", "QUALIFY"),
+    ads("for_day as a time", swap(OUT, '"day" - 1 AS for_day', "event_at AS for_day"), OUT, "for_day", "DATE"),
     # --- model, training, policy
     tickets("rule_by names no feature", put("model.rule_by", ["priority", "kategory"]), W, "model.rule_by", "kategory", "category"),
     tickets("the model's group is no feature", put("model.group", "prio"), W, "model.group", "prio"),
@@ -209,7 +215,7 @@ MISTAKES = [
     ads("a deadline before the cut-off", put("deadline", "02:00"), W, "deadline", "cutoff"),
     ads("a system's YAML that is missing", put("delivery.connector", REST), "system.yaml", "cannot be read"),
     ads("a system's YAML that says nonsense", both(put("delivery.connector", REST), written("system.yaml", "system: x\n")), "system.yaml", "base_url"),
-    ads("a system's YAML out of the folder", put("delivery.connector", {**REST, "file": "../system.yaml"}), "system.yaml", "outside"),
+    ads("a system's YAML out of the folder", put("delivery.connector", {**REST, "file": "../system.yaml"}), "../system.yaml", "outside"),
     tickets("certificates that are missing", put("delivery.connector.ca_file", "own.pem"), W, "delivery.connector.ca_file", "own.pem"),
     ads("an unknown key", put("training.marginn", 0.1), W, "marginn", "margin"),
 ]  # fmt: skip
@@ -231,3 +237,118 @@ def test_a_mistake_is_found_with_its_place_and_the_way_out(tmp_path: Path, mista
     told = [line for line in found if str(folder / mistake.file) in line and all(word in line for word in mistake.says)]
     assert told, "\n".join(found)
     assert not re.search(r"Traceback|0x[0-9a-f]{6}", "\n".join(found))
+
+
+@pytest.mark.parametrize("name", ["ad_budget", "ticket_priority"])
+def test_the_shipped_workflows_read_good(name: str) -> None:
+    workflow = load(FOLDER / name)
+    assert validation.problems(workflow, expectations=True) == []
+    assert validation.notes(workflow) == []
+
+
+def test_several_mistakes_are_told_together(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(FOLDER / "ad_budget", tmp_path / "ad_budget"))
+    for edit in (
+        put("drift.numeric", ["ratio_77"]),
+        put("delivery.spend", "costs"),
+        put("policy.decide_on", "budget > 0"),
+    ):
+        edit(folder)
+    assert len(said(folder)) == 3
+
+
+def test_what_cannot_be_known_without_data_is_said(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(FOLDER / "ad_budget", tmp_path / "ad_budget"))
+    contract("events.unique", [])(folder)
+    put("start", str(TODAY + timedelta(days=30)))(folder)
+    put("sources.export.format", "parquet")(folder)
+    swap("sources/export.sql", "parse_time(date, '%Y-%m-%d')", "date + INTERVAL 1 DAY")(folder)
+    workflow = load(folder)
+    assert validation.problems(workflow, today=TODAY) == []
+    told = "\n".join(validation.notes(workflow, today=TODAY))
+    assert (
+        "no day can be run before" in told and "sources.export" in told and "stands twice shows with data only" in told
+    )
+
+
+def test_a_source_that_declares_no_columns_is_bound_by_those_that_it_reads(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(FOLDER / "ad_budget", tmp_path / "ad_budget"))
+    put("sources.export.columns", None)(folder)
+    assert validation.problems(load(folder)) == []
+    swap("sources/export.sql", "clicks,", "nosuch(clicks) AS clicks,")(folder)
+    assert "nosuch" in validation.problems(load(folder))[0]
+
+
+def test_a_priority_that_the_system_has_no_name_for_is_found(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(FOLDER / "ticket_priority", tmp_path / "ticket_priority"))
+    named = {
+        "kind": "sql_table",
+        "url_env": "D",
+        "table": "t",
+        "key": "k",
+        "value": "v",
+        "names": {1: "high", 2: "low"},
+    }
+    put("delivery.connector", named)(folder)
+    found = validation.problems(load(folder))
+    assert [line for line in found if "cannot write 3" in line and "guardrails.levels" in line], found
+
+
+def test_what_the_response_model_is_said_to_need_it_refuses_to_be_without(ads: Any) -> None:
+    kind, workflow = catalog.KINDS["response"], ads.workflow
+    rows = point_in_time.training_set(workflow, ads.lake, ads.last)
+    spec = {**deciding.learner_spec(workflow), "rounds": 2}
+    needed = (*kind.features, *kind.outcomes)
+
+    def used(table: Any) -> None:
+        for one in (catalog.learner("response"), catalog.rule("response")):
+            model = one.fit(table, spec, seed=1, device="cpu", threads=1)
+            model.evaluate(table)
+            model.score(table)
+
+    used(
+        rows.select(
+            ["day", *point_in_time.keys_of(rows.schema.names), *workflow.features.numeric, *spec["group"], *needed]
+        )
+    )
+    for name in needed:
+        with pytest.raises(KeyError, match=name):
+            used(rows.drop_columns([name]))
+
+
+@pytest.mark.parametrize("name", ["ads", "queue"])
+def test_what_a_candidate_may_be_judged_by_is_measured_of_model_and_rule(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    bench = request.getfixturevalue(name)
+    kind, workflow = bench.workflow.model.kind, bench.workflow
+    rows = point_in_time.training_set(workflow, bench.lake, bench.last)
+    spec = {**deciding.learner_spec(workflow), "rounds": 2}
+    for one in (catalog.learner(kind), catalog.rule(kind)):
+        measured = one.fit(rows, spec, seed=1, device="cpu", threads=1).evaluate(rows)
+        assert set(catalog.KINDS[kind].metrics) <= set(measured)
+
+
+@pytest.mark.parametrize("table", ["events", "features", "outcomes", "training_set"])
+def test_the_names_that_are_reserved_are_those_that_the_engine_adds(ads: Any, table: str) -> None:
+    workflow, lake = ads.workflow, ads.lake
+    own = validation._events(workflow)
+    if table == "events":
+        written = set(lake.read(workflow.table("events"), days=[]).schema.names)
+        assert written - set(workflow.contract.events.columns) == set(ENGINE_COLUMNS["events"])
+        assert set(own.names) == written
+        return
+    wrong: list[str] = []
+    features, outcomes = (
+        validation._yields(workflow, path, own, wrong) for path in (workflow.features.sql, workflow.outcomes.sql)
+    )
+    assert features is not None and outcomes is not None and not wrong
+    if table == "training_set":
+        made = point_in_time.training_set(workflow, lake, ads.last).schema.names
+        assert made == validation._training_set(workflow, features, outcomes)[0].names
+        return
+    mine = features if table == "features" else outcomes
+    assert set(lake.read(workflow.table(table), days=[]).schema.names) - set(mine.names) <= set(ENGINE_COLUMNS[table])
+    assert set(acting.DECIDED.names) - {"entity_id", "perturbation_probability", "decided_at"} <= set(
+        ENGINE_COLUMNS["outcomes"]
+    )

@@ -304,7 +304,8 @@ def test_workflows_that_share_a_system_are_named_and_others_are_not(folder: Path
                 "format": "csv",
                 "key": "id",
                 "value": "bid",
-            }
+            },
+            "push": {"unit": 10000},
         },
     )
     said = {
