@@ -48,11 +48,11 @@ _TRIED = 40
 """Made-up entities at most."""
 
 
-def problems(workflow: Workflow, *, today: date | None = None, expectations: bool = False) -> list[str]:
+def problems(workflow: Workflow, *, today: date | None = None, thorough: bool = True) -> list[str]:
     """Everything that is wrong, a sentence each with file, place and way out; none where all is well.
 
-    ``today``: for a start that lies too far ahead; the clock's by default. ``expectations``: whether the expectations'
-    arguments are held against Great Expectations as well, whose import takes seconds.
+    ``today``: for a start that lies too far ahead; the clock's by default. ``thorough``: whether the stages' SQL is tried on made-up
+    rows, and the expectations' arguments are held against Great Expectations, whose import takes seconds.
     """
     wrong = [
         *_start(workflow, today or datetime.now(UTC).date()),
@@ -66,15 +66,20 @@ def problems(workflow: Workflow, *, today: date | None = None, expectations: boo
     if features is not None:
         wrong += [*_features(workflow, features), *_predicate(workflow, "policy.decide_on", _with_day(features))]
         wrong += _predicate(workflow, "training.evaluate_on", _with_day(features))
-        wrong += _repeated(workflow, workflow.features.sql, "features")[0]
     if outcomes is not None:
-        wrong += [*_outcomes(workflow, outcomes), *_repeated(workflow, workflow.outcomes.sql, "outcomes")[0]]
+        wrong += _outcomes(workflow, outcomes)
     if features is not None and outcomes is not None:
         joined, clashes = _training_set(workflow, features, outcomes)
         wrong += [*clashes, *_predicate(workflow, "training.train_on", joined)]
-    wrong += _expectations(workflow, "events", events, expectations)
+    wrong += _expectations(workflow, "events", events, thorough)
     if features is not None:
-        wrong += _expectations(workflow, "features", _with_day(features), expectations)
+        wrong += _expectations(workflow, "features", _with_day(features), thorough)
+    if thorough:
+        for path, stage, bound in (
+            (workflow.features.sql, "features", features),
+            (workflow.outcomes.sql, "outcomes", outcomes),
+        ):
+            wrong += _repeated(workflow, path, stage)[0] if bound is not None else []
     return list(dict.fromkeys(wrong))
 
 

@@ -9,6 +9,8 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from functools import cache, cached_property
 from pathlib import Path
@@ -23,6 +25,7 @@ from data_checks.performance import METRICS, Kind, PerformanceSpec
 from data_checks.regression import RegressionSpec
 from delivery import said
 from delivery.connectors import catalog
+from delivery.connectors.base import Misconfigured
 from delivery.connectors.catalog import ConnectorSettings
 from delivery.guards import Guards
 from delivery.reports import PushSettings
@@ -712,38 +715,75 @@ def _of_limits(workflow: Workflow) -> list[str]:
     return wrong
 
 
-def sharing(workflows: Sequence[Workflow]) -> dict[str, list[str]]:
-    """Which workflows send to the same system, by the name of each that does, in words.
+def sharing(workflows: Sequence[Workflow]) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Which workflows send to the same system, in words by name; and which are left out, with the sentence why.
 
-    Raises WorkflowInvalid where two may write the same field of it and one of them does not say ``shared: true``. Raises
-    ``Misconfigured`` where a connector's file cannot be read.
+    Two may write the same field of a system only where each says ``shared: true``. Where one does not, it is left out; where
+    neither does, the one that starts later (then the later by name): what acted before goes on. A connector whose file cannot be
+    read takes no part (``assets.validation`` names it).
     """
     by_system: dict[str, list[tuple[Workflow, str]]] = {}
     for workflow in workflows:
         if workflow.delivery is not None:
-            found = catalog.writes(workflow.delivery.connector, workflow.folder)
-            by_system.setdefault(found.system, []).append((workflow, found.field))
+            with suppress(Misconfigured):
+                found = catalog.writes(workflow.delivery.connector, workflow.folder)
+                by_system.setdefault(found.system, []).append((workflow, found.field))
     told: dict[str, list[str]] = {}
+    left_out: dict[str, str] = {}
     for system, users in sorted(by_system.items()):
-        for workflow, field in users:
-            others = [(other, theirs) for other, theirs in users if other is not workflow]
-            same = [other.name for other, theirs in others if theirs == field]
-            assert workflow.delivery is not None, "only those that deliver are among them"
-            if same and not workflow.delivery.shared:
-                raise WorkflowInvalid(
-                    f"{workflow.folder / 'workflow.yaml'}: delivery: {workflow.name} and {', '.join(same)} may both write {field} of "
-                    f"{system}; write `shared: true` in the delivery section of each if that is meant, or let one of them send "
-                    "elsewhere"
+        stays: list[tuple[Workflow, str]] = []
+        for workflow, field in sorted(users, key=lambda u: (not _says_shared(u[0]), u[0].start, u[0].name)):
+            same = [other for other, theirs in stays if theirs == field]
+            if same and not all(map(_says_shared, (workflow, *same))):
+                names = ", ".join(other.name for other in same)
+                left_out[workflow.name] = (
+                    f"{workflow.folder / 'workflow.yaml'}: delivery: {workflow.name} and {names} may both write {field} of {system}, so "
+                    f"{workflow.name} is left out; write `shared: true` in the delivery section of each if that is meant, or let one "
+                    "of them send elsewhere"
                 )
-            words = [f"{other.name} ({'the same field' if theirs == field else theirs})" for other, theirs in others]
+            else:
+                stays.append((workflow, field))
+        for workflow, field in stays:
+            words = [
+                f"{other.name} ({'the same field' if theirs == field else theirs})"
+                for other, theirs in stays
+                if other is not workflow
+            ]
             if words:
-                told[workflow.name] = [f"shares {system} with {', '.join(words)}"]
-    return told
+                told[workflow.name] = [f"shares {system} with {', '.join(sorted(words))}"]
+    return told, left_out
 
 
-def load_all(folder: Path = FOLDER) -> list[Workflow]:
-    """Every workflow below a folder, by name; adding one is adding a folder, and each must be one."""
-    return [load(path) for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(("_", "."))]
+def _says_shared(workflow: Workflow) -> bool:
+    return workflow.delivery is not None and workflow.delivery.shared
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Every folder that was found: a bad one hides no other."""
+
+    workflows: list[Workflow]
+    """Those that can run, by name."""
+    refused: dict[str, str]
+    """The others: the folder's name, and what is wrong with it, a line each."""
+    shares: dict[str, list[str]]
+    """Which of them send to the same system, in words."""
+
+
+def load_all(folder: Path = FOLDER) -> Loaded:
+    """Read every folder below a folder, by name; adding a workflow is adding a folder, and each must be one."""
+    good: list[Workflow] = []
+    refused: dict[str, str] = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.name.startswith(("_", ".")):
+            try:
+                good.append(load(path))
+            except WorkflowInvalid as error:
+                refused[path.name] = str(error)
+            except OSError as error:
+                refused[path.name] = f"{path}: cannot be read ({error})"
+    shares, left_out = sharing(good)
+    return Loaded([w for w in good if w.name not in left_out], {**refused, **left_out}, shares)
 
 
 def utc(moment: datetime) -> datetime:

@@ -223,7 +223,7 @@ MISTAKES = [
 
 def said(folder: Path) -> list[str]:
     try:
-        return validation.problems(load(folder), expectations=True)
+        return validation.problems(load(folder))
     except WorkflowInvalid as error:
         return str(error).splitlines()
 
@@ -242,7 +242,7 @@ def test_a_mistake_is_found_with_its_place_and_the_way_out(tmp_path: Path, mista
 @pytest.mark.parametrize("name", ["ad_budget", "ticket_priority"])
 def test_the_shipped_workflows_read_good(name: str) -> None:
     workflow = load(FOLDER / name)
-    assert validation.problems(workflow, expectations=True) == []
+    assert validation.problems(workflow) == []
     assert validation.notes(workflow) == []
 
 
