@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,11 +25,13 @@ from data_checks.performance import METRICS, Kind, PerformanceSpec
 from data_checks.regression import RegressionSpec
 from delivery import said
 from delivery.connectors import catalog
+from delivery.connectors.base import Misconfigured
 from delivery.connectors.catalog import ConnectorSettings
 from delivery.guards import Guards
 from delivery.reports import PushSettings
-from models.arms import Arms
+from models.arms import ARMS, Arms
 from models.budget import BudgetPolicy
+from models.catalog import KINDS
 from models.gate import GateSpec
 from models.learners.duration import DurationModel
 from models.learners.response import ResponseModel
@@ -38,6 +43,34 @@ FOLDER = Path(os.environ.get("SIGNALBOX_WORKFLOWS") or Path(__file__).parent / "
 """The workflows that are loaded: those shipped, or the folder that ``SIGNALBOX_WORKFLOWS`` names."""
 
 ColumnType = Literal["VARCHAR", "BIGINT", "DOUBLE", "BOOLEAN", "TIMESTAMP", "DATE"]
+
+ENGINE_COLUMNS: dict[str, tuple[str, ...]] = {
+    "events": ("day", "source", "source_file", "source_file_id", "source_row", "superseded_at"),
+    "features": ("as_of", "day", "outcome_known_at"),
+    "outcomes": (
+        "after", "arm", "arm_probability", "as_of", "batch_id", "before", "day", "decided_day", "decision_id",
+        "outcome_known_at", "perturbation", "standing", "state", "unit",
+    ),
+}  # fmt: skip
+"""Columns that the engine adds to a table, so that neither a contract nor SQL may name one of its own so. DuckDB does not
+tell letters' case: nor may they differ from one by it. Names that begin with ``#`` are the engine's everywhere."""
+_ENGINE_RULES = ("duplicate", "from_the_future", "malformed")
+
+
+def engines_own(name: str, table: str) -> bool:
+    """Whether a column of this name, in whatever case, is one that the engine adds to a table (of ENGINE_COLUMNS)."""
+    return name.startswith("#") or name.lower() in ENGINE_COLUMNS[table]
+
+
+def twice(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Each name that stands again, or differs from an earlier one by case alone, with that earlier one."""
+    found: list[tuple[str, str]] = []
+    first: dict[str, str] = {}
+    for name in names:
+        if name.lower() in first:
+            found.append((name, first[name.lower()]))
+        first.setdefault(name.lower(), name)
+    return found
 
 
 class WorkflowInvalid(ValueError):
@@ -101,6 +134,16 @@ class Column(Strict):
         default=None, description="The only values that may stand here"
     )
 
+    @model_validator(mode="after")
+    def _bounds_of_numbers(self) -> Column:
+        if (self.min, self.max) != (None, None) and self.type not in ("BIGINT", "DOUBLE"):
+            raise ValueError(
+                f"min and max are bounds of a BIGINT or a DOUBLE, this column is {self.type}; leave them out"
+            )
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {self.min:g} is above max {self.max:g}: no value could stand here")
+        return self
+
 
 class RowRule(Strict):
     """A named rule about one row."""
@@ -155,6 +198,39 @@ class Contract(Strict):
 
     events: EventsContract
     features: FeaturesContract = FeaturesContract()
+
+    @field_validator("events")
+    @classmethod
+    def _names_of_its_own(cls, events: EventsContract) -> EventsContract:
+        names = list(events.columns)
+        wrong = [
+            f"columns.{n}: the engine itself adds a column of this name (reserved: names with #, "
+            f"{', '.join(ENGINE_COLUMNS['events'])}); call it something else"
+            for n in names
+            if engines_own(n, "events")
+        ]
+        wrong += [
+            f"columns.{n}: is the same name as {first}: SQL does not tell case; rename one" for n, first in twice(names)
+        ]
+        wrong += [
+            f"columns.{n}: must be {{type: TIMESTAMP}}, found {column.type}"
+            for n, column in events.columns.items()
+            if n in ("event_at", "known_at") and column.type != "TIMESTAMP"
+        ]
+        known = ", ".join({**events.columns, "event_at": None, "known_at": None})
+        wrong += [
+            f"unique: {n!r} is no column; there are {known}"
+            for n in events.unique
+            if n not in events.columns and n not in ("event_at", "known_at")
+        ]
+        rules = [rule.name for rule in events.rows]
+        wrong += [
+            f"rows: the name {n} is the engine's own rule; call it something else" for n in rules if n in _ENGINE_RULES
+        ]
+        wrong += [f"rows: {n} stands twice; a rule's name is given once" for n, _ in twice(rules)]
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return events
 
 
 class Features(Strict):
@@ -328,6 +404,9 @@ class Delivery(Strict):
     approval: Approval = Field(default_factory=Approval, description="Who must look at a held batch")
 
 
+_EMAIL = r"[A-Za-z0-9._%+-]+@[A-Za-z0-9.-]+\.[A-Za-z]{2,7}"
+
+
 class Workflow(Strict):
     """One business decision automated end to end: everything that its folder says."""
 
@@ -358,6 +437,14 @@ class Workflow(Strict):
     )
     contract: Contract = Field(description="contract.yaml; never written in workflow.yaml")
     folder: Path = Field(description="Where it was read; never written in workflow.yaml")
+
+    @field_validator("owner")
+    @classmethod
+    def _owner_as_dagster_reads_it(cls, value: str) -> str:
+        # where Dagster refuses an owner it loads no asset of any workflow
+        if not (re.fullmatch(r"team:.+", value) or re.fullmatch(_EMAIL, value)):
+            raise ValueError(f"must be team:name or an e-mail address, found {value!r}")
+        return value
 
     @field_validator("regression")
     @classmethod
@@ -497,41 +584,231 @@ def load(folder: Path) -> Workflow:
             raise WorkflowInvalid(f"{folder / 'workflow.yaml'}: {path}: lies outside the workflow's folder")
         if not (folder / path).is_file():
             raise WorkflowInvalid(f"{folder / path}: is missing; workflow.yaml names it")
+    if wrong := [*_of_sources(workflow), *_of_model(workflow), *_of_limits(workflow)]:
+        raise WorkflowInvalid("\n".join(f"{folder / 'workflow.yaml'}: {line}" for line in wrong))
     return workflow
 
 
-def sharing(workflows: Sequence[Workflow]) -> dict[str, list[str]]:
-    """Which workflows send to the same system, by the name of each that does, in words.
+# What no section can see by itself. It is asked when a folder is read, not when a recorded spec is (a replay): what a day was
+# once decided by stays readable.
 
-    Raises WorkflowInvalid where two may write the same field of it and one of them does not say ``shared: true``. Raises
-    ``Misconfigured`` where a connector's file cannot be read.
+
+def _of_sources(workflow: Workflow) -> list[str]:
+    """What is wrong with where the files come from."""
+    wrong = []
+    for name, source in workflow.sources.items():
+        at, address = f"sources.{name}.files", "://" in source.files
+        flat = source.files.replace("\\", "/")
+        if ".." in flat.split("/") or (not address and (flat.startswith("/") or re.match("[A-Za-z]:", flat))):
+            wrong.append(
+                f"{at}: {source.files!r} climbs out of the landing zone by .. or from the root; name files below "
+                f"landing/{workflow.name}/, or an fsspec URL such as s3://bucket/folder/*.csv"
+            )
+        for other in re.findall(r"\{[^}]*\}", source.files.replace("{day}", "")):
+            wrong.append(f"{at}: {other} stands for nothing, so that no file would be found; {{day}} stands for a day")
+        columns = source.columns or ()
+        for column, first in twice(columns):
+            wrong.append(
+                f"sources.{name}.columns: {column} is the same name as {first}: SQL does not tell case; rename one"
+            )
+        for column in columns:
+            if column.lower() == "source_row":
+                wrong.append(f"sources.{name}.columns: {column} is the engine's own name of a row's number; rename it")
+    several = list(workflow.sources.items())
+    for n, (name, source) in enumerate(several):
+        for other, theirs in several[:n]:
+            if _may_both_match(source.files, theirs.files):
+                wrong.append(
+                    f"sources.{name}.files: {source.files!r} and {theirs.files!r} of sources.{other} can match the same file, "
+                    "which would land twice; give each a folder or a prefix of its own"
+                )
+    return wrong
+
+
+def _may_both_match(one: str, other: str) -> bool:
+    """Whether there is a path that two patterns match. A set like [a-c] counts as any character."""
+    parts = re.compile(r"\*\*|\*|\?|\[[^\]]*\]|.", re.DOTALL)
+    left, right = (
+        ["digit" if p == "\0" else p for p in parts.findall(text.replace("{day}", "\0\0\0\0-\0\0-\0\0"))]
+        for text in (one, other)
+    )
+
+    @cache
+    def meet(i: int, j: int) -> bool:
+        a, b = left[i] if i < len(left) else "", right[j] if j < len(right) else ""
+        if not a and not b:
+            return True
+        if a in ("*", "**"):
+            return meet(i + 1, j) or (bool(b) and (b != "/" or a == "**") and meet(i, j + 1))
+        if b in ("*", "**"):
+            return meet(i, j + 1) or (bool(a) and (a != "/" or b == "**") and meet(i + 1, j))
+        return bool(a and b) and _same_character(a, b) and meet(i + 1, j + 1)
+
+    return meet(0, 0)
+
+
+def _same_character(a: str, b: str) -> bool:
+    pair = {a, b}
+    if any(p == "?" or (len(p) > 1 and p.startswith("[")) for p in pair):
+        return "/" not in pair
+    if "digit" in pair:
+        return all(p == "digit" or p.isdigit() for p in pair)
+    return a == b
+
+
+def _of_model(workflow: Workflow) -> list[str]:
+    """What is wrong between features, model, training and policy."""
+    wrong, kind, training = [], KINDS[workflow.model.kind], workflow.training
+    listed = [
+        (f"features.{which}", n) for which in ("numeric", "categorical") for n in getattr(workflow.features, which)
+    ]
+    for at, name in listed:
+        if engines_own(name, "features") or name.lower() in (*kind.adds, "entity_id"):
+            wrong.append(f"{at}: {name} is a column that the engine or the model itself adds; name another feature")
+        if re.search(r'[\s,:\[\]{}"]', name):
+            wrong.append(
+                f"{at}: {name!r} cannot be a feature's name: LightGBM refuses , : [ ] {{ }} and quotes, and renames blanks; "
+                f"call it {re.sub(r'[^0-9A-Za-z]+', '_', name).strip('_') or 'something'} in {workflow.features.sql} and here"
+            )
+    for name, _ in twice([n for _, n in listed]):
+        wrong.append(f"features: {name} stands twice in numeric and categorical; a feature is listed once")
+    if workflow.policy.kind != kind.policy:
+        wrong.append(
+            f"policy.kind: {workflow.policy.kind} cannot read the scores of a model of kind {workflow.model.kind}; "
+            f"write {kind.policy}, or another model"
+        )
+    if training.metric not in kind.metrics:
+        wrong.append(
+            f"training.metric: {training.metric!r} is nothing that a candidate of kind {workflow.model.kind} is judged by; choose one of "
+            f"{', '.join(kind.metrics)}"
+        )
+    elif training.better != kind.metrics[training.metric]:
+        wrong.append(
+            f"training.better: of {training.metric} {kind.metrics[training.metric]} is better, found {training.better}"
+        )
+    tuned = training.search or training.early_stopping
+    kept = training.holdout_days + training.maturity_days + (tuned.validation_days if tuned else 0)
+    if training.history_days <= kept:
+        also = " and validation_days" if tuned else ""
+        wrong.append(
+            f"training.history_days: {training.history_days} days leave nothing to learn from: holdout_days, maturity_days{also} "
+            f"take the newest {kept}; reach back further"
+        )
+    return wrong
+
+
+def _of_limits(workflow: Workflow) -> list[str]:
+    """What is wrong between policy, guardrails and delivery."""
+    wrong, policy, levels, sends = [], workflow.policy, workflow.guardrails.levels, workflow.delivery
+    for arm in workflow.guardrails.frozen_arms:
+        if arm not in ARMS:
+            wrong.append(f"guardrails.frozen_arms: {arm!r} is no arm; there are {', '.join(ARMS)}")
+    if isinstance(policy, PriorityPolicy) and levels is not None:
+        within = f"guardrails.levels allows {levels[0]} to {levels[1]}"
+        deepest = len(policy.level_days) + 1
+        if deepest > levels[1] or levels[0] > 1:
+            wrong.append(
+                f"policy.level_days: {len(policy.level_days)} cuts give the priorities 1 to {deepest}, but {within}; take out cuts, or "
+                "widen the levels"
+            )
+        if not levels[0] <= policy.rest_level <= levels[1]:
+            wrong.append(f"policy.rest_level: {policy.rest_level} can never be decided: {within}")
+        for kept in policy.keep:
+            if not levels[0] <= kept <= levels[1]:
+                wrong.append(f"policy.keep: {kept} never stands: {within}")
+    if sends is None:
+        return wrong
+    if sends.guards.max_spend_over_pool is not None and sends.spend is None:
+        wrong.append(
+            "delivery.guards.max_spend_over_pool: needs delivery.spend, the outcome column with what was spent; name it, or leave "
+            "the guard out"
+        )
+    step = getattr(sends.connector, "unit_micros", None)
+    if isinstance(policy, BudgetPolicy):
+        if step is not None and policy.unit_micros % step:
+            wrong.append(
+                f"policy.unit_micros: {policy.unit_micros} is no multiple of {step}, the smallest amount that the connector takes "
+                f"(delivery.connector.unit_micros); write {step}"
+            )
+        if sends.push.unit % policy.unit_micros:
+            wrong.append(
+                f"delivery.push.unit: {sends.push.unit} is no multiple of policy.unit_micros {policy.unit_micros}, so that a replanned "
+                f"value would be one that is never decided; write {policy.unit_micros}"
+            )
+    elif sends.push.unit != 1:
+        wrong.append(f"delivery.push.unit: {sends.push.unit} would round priorities; leave it out (1)")
+    return wrong
+
+
+def sharing(workflows: Sequence[Workflow]) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Which workflows send to the same system, in words by name; and which are left out, with the sentence why.
+
+    Two may write the same field of a system only where each says ``shared: true``. Where one does not, it is left out; where
+    neither does, the one that starts later (then the later by name): what acted before goes on. A connector whose file cannot be
+    read takes no part (``assets.validation`` names it).
     """
     by_system: dict[str, list[tuple[Workflow, str]]] = {}
     for workflow in workflows:
         if workflow.delivery is not None:
-            found = catalog.writes(workflow.delivery.connector, workflow.folder)
-            by_system.setdefault(found.system, []).append((workflow, found.field))
+            with suppress(Misconfigured):
+                found = catalog.writes(workflow.delivery.connector, workflow.folder)
+                by_system.setdefault(found.system, []).append((workflow, found.field))
     told: dict[str, list[str]] = {}
+    left_out: dict[str, str] = {}
     for system, users in sorted(by_system.items()):
-        for workflow, field in users:
-            others = [(other, theirs) for other, theirs in users if other is not workflow]
-            same = [other.name for other, theirs in others if theirs == field]
-            assert workflow.delivery is not None, "only those that deliver are among them"
-            if same and not workflow.delivery.shared:
-                raise WorkflowInvalid(
-                    f"{workflow.folder / 'workflow.yaml'}: delivery: {workflow.name} and {', '.join(same)} may both write {field} of "
-                    f"{system}; write `shared: true` in the delivery section of each if that is meant, or let one of them send "
-                    "elsewhere"
+        stays: list[tuple[Workflow, str]] = []
+        for workflow, field in sorted(users, key=lambda u: (not _says_shared(u[0]), u[0].start, u[0].name)):
+            same = [other for other, theirs in stays if theirs == field]
+            if same and not all(map(_says_shared, (workflow, *same))):
+                names = ", ".join(other.name for other in same)
+                left_out[workflow.name] = (
+                    f"{workflow.folder / 'workflow.yaml'}: delivery: {workflow.name} and {names} may both write {field} of {system}, so "
+                    f"{workflow.name} is left out; write `shared: true` in the delivery section of each if that is meant, or let one "
+                    "of them send elsewhere"
                 )
-            words = [f"{other.name} ({'the same field' if theirs == field else theirs})" for other, theirs in others]
+            else:
+                stays.append((workflow, field))
+        for workflow, field in stays:
+            words = [
+                f"{other.name} ({'the same field' if theirs == field else theirs})"
+                for other, theirs in stays
+                if other is not workflow
+            ]
             if words:
-                told[workflow.name] = [f"shares {system} with {', '.join(words)}"]
-    return told
+                told[workflow.name] = [f"shares {system} with {', '.join(sorted(words))}"]
+    return told, left_out
 
 
-def load_all(folder: Path = FOLDER) -> list[Workflow]:
-    """Every workflow below a folder, by name; adding one is adding a folder, and each must be one."""
-    return [load(path) for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(("_", "."))]
+def _says_shared(workflow: Workflow) -> bool:
+    return workflow.delivery is not None and workflow.delivery.shared
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Every folder that was found: a bad one hides no other."""
+
+    workflows: list[Workflow]
+    """Those that can run, by name."""
+    refused: dict[str, str]
+    """The others: the folder's name, and what is wrong with it, a line each."""
+    shares: dict[str, list[str]]
+    """Which of them send to the same system, in words."""
+
+
+def load_all(folder: Path = FOLDER) -> Loaded:
+    """Read every folder below a folder, by name; adding a workflow is adding a folder, and each must be one."""
+    good: list[Workflow] = []
+    refused: dict[str, str] = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.name.startswith(("_", ".")):
+            try:
+                good.append(load(path))
+            except WorkflowInvalid as error:
+                refused[path.name] = str(error)
+            except OSError as error:
+                refused[path.name] = f"{path}: cannot be read ({error})"
+    shares, left_out = sharing(good)
+    return Loaded([w for w in good if w.name not in left_out], {**refused, **left_out}, shares)
 
 
 def utc(moment: datetime) -> datetime:

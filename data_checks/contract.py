@@ -292,6 +292,17 @@ def _raised(info: Mapping[str, Any]) -> str | None:
     return f"Great Expectations could not judge it: {messages[0]}" if messages else None
 
 
+def unbuildable(expectations: Sequence[ExpectationSpec], schema: pa.Schema, where: str) -> list[str]:
+    """What Great Expectations would refuse of expectations on a table of this schema, a line each with its place."""
+    wrong = []
+    for n, (path, spec) in enumerate(_specs(expectations, where)):
+        try:
+            _built(spec, path, n, schema)
+        except ContractInvalid as error:
+            wrong += str(error).splitlines()
+    return wrong
+
+
 def validate(
     table: pa.Table,
     expectations: Sequence[ExpectationSpec | Mapping[str, Any]],

@@ -1,13 +1,14 @@
 """The learners and policies that a workflow.yaml may name, found by their kind.
 
-Belongs here: names only; a learner is imported when it is asked for, since LightGBM takes seconds.
+Belongs here: names and what goes by them; a learner is imported when it is asked for, since LightGBM takes seconds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,6 +63,44 @@ _LEARNERS = {
     "duration": ("models.learners.duration", "DurationLearner", "DurationRule"),
     "response": ("models.learners.response", "ResponseLearner", "ResponseRule"),
 }
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a workflow must know of a kind of model, without importing it."""
+
+    policy: str
+    """The kind of policy that can read its scores."""
+    features: tuple[str, ...]
+    """Feature columns that it reads beyond those that the workflow lists; without one it raises KeyError."""
+    outcomes: tuple[str, ...]
+    """Outcome columns without which nothing can be learned or measured."""
+    metrics: Mapping[str, Literal["lower", "higher"]]
+    """What the model's and the rule's ``evaluate`` both measure and a candidate can be judged by, and which way is better."""
+    adds: tuple[str, ...] = ()
+    """Columns that it makes itself beside the features."""
+
+
+KINDS = {
+    "duration": Kind(
+        policy="priority_queue",
+        features=(),
+        outcomes=("missed",),
+        metrics={
+            "brier": "lower", "log_loss": "lower", "calibration_error": "lower", "roc_auc": "higher", "average_precision": "higher",
+        },
+    ),
+    "response": Kind(
+        policy="budget_allocation",
+        features=(
+            "budget_micros", "explore_multiplier_today", "delivered_7", "ratio_7", "campaign_ratio_28", "cost_1", "cost_7", "cost_28",
+            "value_1", "value_7", "value_28", "active_days_7", "active_days_28",
+        ),
+        outcomes=("cost", "value", "budget", "explore_multiplier", "explore_probability"),
+        metrics={"mae": "lower"},
+        adds=("spend_shift_1", "spend_shift_7"),
+    ),
+}  # fmt: skip
 
 
 def learner(kind: str) -> type[Learner]:

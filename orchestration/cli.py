@@ -70,26 +70,36 @@ def init(as_json: Json = False) -> None:
     operations.told({"state": str(at)}, as_json, [f"State lies in {at}"])
 
 
+def every_workflow() -> list[Any]:
+    """Every workflow that can be read; those that cannot are named on standard error."""
+    from assets.workflow import load_all
+
+    found = load_all()
+    for name, why in found.refused.items():
+        Console(stderr=True).print(f"{name} is left out: {why}", style="red", highlight=False, markup=False)
+    return found.workflows
+
+
 @app.command()
 def validate(as_json: Json = False) -> None:
-    """Read every workflow's folder and say what is wrong with it: file, path and what is allowed there."""
-    from assets.workflow import FOLDER, WorkflowInvalid, load, sharing
-    from delivery.connectors.base import Misconfigured
+    """Read every workflow's folder, try its SQL on empty tables, and say what is wrong: file, place and the way out."""
+    from assets import validation
+    from assets.workflow import load_all
 
-    rows: list[dict[str, Any]] = []
-    good = []
-    for file in sorted(FOLDER.glob("*/workflow.yaml")):
-        try:
-            good.append(load(file.parent))
-            rows.append({"workflow": file.parent.name, "result": "good"})
-        except WorkflowInvalid as error:
-            rows.append({"workflow": file.parent.name, "result": str(error)})
-    try:
-        for name, words in sharing(good).items():
-            next(row for row in rows if row["workflow"] == name)["reasons"] = words
-    except (WorkflowInvalid, Misconfigured) as error:
-        rows.append({"workflow": "together", "result": str(error)})
-    _shown(rows, "Workflows", as_json)
+    found = load_all()
+    rows: list[dict[str, Any]] = [
+        {"workflow": name, "result": "bad", "reasons": why.splitlines()} for name, why in found.refused.items()
+    ]
+    for workflow in found.workflows:
+        wrong = validation.problems(workflow)
+        told = [*found.shares.get(workflow.name, ()), *validation.notes(workflow)]
+        row: dict[str, Any] = {"workflow": workflow.name, "result": "bad" if wrong else "good"}
+        rows.append({**row, **({"reasons": wrong or told} if wrong or told else {})})
+    rows.sort(key=lambda row: str(row["workflow"]))
+    _shown(rows if as_json else [{**row, "reasons": ()} for row in rows], "Workflows", as_json)
+    for row in () if as_json else rows:
+        for line in row.get("reasons", ()):
+            console.print(f"{row['workflow']}: {line}", highlight=False, markup=False, soft_wrap=True)
     if any(r["result"] != "good" for r in rows):
         raise typer.Exit(1)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from assets.workflow import load_all
 from orchestration import sandbox
-from orchestration.assembly import build
+from orchestration.assembly import loaded
 
 sandbox.environment()
-defs = build(load_all())
+defs = loaded(load_all())

@@ -124,13 +124,11 @@ def status(
     Where nothing was decided for 30 days, it says so, and the figures are of the 30 days before.
     """
     from assets import health
-    from assets.workflow import FOLDER
-    from orchestration.cli import workflow_named
+    from orchestration.cli import every_workflow, workflow_named
     from orchestration.runner import clock_now
 
-    names = [workflow] if workflow else sorted(p.parent.name for p in FOLDER.glob("*/workflow.yaml"))
     moment = clock_now(at)
-    chosen = [workflow_named(name) for name in names]
+    chosen = [workflow_named(workflow)] if workflow else every_workflow()
     with ledger() as book:
         found = [health.examine(book, one, until=moment) for one in chosen]
         head = book.head()

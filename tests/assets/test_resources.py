@@ -14,7 +14,7 @@ def test_a_password_in_the_registrys_address_is_no_part_of_what_dagster_shows(mo
 
     from orchestration.assembly import build
 
-    shown = RepositorySnap.from_def(build(load_all()).get_repository_def())
+    shown = RepositorySnap.from_def(build(load_all().workflows).get_repository_def())
     assert "marked-secret" not in repr(shown)
     assert "marked-secret" not in json.dumps([r.model_dump() for r in resources().values()], default=str)
     assert resources()["registry"].registry.uri == mlflow_uri()

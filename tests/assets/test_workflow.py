@@ -50,7 +50,8 @@ def test_the_shipped_workflows_load(name: str) -> None:
 
 
 def test_every_folder_with_a_workflow_is_loaded() -> None:
-    assert set(SHIPPED) <= {w.name for w in load_all()}
+    assert set(SHIPPED) <= {w.name for w in load_all().workflows}
+    assert not load_all().refused
 
 
 @pytest.mark.parametrize(
@@ -245,15 +246,16 @@ def test_a_file_that_is_gone_or_not_yaml_is_named(folder: Path, name: str, break
 def test_a_folder_without_a_workflow_yaml_is_not_passed_over(folder: Path) -> None:
     (folder.parent / "lead_followup").mkdir()
     (folder.parent / "lead_followup" / "workflow.yml").write_text("name: lead_followup\n")
-    with pytest.raises(WorkflowInvalid, match=r"lead_followup/workflow\.yaml: is missing"):
-        load_all(folder.parent)
+    found = load_all(folder.parent)
+    assert "lead_followup/workflow.yaml: is missing" in found.refused["lead_followup"]
+    assert [w.name for w in found.workflows] == ["ad_budget"], "and it hides no other"
 
 
 def test_what_python_leaves_behind_is_no_workflow(folder: Path) -> None:
     for name in ("__pycache__", ".ipynb_checkpoints"):
         (folder.parent / name).mkdir()
     (folder.parent / "README.md").write_text("")
-    assert [w.name for w in load_all(folder.parent)] == ["ad_budget"]
+    assert [w.name for w in load_all(folder.parent).workflows] == ["ad_budget"]
 
 
 @pytest.mark.parametrize("path", ["workflow.yaml", "contract.yaml", "features.sql", "sources/export.sql"])
@@ -281,15 +283,22 @@ def other(folder: Path, name: str, **said: Any) -> Workflow:
     return load(where)
 
 
-def test_two_workflows_that_may_write_the_same_field_are_refused(folder: Path) -> None:
-    first, second = load(folder), other(folder, "prices")
-    with pytest.raises(WorkflowInvalid, match=r"ad_budget and prices may both write .* write `shared: true`"):
-        sharing([first, second])
+def test_of_two_workflows_that_may_write_the_same_field_the_newer_is_left_out(folder: Path) -> None:
+    first, second = load(folder), other(folder, "a_copy", start="2026-03-09")
+    told, left_out = sharing([second, first])
+    assert list(left_out) == ["a_copy"] and told == {}, "what acted before goes on"
+    assert re.search(r"a_copy and ad_budget may both write .* write `shared: true`", left_out["a_copy"])
     put(folder, "delivery.shared", True)
-    with pytest.raises(WorkflowInvalid, match="prices and ad_budget may both write"):
-        sharing([load(folder), second])  # one of them does not know of it
+    # one of them does not know of it: whichever is newer, it is the one that is left out
+    assert list(sharing([load(folder), second])[1]) == ["a_copy"]
+    put(folder, "start", "2026-05-01")
+    assert list(sharing([load(folder), second])[1]) == ["a_copy"]
     third = other(folder, "bids")
-    assert "with bids (the same field)" in sharing([load(folder), third])["ad_budget"][0]
+    told, left_out = sharing([load(folder), third])
+    assert "with bids (the same field)" in told["ad_budget"][0] and not left_out
+    found = load_all(folder.parent)
+    assert [w.name for w in found.workflows] == ["ad_budget", "bids"] and list(found.refused) == ["a_copy"]
+    assert found.shares.keys() == {"ad_budget", "bids"}
 
 
 def test_workflows_that_share_a_system_are_named_and_others_are_not(folder: Path) -> None:
@@ -304,7 +313,8 @@ def test_workflows_that_share_a_system_are_named_and_others_are_not(folder: Path
                 "format": "csv",
                 "key": "id",
                 "value": "bid",
-            }
+            },
+            "push": {"unit": 10000},
         },
     )
     said = {
@@ -317,6 +327,10 @@ def test_workflows_that_share_a_system_are_named_and_others_are_not(folder: Path
     }
     second = other(folder, "budgets", delivery__connector=said)
     elsewhere = other(folder, "apart", delivery__connector=said | {"path": "another.csv"})
-    told = sharing([load(folder), second, elsewhere])
-    assert set(told) == {"ad_budget", "budgets"} and told["ad_budget"][0].endswith("with budgets (budget)")
-    assert sharing(load_all()) == {}
+    told, left_out = sharing([load(folder), second, elsewhere])
+    assert (
+        not left_out
+        and set(told) == {"ad_budget", "budgets"}
+        and told["ad_budget"][0].endswith("with budgets (budget)")
+    )
+    assert load_all().shares == {}

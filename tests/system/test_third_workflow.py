@@ -152,7 +152,7 @@ def instance(
 @pytest.mark.system
 def test_a_third_workflow_is_one_folder(tmp_path: Path, instance: dg.DagsterInstance) -> None:
     write_folder(tmp_path / "workflows" / "lead_followup")
-    (workflow,) = load_all(tmp_path / "workflows")
+    (workflow,) = load_all(tmp_path / "workflows").workflows
     rows = land(tmp_path / "home" / "landing" / "lead_followup")
     yesterday, last = START + timedelta(days=DAYS - 2), START + timedelta(days=DAYS - 1)
 
