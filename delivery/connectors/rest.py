@@ -663,7 +663,7 @@ class RestConnector:
         Only text counts: ``true`` or a number in the place of a message says nothing to anybody.
         """
         for pointer in (*pointers, *_USUAL):
-            if pointer is not None and (said := words(at(document, pointer))):
+            if pointer and (said := words(at(document, pointer))):
                 return self._http.clean(said, 250)
         return self._http.clean(words(document) or json.dumps(document, ensure_ascii=False), 200)
 
@@ -728,15 +728,10 @@ def _another(token: str) -> str:
     """A version like this one, and not this one: of its own shape, so that it is turned away for what it says."""
     if re.fullmatch(r"[1-9]\d{0,18}", token):
         return str(int(token) - 1)
-    digits = list(re.finditer(r"\d", token))
-    if digits:
-        at_ = digits[-1].start()
-        return f"{token[:at_]}{(int(token[at_]) - 1) % 10}{token[at_ + 1 :]}"
-    return (
-        re.sub(r"([A-Za-z])(?=[^A-Za-z]*\Z)", lambda m: "b" if m[1] == "a" else "a", token)
-        if token.isascii()
-        else token[::-1]
-    )
+    found = next(f for kind in (r"\d", "[A-Za-z]", ".") if (f := list(re.finditer(kind, token, re.ASCII))))
+    last, char = found[-1].start(), found[-1][0]
+    other = str((int(char) - 1) % 10) if char.isdigit() else "b" if char == "a" else "a"
+    return f"{token[:last]}{other}{token[last + 1 :]}"
 
 
 def _version(found: Any) -> str | None:

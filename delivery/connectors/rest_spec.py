@@ -386,7 +386,7 @@ class Values(Strict):
         if amount == amount.to_integral_value():
             return int(amount)
         number = float(amount)
-        if Decimal(str(number)) != amount:
+        if abs(value) > 2**53 or Decimal(str(number)) != amount:
             raise Unfit(
                 f"{amount} has more digits than a JSON number keeps; say `kind: text` if the system takes texts"
             )
