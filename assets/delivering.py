@@ -154,8 +154,12 @@ def connect(workflow: Workflow, clock: Callable[[], datetime]) -> Connector:
     settings: Any = spec.connector
     address = os.environ.get(spec.address_env or "")
     if address:
-        field = next(f for f in ("base_url", "url", "endpoint", "path") if f in type(settings).model_fields)
-        settings = type(settings).model_validate({**settings.model_dump(), field: address})
+        fields = type(settings).model_fields
+        if "url_env" in fields:  # it holds the password, too: the settings go on naming only where it stands
+            said = {"url_env": spec.address_env}
+        else:
+            said = {next(f for f in ("base_url", "url", "endpoint", "path") if f in fields): address}
+        settings = type(settings).model_validate({**settings.model_dump(), **said})
     return catalog.connect(settings, environ=os.environ, folder=workflow.folder, clock=clock)
 
 

@@ -250,6 +250,8 @@ def _downstream(
     elif sent["each"]:
         last = sent["each"][-1]
         out |= {k: last.get(k) for k in ("state", "target", "observed", "verified_at", "says")}
+        if last.get("state") == "OVERWRITTEN" and last.get("sent") is not None:
+            out["observed"] = last["sent"]  # what was observed is the other's value, which ours has replaced
     else:
         out["says"] = "Nothing was to be sent: the decision changes nothing." if not row.get("changed") else (
             "Nothing has been sent yet: the batch has no delivery of this decision."

@@ -44,6 +44,8 @@ class Item:
     """The last one was answered with yes."""
     refused: str | None = None
     """The system's words, where it said that it will never take it."""
+    offered: bool = False
+    """A write has left this machine, whatever was made of it."""
     first_sent_at: datetime | None = None
     tries: int = 0
     """Writes of this push that were answered with yes or not at all."""
@@ -136,6 +138,8 @@ GONE = "is not there downstream"
 """Begins what is said of an entity that the system does not know."""
 CLOSED = "is closed downstream and cannot be changed"
 """Begins what is said of an entity that takes no value any more."""
+STOOD = "stood there already, nothing was sent"
+"""Said of a value that was to be set and stands there without our doing."""
 STORED = "stored "
 """Begins what is said of a value that the system made of ours."""
 
@@ -154,7 +158,7 @@ def judge(item: Item, reading: Reading, *, at: float, stale_s: float) -> Judgeme
             return Final("ACKED", "", reading.value)
         if (until := item.hold(at, stale_s)) is not None:
             return Wait(until)
-        return Final("ACKED", "stood there already, nothing was sent", reading.value)
+        return Final("ACKED", f"stands there, though {_refusal(item)}" if item.offered else STOOD, reading.value)
     until = item.hold(at, stale_s)
     if reading.state != "open":
         if until is not None:
@@ -188,7 +192,7 @@ def third(item: Item, reading: Reading, changes: Sequence[Change] | None) -> Fin
 
     The version tells it where the system named one for our write, else its history (None: it has none).
     """
-    what = f"shows {shown(reading)} after {item.value} was sent"
+    what = f"shows {shown(reading)} after {item.value} {'was' if item.tries else 'may have been'} sent"
     if item.token_after is not None and reading.token is not None:
         if reading.token != item.token_after:
             return conflict(item, reading.value, f"{what}: somebody else wrote after us")
@@ -292,6 +296,12 @@ def _lost(final: Final, change: Change) -> Final:
 
 def _value(value: int | None) -> str:
     return "no value" if value is None else str(value)
+
+
+def _refusal(item: Item) -> str:
+    if item.refused is not None:
+        return f"the system refused our write ({item.refused})"
+    return f"the system turned our write away, since it had been changed{_words(item)}"
 
 
 def _words(item: Item) -> str:

@@ -36,6 +36,7 @@ from delivery.connectors.base import (
     Write,
     Written,
     mapping_of,
+    on_another_version,
 )
 from delivery.judging import Final, Gone, Item, Judgement, Send, Third, Wait
 from delivery.ledger import (
@@ -75,6 +76,8 @@ __all__ = [
 P = ParamSpec("P")
 T = TypeVar("T")
 V = TypeVar("V")
+CONDITIONS_TRIED = 3
+"""Entities for which a write is tried that its condition must turn away, until one of them tells."""
 CONFLICTS_IN_A_ROW = 3
 """Conditional writes tried at once, each on a fresh reading, while an entity changes around its value."""
 SKEW = timedelta(hours=1)
@@ -370,11 +373,7 @@ class _Push:
         self.ledger, self.connector, self.batch, self.settings, self.run_id = ledger, connector, batch, settings, run_id
         self.clock, self.sleep, self.monotonic = clock, sleep, monotonic
         self.progress, self.stop, self.by_person, self.held = progress, stop, by_person, held
-        self.can: Capabilities = connector.capabilities
-        self.once = self.can.idempotency_key or self.can.conditional_write
-        # How long a write without an answer may still change what is read. A condition makes a late one fail.
-        self.late_s = max(self.can.stale_reads_s, settings.late_s)
-        self.window_s = self.can.stale_reads_s if self.can.conditional_write else self.late_s
+        self._can(connector.capabilities)
         self.bucket = Bucket(settings.rate_per_s, monotonic=monotonic, sleep=sleep)
         self.backoff = Backoff(*settings.backoff_s, rng)
         self.read_breaker = Breaker(settings.breaker_failures, settings.breaker_cooldown_s, monotonic=monotonic)
@@ -402,6 +401,13 @@ class _Push:
         self.obeys_switch = not _allowed_while_stopped(batch, by_person)
         self.counts: Counter[str] = Counter()
         self.total = 0
+
+    def _can(self, can: Capabilities) -> None:
+        self.can = can
+        self.once = can.idempotency_key or can.conditional_write
+        # How long a write without an answer may still change what is read. A condition makes a late one fail.
+        self.late_s = max(can.stale_reads_s, self.settings.late_s)
+        self.window_s = can.stale_reads_s if can.conditional_write else self.late_s
 
     # --- the steps
 
@@ -433,6 +439,7 @@ class _Push:
             self._timed(self.ledger.take_back, lease, batch.batch_id, list(older_may_hold))
         items = self._items(batch, {one.batch_id: one for one in [*others, batch]})
         if not self.why:
+            self._try_conditions(items)
             if batch.pools is not None:
                 self._with_pools(items, batch.pools, older_may_hold)
             else:
@@ -440,6 +447,50 @@ class _Push:
                     items = self._grouped(items)
                 self._run(items, "send")
         return self._close()
+
+    def _try_conditions(self, items: Sequence[Item]) -> None:
+        """Ask a system that promises conditional writes to turn one away, once, before anything depends on it.
+
+        What is sent is the value that was just read: where the condition is ignored, nothing else stands there than before.
+        Only entities that are to be changed are asked for; where none of a few tells, the promise stands as it is. It is not
+        tried where a reading may be old: an old value, taken, would be somebody's loss.
+        """
+        if not self.can.conditional_write or self.can.stale_reads_s > 0:
+            return
+        tries = (i for i in items if not i.done and not i.maybe and i.expected is not None)
+        for item in itertools.islice(tries, CONDITIONS_TRIED):
+            try:
+                reading = self._read([item.key]).get(item.key)
+            except Unavailable:
+                continue
+            stands = None if reading is None else reading.value
+            if (
+                reading is None
+                or reading.state != "open"
+                or stands is None
+                or stands != item.expected
+                or stands == item.value
+            ):
+                continue
+            self.bucket.take()
+            if self._must_stop() or not self.held.sure:
+                return
+            key = idempotency_key(item.batch_id, item.key, stands)
+            write = replace(self._write(item, reading), value=stands, idempotency_key=key)
+            answer = on_another_version(self.connector, write)
+            if answer is None or answer.outcome == "conflict":
+                return
+            if answer.outcome == "accepted":
+                said = {"workflow": self.batch.workflow, "batch_id": self.batch.batch_id, "system": self.system}
+                self._timed(self.ledger.note, "condition ignored", said)
+                self._can(self.connector.capabilities)
+                return
+            if answer.retry_after is not None:
+                self.pause.ask(answer.retry_after)
+                return
+            if answer.outcome == "unknown":  # nothing else is sent while it may still arrive
+                self._nap_until(self.monotonic() + self.late_s)
+                return
 
     def _instead(self, others: Sequence[BatchRow]) -> tuple[BatchRow, str] | None:
         """What stands in this batch's place, with the words for it; None where it is the one to be sent."""
@@ -954,10 +1005,17 @@ class _Push:
                 self._count(item, state)
                 final = done.final
                 theirs = final is not None and state in ("CONFLICT", "OVERWRITTEN")
+                # a write that the system refused, and took or made something of all the same, is ours to take back
+                taken = (
+                    item.offered
+                    and state in ("ACKED", "REJECTED")
+                    and final is not None
+                    and final.observed != item.prior
+                )
                 results += [
                     Result(
                         d.n, state, target=item.target or None, expected=item.expected, prior=item.prior,
-                        sent=item.value if item.sent else None,
+                        sent=item.value if item.sent or taken else None,
                         observed=None if final is None else final.found if theirs else final.observed,
                         verified_at=done.verified_at if final is not None else None,
                         says=(final.says if final else done.says) or None, window_ms=done.window_ms, outcome=done.outcome,
@@ -1036,7 +1094,7 @@ class _Push:
                 elif mode == "free":
                     done.free = True
                 elif mode == "resolve":
-                    done.final = Final("SKIPPED", f"{self.by}; what had been sent never arrived", reading.value)
+                    done.final = Final("SKIPPED", f"{self.by}; what may have been sent is not there", reading.value)
                 elif not may_send:
                     done.window = self._patient(item, at)
                     done.until = max(at, item.clear_at) if done.window else float("inf")
@@ -1082,11 +1140,12 @@ class _Push:
         for item, reading in sends:
             done = dones[id(item)]
             answer = by_key.get(item.key) or Written(item.key, "unknown", "the system's answer does not mention it")
-            done.outcome, done.window_ms, done.says, item.answered = answer.outcome, window_ms, answer.says, answer.says
-            if item.prior is None:
-                item.prior = reading.value
+            done.outcome, done.says, item.answered = answer.outcome, answer.says, answer.says
+            if answer.sent:
+                done.window_ms, item.offered = window_ms, True
+                item.prior = reading.value if item.prior is None else item.prior
             with self.lock:
-                self.sends += 1
+                self.sends += answer.sent
                 self.accepted += answer.outcome == "accepted"
             if answer.outcome == "not_applied":
                 if answer.retry_after is None:

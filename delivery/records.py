@@ -114,6 +114,11 @@ class Delivery:
     repeats: int
     says: str | None
 
+    @property
+    def stands(self) -> int | None:
+        """The value that was there when it was last read. ``observed`` is somebody else's value where ours has replaced it."""
+        return self.sent if self.state == "OVERWRITTEN" and self.sent is not None else self.observed
+
 
 @dataclass(frozen=True)
 class Attempt:

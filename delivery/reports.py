@@ -94,7 +94,7 @@ class Report:
     write. ``repeats``: writes repeated although the first may have been applied, where the system knows neither keys nor
     conditions. ``replanned``: entities that got less than decided. ``dead_letters``, ``conflicts``, ``overwritten``,
     ``beside`` (the value stands, other watched fields changed with it): entity and words; they and ``counts`` are of the
-    whole batch, the rest is of this run. ``sends``: writes handed to the system. ``reads``: entities read.
+    whole batch, the rest is of this run. ``sends``: writes that left for the system. ``reads``: entities read.
     """
 
     batch_id: str

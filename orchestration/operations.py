@@ -158,6 +158,9 @@ def show(
         stopped = book.stopped(found.workflow)
     largest = deciding.largest_changes(decisions, limit).to_pylist()
     sums = deciding.totals(decisions)
+    there = {d.entity: d.stands for d in rows if d.entity is not None}
+    for row in largest:
+        row["stands"] = there.get(row["entity_id"])
     off = [d for d in rows if d.state not in ("ACKED", "PENDING")]
     beside = [d for d in rows if BESIDE in (d.says or "")]
     document = {
@@ -165,7 +168,7 @@ def show(
         "step": found.step, "digest": found.digest, "rows": found.rows, "changed": found.changed, "delivery": found.delivery,
         "states": found.counts, "findings": found.findings, "approval": stands.text, "totals": sums,
         "largest changes": largest, "stopped": bool(stopped),
-        "not as intended": [{"entity": d.entity, "state": d.state, "before": d.before, "after": d.after, "observed": d.observed, "says": d.says} for d in off],
+        "not as intended": [{"entity": d.entity, "state": d.state, "before": d.before, "after": d.after, "stands": d.stands, "observed": d.observed, "says": d.says} for d in off],
         "changed besides": [{"entity": d.entity, "says": d.says} for d in beside],
     }  # fmt: skip
     say: Callable[[int | None], str] = functools.partial(money_or_level, workflow)
@@ -185,11 +188,13 @@ def show(
         )
     for row in largest:
         if row["before"] != row["after"]:
+            other = f", there {say(row['stands'])}" if row["stands"] not in (None, row["after"]) else ""
             lines.append(
-                f"  {row['entity_id']}: {say(row['before'])} → {say(row['after'])}  {' '.join(row['reasons'])}"
+                f"  {row['entity_id']}: {say(row['before'])} → {say(row['after'])}{other}  {' '.join(row['reasons'])}"
             )
     for d in off[:limit]:
-        lines.append(f"  {d.state} {d.entity}: {say(d.before)} → {say(d.after)}, there {say(d.observed)}. {d.says}")
+        stands = "not read" if d.stands is None else f"there {say(d.stands)}"
+        lines.append(f"  {d.state} {d.entity}: {say(d.before)} → {say(d.after)}, {stands}. {d.says or ''}".rstrip())
     if beside:
         lines.append(f"  watched fields of {len(beside)} changed with the value; a rollback does not restore them:")
     lines += [f"    {d.entity}: {d.says}" for d in beside[:limit]]

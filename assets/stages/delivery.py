@@ -111,7 +111,7 @@ def _shown(book: Any, done: delivering.Delivered, earlier: list[Any]) -> dict[st
                 pa.table(
                     {
                         name: [str(getattr(d, name)) for d in rows]
-                        for name in ("entity", "state", "before", "after", "observed", "says")
+                        for name in ("entity", "state", "before", "after", "stands", "says")
                     }
                 )
             )

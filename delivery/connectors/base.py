@@ -55,6 +55,8 @@ class Capabilities:
     """``history`` says who changed what when."""
     stale_reads_s: float = 0.0
     """Seconds for which a read may still show what was there before a write."""
+    condition_ignored: bool = False
+    """It is said to make writes depend on a version, and was seen to take one on a version that it never had."""
 
     @property
     def guarantee(self) -> str:
@@ -67,7 +69,10 @@ class Capabilities:
             if self.change_history
             else "an overwrite of somebody's change within the window between read and write is not seen by the system"
         )
-        return f"only absolute values are written, a repeated equal write is counted; {found}"
+        promise = f"only absolute values are written, a repeated equal write is counted; {found}"
+        if self.condition_ignored:
+            return f"{promise}; the condition of a write counts for nothing: one on a version that never was has been taken"
+        return promise
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,8 @@ class Written:
     retry_after: float | None = None
     token: str | None = None
     """The version after the write, where the answer names it."""
+    sent: bool = True
+    """False: nothing of it left this machine."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +157,17 @@ class Writes:
 def mapping_of(connector: object) -> str:
     """A connector's ``mapping``; empty where it has none to speak of (a system without settings, as in tests)."""
     return str(getattr(connector, "mapping", ""))
+
+
+def on_another_version(connector: object, write: Write) -> Written | None:
+    """What a system that is said to make writes depend on a version makes of one on a version that it never had.
+
+    ``write``: of the value that stands there, on its version. conflict: it heeds conditions; accepted: it does not, and the
+    connector's capabilities say so from then on; anything else does not tell. None: this connector need not be asked.
+    """
+    ask = getattr(connector, "on_another_version", None)
+    answer: Written | None = ask(write) if ask is not None else None
+    return answer
 
 
 class Connector(Protocol):

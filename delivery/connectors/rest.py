@@ -8,10 +8,11 @@ part of a path, a header or a text as they are.
 from __future__ import annotations
 
 import base64
+import json
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ from delivery.connectors.rest_spec import (
     load,
     used_in,
 )
-from delivery.connectors.template import ABSENT, Unfit, as_text, at, fill, fill_path, whole
+from delivery.connectors.template import ABSENT, Unfit, as_text, at, fill, fill_path, whole, words
 
 __all__ = ["EXAMPLES", "RestConnector", "RestSettings", "connect", "load"]
 
@@ -78,7 +79,8 @@ class _Page:
 
 
 class RestConnector:
-    """A system that a YAML describes. Several threads use it at once; it keeps nothing between calls but connections."""
+    """A system that a YAML describes. Several threads use it at once; between calls it keeps connections, and whether the
+    system was seen to heed conditions."""
 
     def __init__(
         self,
@@ -102,6 +104,7 @@ class RestConnector:
             ca_file=ca_file,
         )
         self._entity = re.compile(spec.entity)
+        self._heeds = False
         read, write = spec.read, spec.write
         self._capabilities = Capabilities(
             conditional_write=read.token is not None and read.token.exact,
@@ -117,7 +120,7 @@ class RestConnector:
 
     @property
     def capabilities(self) -> Capabilities:
-        """As the YAML promises them."""
+        """As the YAML promises them, less a condition that the system was seen to ignore."""
         return self._capabilities
 
     def close(self) -> None:
@@ -301,7 +304,10 @@ class RestConnector:
             except Misconfigured as error:
                 if not done:
                     raise
-                done += [Written(write.key, "not_applied", str(error)) for rest in chunks[n:] for write in rest]
+                # the chunk at which it was refused had left, those after it never will
+                done += [
+                    Written(w.key, "not_applied", str(error), sent=rest is chunk) for rest in chunks[n:] for w in rest
+                ]
                 break
         return done
 
@@ -309,7 +315,7 @@ class RestConnector:
         try:
             answer = self._send(typing.cast(WriteOne, self._spec.write.one), self._values(write))
         except Unfit as unfit:
-            return Written(write.key, "refused", self._http.clean(str(unfit)))
+            return self._unsent(write, unfit)
         except Unavailable as failed:
             return self._failed(write, failed)
         outcome, says = self._judge(answer)
@@ -334,27 +340,58 @@ class RestConnector:
             try:
                 rows[n] = fill(call.row, self._values(write))
             except Unfit as unfit:
-                done[n] = Written(write.key, "refused", self._http.clean(str(unfit)))
+                done[n] = self._unsent(write, unfit)
         if rows:
             first = writes[next(iter(rows))]
             values = {"rows": list(rows.values()), "batch_id": first.batch_id, "run_id": first.run_id}
             try:
                 answer = self._send(call, values)
             except Unfit as unfit:
-                return [Written(w.key, "refused", self._http.clean(str(unfit))) for w in writes]
+                return [self._unsent(w, unfit) for w in writes]
             except Unavailable as failed:
                 done |= {n: self._failed(writes[n], failed) for n in rows}
             else:
                 outcome, says = self._judge(answer)
+                wait = retry_after(answer.headers, self._clock())
                 if outcome in ("refused", "conflict") and len(rows) > 1:
-                    # One bad row turns the whole call away: nothing was written, and each by itself finds the bad one
-                    done |= zip(rows, self._each([writes[n] for n in rows]), strict=True)
+                    done |= self._turned_away({n: writes[n] for n in rows}, says, answer.status)
                 elif outcome != "accepted":
-                    wait = retry_after(answer.headers, self._clock())
                     done |= {n: Written(writes[n].key, outcome, says, retry_after=wait) for n in rows}
                 else:
                     done |= self._row_answers(call, {n: writes[n] for n in rows}, answer)
         return [done[n] for n in range(len(writes))]
+
+    def _turned_away(self, writes: Mapping[int, Write], says: str, status: int) -> dict[int, Written]:
+        """What became of the rows of a call that was turned away as a whole, each by itself: one bad row takes no other along.
+
+        Some may have been taken before the bad one was met. So they are read first: what stands there is not sent again.
+        """
+        if self._spec.stale_reads_s > 0:  # what is read now may be older than the call
+            if status < 300:
+                return {n: Written(w.key, "unknown", says) for n, w in writes.items()}
+            return dict(zip(writes, self._each(list(writes.values())), strict=True))
+        try:
+            shown = self.read([w.key for w in writes.values()])
+        except (Unavailable, Misconfigured) as error:
+            unread = self._http.clean(f"{says}; and then it could not be read: {error}")
+            return {n: Written(w.key, "unknown", unread) for n, w in writes.items()}
+        done: dict[int, Written] = {}
+        again: dict[int, Write] = {}
+        for n, write in writes.items():
+            reading = shown[write.key]
+            if reading.value == write.value and reading.state == "open":
+                done[n] = Written(write.key, "accepted", says, token=reading.token)
+            elif reading.value == write.expected and reading.state == "open":
+                # not with what is read now: a condition is on what the decision to write was based on
+                again[n] = write
+            else:
+                done[n] = Written(write.key, "unknown", says)
+        try:
+            return done | dict(zip(again, self._each(list(again.values())), strict=True))
+        except Misconfigured as error:
+            if not done:
+                raise
+            return done | {n: Written(w.key, "not_applied", str(error)) for n, w in again.items()}
 
     def _row_answers(self, call: WriteMany, writes: Mapping[int, Write], answer: Answer) -> dict[int, Written]:
         if call.results is None and call.failures is None:
@@ -384,7 +421,7 @@ class RestConnector:
             for n, row in pairs:
                 rule = next((rule for rule in call.results.errors if rule.holds(row)), None)
                 if rule is not None:
-                    done[n] = Written(writes[n].key, rule.outcome, self._said(row, rule.says))
+                    done[n] = Written(writes[n].key, rule.outcome, self._said(row, rule.says, rule.at))
                 else:
                     done.setdefault(n, Written(writes[n].key, "accepted"))
         for n, write in writes.items():
@@ -428,12 +465,30 @@ class RestConnector:
             return "unknown", self._http.clean(f"answered {answer.status}, but {bad}")
         for rule in spec.errors:
             if rule.holds(document):
-                return rule.outcome, self._said(document, rule.says) or self._http.clean(str(at(document, rule.at)))
+                return rule.outcome, self._said(document, rule.says, rule.at)
         return outcome, ""
 
+    def on_another_version(self, write: Write) -> Written | None:
+        """See ``base.on_another_version``. An ETag that is shown is no proof that If-Match is looked at."""
+        if not self._capabilities.conditional_write or not write.token or self._heeds:
+            return None
+        stale = replace(write, token=_another(write.token))
+        one, many = self._spec.write.one, self._spec.write.many
+        told = [self._write_one(stale)] if one is not None else []
+        if many is not None and (not told or told[0].outcome == "conflict"):
+            told += self._write_many(many, [stale])
+        self._heeds = all(answer.outcome == "conflict" for answer in told)
+        if told[-1].outcome == "accepted":
+            self._capabilities = replace(self._capabilities, conditional_write=False, condition_ignored=True)
+        return told[-1]
+
+    def _unsent(self, write: Write, unfit: Unfit) -> Written:
+        return Written(write.key, "refused", self._http.clean(f"{unfit}; nothing was sent"), sent=False)
+
     def _failed(self, write: Write, failed: Unavailable) -> Written:
-        outcome: Outcome = "not_applied" if isinstance(failed.__cause__, NotSent) else "unknown"
-        return Written(write.key, outcome, str(failed))
+        if isinstance(failed.__cause__, NotSent):
+            return Written(write.key, "not_applied", str(failed), sent=False)
+        return Written(write.key, "unknown", str(failed))
 
     # ------------------------------------------------------------------ history
 
@@ -486,7 +541,7 @@ class RestConnector:
                 raise Unavailable(f"{self.system}: history: no time that can be read stands at {spec.time}")
             actor = look(spec.actor)
             name = str(actor) if isinstance(actor, str | int) else ""
-            value, _ = self._spec.values.read(look(spec.value))
+            value, _ = (spec.values or self._spec.values).read(look(spec.value))
             yield Change(key=key, value=value, at=moment, actor=self._http.clean(name, 80), ours=name == spec.own_actor)
 
     # ------------------------------------------------------------------ calls
@@ -585,7 +640,9 @@ class RestConnector:
         for test in errors:
             if test.holds(document):
                 raise Unavailable(
-                    self._http.clean(f"{self.system}: answered {answer.status} with an error: {at(document, test.at)}")
+                    self._http.clean(
+                        f"{self.system}: answered {answer.status} with an error: {self._said(document, test.at)}"
+                    )
                 )
         return document
 
@@ -598,25 +655,22 @@ class RestConnector:
             document = answer.json()
         except BadAnswer:
             return self._http.clean(answer.body[:1000].decode("utf-8", "replace"), 200)
-        usual = (
-            "/error/message",
-            "/message",
-            "/description",
-            "/detail",
-            "/errorMessages/0",
-            "/errors/0",
-            "/error",
-            "/errors",
-        )
-        for pointer in ((self._spec.write.says,) if self._spec.write.says is not None else ()) + usual:
-            said = self._said(document, pointer)
-            if said:
-                return said
-        return self._http.clean(str(document), 200)
+        return self._said(document, self._spec.write.says)
 
-    def _said(self, document: Any, pointer: str | None) -> str:
-        found = at(document, pointer) if pointer is not None else document
-        return "" if found is ABSENT or not found else self._http.clean(str(found), 250)
+    def _said(self, document: Any, *pointers: str | None) -> str:
+        """The words at the first of these places that holds any, else where most systems have them, else the whole as it is.
+
+        Only text counts: ``true`` or a number in the place of a message says nothing to anybody.
+        """
+        for pointer in (*pointers, *_USUAL):
+            if pointer and (said := words(at(document, pointer))):
+                return self._http.clean(said, 250)
+        return self._http.clean(words(document) or json.dumps(document, ensure_ascii=False), 200)
+
+
+_USUAL = (
+    "/error/message", "/message", "/description", "/detail", "/errorMessages", "/errors", "/error", "/error_description",
+)  # fmt: skip
 
 
 class _MorePages(Exception):
@@ -668,6 +722,16 @@ def _next_link(header: str) -> str | None:
         if re.search(r";\s*rel\s*=\s*\"?(?:[^\";]*\s)?next(?:\s[^\";]*)?\"?\s*(?:;|$)", match[2], re.IGNORECASE):
             return match[1]
     return None
+
+
+def _another(token: str) -> str:
+    """A version like this one, and not this one: of its own shape, so that it is turned away for what it says."""
+    if re.fullmatch(r"[1-9]\d{0,18}", token):
+        return str(int(token) - 1)
+    found = next(f for kind in (r"\d", "[A-Za-z]", ".") if (f := list(re.finditer(kind, token, re.ASCII))))
+    last, char = found[-1].start(), found[-1][0]
+    other = str((int(char) - 1) % 10) if char.isdigit() else "b" if char == "a" else "a"
+    return f"{token[:last]}{other}{token[last + 1 :]}"
 
 
 def _version(found: Any) -> str | None:
@@ -736,6 +800,10 @@ def _mapping(spec: RestSystem) -> str:
         include={"one": {"method", "path", "query", "body"}, "many": {"method", "path", "query", "body", "row"}},
     )
     values = spec.values.model_dump(mode="json", exclude={"min", "max"})
+    # What was added since means nothing while it is not set: batches that were decided before go on
+    for name in ("decimals", "places", "ignore_case", "written"):
+        if not values[name]:
+            del values[name]
     return meaning(kind="rest", entity=spec.entity, read=read, write=write, values=values)
 
 

@@ -6,16 +6,18 @@ Belongs here: the models, reading them, and the guidance in their errors. Does n
 from __future__ import annotations
 
 import re
+from decimal import Decimal
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError, model_validator
 
 from delivery import said
 from delivery.connectors.base import Misconfigured, Outcome
 from delivery.connectors.http import check_headers, origin_of
-from delivery.connectors.template import ABSENT, INT64, Pointer, Unfit, at, placeholders, same, whole
+from delivery.connectors.template import ABSENT, INT64, Pointer, Unfit, at, placeholders, same, scaled, texts
 
 
 class Strict(BaseModel):
@@ -72,7 +74,7 @@ class Test(Strict):
     one_of: tuple[str | int | bool | None, ...] | None = Field(default=None, description="It is one of these")
     none_of: tuple[str | int | bool | None, ...] | None = Field(default=None, description="It is none of these")
     matches: str | None = Field(
-        default=None, description="A regular expression is found in it, or in one of the texts of the list there"
+        default=None, description="A regular expression is found in the text there, or in one of the texts within"
     )
 
     @model_validator(mode="after")
@@ -100,8 +102,7 @@ class Test(Strict):
             return any(same(found, value) for value in self.one_of)
         if self.none_of is not None:
             return not any(same(found, value) for value in self.none_of)
-        texts = found if isinstance(found, list) else [found]
-        return any(isinstance(t, str) and re.search(self.matches or "", t[:10_000]) is not None for t in texts)
+        return any(re.search(self.matches or "", text[:10_000]) is not None for text in texts(found))
 
 
 class ErrorRule(Test):
@@ -267,13 +268,34 @@ class Read(Strict):
 
 
 class Values(Strict):
-    """How the decision's whole numbers are written in the system."""
+    """How the decision's whole numbers stand in the system, and how they are written there."""
 
-    kind: Literal["integer", "text", "names"] = Field(
-        description='integer: 3; text: "3" (int64 strings, numeric strings, ids); names: each number has a name'
+    kind: Literal["integer", "decimal", "text", "names", "boolean"] = Field(
+        description='integer: 3; decimal: 70.5; text: "3", "70.50" (int64 strings, ids, amounts); names: each number stands for '
+        "a name, or for another number; boolean: 1 is true, 0 is false"
     )
-    names: dict[str, StrictInt] = Field(
-        default={}, description="For `names`: the system's name → the decision's number"
+    decimals: int = Field(
+        default=0,
+        ge=0,
+        le=18,
+        description="The system holds value / 10^decimals: 6 where the decision is in micros and the system in units of money, "
+        "4 where it is in cents",
+    )
+    places: int | None = Field(
+        default=None,
+        ge=0,
+        le=18,
+        description="Digits after the point, for decimal and text: a finer value is never sent, and a text always has them",
+    )
+    names: dict[StrictStr | StrictInt, StrictInt] = Field(
+        default={},
+        description="For `names`: what the system shows (a name, or a number of its own) → the decision's number",
+    )
+    ignore_case: bool = Field(default=False, description="`names` are read in capital and small letters alike")
+    written: dict[StrictInt, StrictStr | StrictInt | StrictBool | float | None] = Field(
+        default={},
+        description="The decision's number → what is written, where that is something else than what is read: "
+        "an id where a name is shown, or a name where an id is. Then every number that may be sent stands here",
     )
     null_is: StrictInt | None = Field(
         default=None, description="The number that an empty value stands for, read as well as written"
@@ -288,34 +310,87 @@ class Values(Strict):
         taken = [*self.names.values(), *([] if self.null_is is None else [self.null_is])]
         if len(set(taken)) != len(taken):
             raise ValueError("two names stand for one number; which one would be written?")
+        if len(self._numbers) != len(self.names):
+            raise ValueError("two of the `names` read alike")
+        if self.decimals and self.kind not in ("integer", "decimal", "text"):
+            raise ValueError(f"`decimals` stand with kind: integer, decimal or text, and not with {self.kind}")
+        if self.places is not None and (self.kind not in ("decimal", "text") or self.places > self.decimals):
+            raise ValueError("`places` stand with kind: decimal or text, and are no more than `decimals`")
+        if self.ignore_case and self.kind != "names":
+            raise ValueError("`ignore_case` stands with kind: names")
+        seen = [(type(form), form) for form in self.written.values()]
+        if len(set(seen)) != len(seen):
+            raise ValueError("`written` gives two numbers one form; a read-back could not tell them apart")
+        unknown = set(self.written) - set(taken) if self.kind == "names" else set()
+        if unknown:
+            raise ValueError(f"`written` holds {min(unknown)}, which none of the `names` stands for")
         return self
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {self._plain(name): number for name, number in self.names.items()}
+
+    def _plain(self, name: str | int) -> str:
+        """A name as it is compared: a number and its text are the same."""
+        return str(name).casefold() if self.ignore_case else str(name)
 
     def read(self, found: Any) -> tuple[int | None, str]:
         """The decision's number, or None and what stands there instead."""
         if found is ABSENT:
             return None, "no value stands where `read.value` points"
-        if found is None:
+        if found is None or (found == "" and "" not in self.names):
             return self.null_is, "" if self.null_is is not None else "the value is empty"
+        shown = f"{str(found)[:60]!r}"
         if self.kind == "names":
-            number = self.names.get(found) if isinstance(found, str) else None
-            return number, "" if number is not None else f"{str(found)[:60]!r} is none of the names of `values`"
-        number = whole(found)
-        return number, "" if number is not None else f"{str(found)[:60]!r} is no whole number of 64 bits"
+            whole = scaled(found, 0)
+            number = self._numbers.get(self._plain(found if isinstance(found, str) or whole is None else whole))
+            if isinstance(found, bool | list | dict):
+                number = None
+            return number, "" if number is not None else f"{shown} is none of the names of `values`"
+        if self.kind == "boolean":
+            return (int(found), "") if isinstance(found, bool) else (None, f"{shown} is neither true nor false")
+        number = scaled(found, self.decimals)
+        if number is not None:
+            return number, ""
+        unit = f", times 10^{self.decimals}" if self.decimals else ""
+        return None, f"{shown} is no whole number of 64 bits{unit}"
 
     def write(self, value: int) -> Any:
         """The system's form of a number. Raises Unfit."""
         if not self.min <= value <= self.max:
             raise Unfit(f"{value} lies outside {self.min}…{self.max} (`values`)")
+        if self.written:
+            if value not in self.written:
+                raise Unfit(f"{value} is not in `values.written`")
+            return self.written[value]
         if value == self.null_is:
             return None
-        if self.kind == "integer":
-            return value
+        if self.kind == "names":
+            for name, number in self.names.items():
+                if number == value:
+                    return name
+            raise Unfit(f"{value} has no name in `values.names`")
+        if self.kind == "boolean":
+            if value not in (0, 1):
+                raise Unfit(f"{value} is neither 1 (true) nor 0 (false)")
+            return bool(value)
+        return self._amount(value)
+
+    def _amount(self, value: int) -> int | float | str:
+        amount = Decimal(value).scaleb(-self.decimals)
+        places = 0 if self.kind == "integer" else self.places
+        if places is not None and amount != round(amount, places):
+            raise Unfit(f"{value} / 10^{self.decimals} has more than {places} digits after the point (`values`)")
         if self.kind == "text":
-            return str(value)
-        for name, number in self.names.items():
-            if number == value:
-                return name
-        raise Unfit(f"{value} has no name in `values.names`")
+            return f"{amount:.{places}f}" if places is not None else f"{amount.normalize():f}"
+        if amount == amount.to_integral_value():
+            return int(amount)
+        number = float(amount)
+        if abs(value) > 2**53 or Decimal(str(number)) != amount:
+            raise Unfit(
+                f"{amount} has more digits than a JSON number keeps; say `kind: text` if the system takes texts"
+            )
+        return number
 
 
 class WriteOne(Call):
@@ -398,6 +473,10 @@ class History(Call):
     )
     where: tuple[Test, ...] = Field(default=(), description="All must hold: which changes are about the value")
     value: Pointer = Field(description="Where the new value stands")
+    values: Values | None = Field(
+        default=None,
+        description="How the values stand in the history, where that is not as in `values` (ids, not names)",
+    )
     time: Pointer = Field(description="Where the time stands: ISO 8601 (without zone: UTC), or seconds since 1970")
     actor: Pointer = Field(description="Where it says who did it")
     own_actor: str = Field(description="What stands there for this connector's own account")
@@ -431,7 +510,7 @@ class RestSystem(Strict):
         description="Regular expression that a whole id must match; others are never sent and count as missing",
     )
     read: Read = Field(description="How the system shows what stands")
-    values: Values = Field(description="How the decision's whole numbers are written in the system")
+    values: Values = Field(description="How the decision's whole numbers stand in the system")
     write: WriteSpec = Field(description="How the system is changed")
     history: History | None = Field(default=None, description="The system's own record of changes, if it has one")
     stale_reads_s: float = Field(

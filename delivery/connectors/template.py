@@ -1,13 +1,14 @@
 """JSON pointers and templates with placeholders, safe for values that come out of data.
 
-Belongs here: finding a place in a JSON document, filling a body, a text or a path, what is a whole number. Does not: HTTP,
-and what the pieces mean (``rest_spec``, ``rest``).
+Belongs here: finding a place or a text in a JSON document, filling a body, a text or a path, what is a whole number. Does not:
+HTTP, and what the pieces mean (``rest_spec``, ``rest``).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from decimal import Context, Decimal
 from functools import lru_cache
 from typing import Annotated, Any
 from urllib.parse import quote, unquote
@@ -15,6 +16,7 @@ from urllib.parse import quote, unquote
 from pydantic import AfterValidator
 
 INT64 = (-(2**63), 2**63 - 1)
+_EXACT = Context(prec=60)
 
 
 class _Absent:
@@ -133,6 +135,57 @@ def whole(found: Any) -> int | None:
     if isinstance(found, float) and found.is_integer() and abs(found) <= 2**53:
         found = int(found)
     return found if isinstance(found, int) and INT64[0] <= found <= INT64[1] else None
+
+
+def scaled(found: Any, decimals: int) -> int | None:
+    """``found`` × 10^``decimals`` where that is whole and within 64 bits: of a number, or of its exact text ("70", "70.50").
+
+    None for everything else, also for a number with more digits than JSON's readers keep.
+    """
+    if isinstance(found, bool) or not isinstance(found, int | float | str):
+        return None
+    if isinstance(found, str) and not re.fullmatch(r"-?(0|[1-9]\d{0,18})(\.\d{1,18})?", found, re.ASCII):
+        return None
+    number = _EXACT.scaleb(Decimal(str(found)), decimals)  # str: 0.1 as people see it, and not the float's last digits
+    if isinstance(found, float) and abs(number) > 2**53:
+        return None
+    return int(number) if number == number.to_integral_value() and INT64[0] <= number <= INT64[1] else None
+
+
+_SAID = (
+    "message",
+    "error_message",
+    "errorMessage",
+    "ErrorMessage",
+    "description",
+    "error_description",
+    "detail",
+    "title",
+    "msg",
+)
+
+
+def texts(found: Any, depth: int = 6) -> Iterator[str]:
+    """The texts in a piece of JSON, however it nests them: a list of messages, or messages by the field they are about."""
+    if isinstance(found, str) and found.strip():
+        yield found
+    elif isinstance(found, list | Mapping) and depth:
+        for one in found.values() if isinstance(found, Mapping) else found:
+            yield from texts(one, depth - 1)
+
+
+def words(found: Any, depth: int = 6) -> str:
+    """What a piece of JSON says to people: only its texts count, each with the field that it is about; "" where there is none."""
+    if isinstance(found, str):
+        return found.strip()
+    if not depth or not isinstance(found, list | Mapping):
+        return ""
+    if isinstance(found, list):
+        return "; ".join(dict.fromkeys(w for one in found[:20] if (w := words(one, depth - 1))))
+    for name in _SAID:
+        if said := words(found.get(name), depth - 1):
+            return said
+    return "; ".join(f"{name}: {w}" for name, one in list(found.items())[:20] if (w := words(one, depth - 1)))
 
 
 def same(found: Any, wanted: Any) -> bool:

@@ -259,7 +259,8 @@ def test_an_id_that_climbs_is_refused(text: str) -> None:
     [
         (3, 3), ("3", 3), (3.0, 3), ("-3", -3), (0, 0), (2**63 - 1, 2**63 - 1), ("9223372036854775807", 2**63 - 1), (-(2**63), -(2**63)),
         (2**63, None), ("9223372036854775808", None), (1e300, None), (2.0**60, None), (3.5, None), (True, None), (False, None),
-        (None, None), ("", None), ("03", None), (" 3", None), ("3.0", None), ("3 - Moderate", None), ("٣", None), ([3], None), ({}, None),
+        (None, None), ("", None), ("03", None), (" 3", None), ("3.0", 3), ("3,0", None), ("3e0", None), ("٣", None),
+        ("3 - Moderate", None), ([3], None), ({}, None),
         (ABSENT, None),
     ],
 )  # fmt: skip
@@ -691,6 +692,8 @@ def test_rows_in_the_order_sent_and_a_list_of_another_length(tmp_path: Path) -> 
 @pytest.mark.parametrize("one", [True, False])
 def test_one_bad_row_that_turns_the_whole_call_away_does_not_take_the_others_along(tmp_path: Path, one: bool) -> None:
     def script(request: Request) -> Reply:
+        if request.method == "GET":
+            return 200, {"id": request.path[3:], "v": 3}, {}
         rows = request.body["rows"] if request.path == "/bulk" else [{"id": request.path[3:], "v": request.body["v"]}]
         return (400, {"message": "bad row"}, {}) if any(r["id"] == "2" for r in rows) else (200, {"done": rows}, {})
 
@@ -698,7 +701,7 @@ def test_one_bad_row_that_turns_the_whole_call_away_does_not_take_the_others_alo
     with against(tmp_path, script, write__many=KEYED, **more) as (api, connector):
         written = connector.apply([a_write(str(n)) for n in (1, 2, 3)])
         assert [w.outcome for w in written] == ["accepted", "refused", "accepted"]
-        assert len(api.requests) == 4
+        assert len([r for r in api.requests if r.method != "GET"]) == 4
 
 
 def test_a_value_that_may_not_be_sent_stays_out_of_the_call(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 
 from delivery import push as pushing
-from delivery.connectors.base import Misconfigured, Reading, Write
+from delivery.connectors.base import Misconfigured, Reading, Unavailable, Write
 from delivery.connectors.rest import EXAMPLES, RestConnector, RestSettings, connect
 from delivery.ledger import Ledger, NewBatch
 from delivery.push import PushSettings, push
@@ -43,7 +43,7 @@ CASES = [
     Case("zendesk", servers.Zendesk, TICKETS, "normal", "urgent", "high", conditional=True),
     Case("jira", servers.Jira, tuple(f"ACME-{i}" for i in TICKETS), "3", "1", "2"),
     Case("servicenow", servers.ServiceNow, tuple(f"INC0010{i}" for i in TICKETS), "3", "1", "2"),
-    Case("redmine", servers.Redmine, TICKETS, 3, 1, 2),
+    Case("redmine", servers.Redmine, TICKETS, 3, 5, 4),
     Case("request_tracker", servers.RequestTracker, TICKETS, 3, 1, 2, conditional=True),
     Case("hubspot", servers.HubSpot, TICKETS, "MEDIUM", "URGENT", "HIGH", bulk=100),
     Case("gitlab", servers.GitLab, TICKETS, 3, 1, 2),
@@ -214,3 +214,52 @@ def test_a_push_with_people_in_between(case: Case, tmp_path: Path) -> None:
         assert again.sends == 0
         text = repr(report) + "".join(p.read_text("latin-1") for p in tmp_path.glob("l.db*"))
         assert not [s for s in list(case.api.env.values())[-1:] if s in text]
+
+
+# --------------------------------------------------------------------------- each system's own manners
+
+
+def case_of(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+def test_a_query_that_servicenow_cancelled_is_asked_again_and_nobody_is_missing(tmp_path: Path) -> None:
+    case = case_of("servicenow")
+    with system(case, tmp_path) as (api, connector):
+        for keys in (case.ids[:1], case.ids[:3]):
+            api.cancelled = 1
+            with pytest.raises(Unavailable, match="maximum execution time exceeded"):
+                connector.read(keys)
+        with Ledger.open(f"sqlite:///{tmp_path}/l.db", key=b"k" * 32) as ledger:
+            name = batch(ledger, dict.fromkeys(case.ids[:3], 1))
+            api.cancelled = 2
+            report = push(ledger, connector, name, settings=PushSettings(backoff_s=(0.01, 0.05)), rng=random.Random(1))
+            assert report.complete and report.counts == {"ACKED": 3}
+
+
+def test_redmine_gets_no_note_for_a_priority_that_it_leaves_as_it_is(tmp_path: Path) -> None:
+    case = case_of("redmine")
+    with system(case, tmp_path) as (api, connector), Ledger.open(f"sqlite:///{tmp_path}/l.db", key=b"k" * 32) as ledger:
+        api.locked = case.ids[:1]
+        name = batch(ledger, {case.ids[0]: 1, case.ids[1]: 1})
+        report = push(
+            ledger, connector, name, settings=PushSettings(late_s=0.01, backoff_s=(0.01, 0.05)), rng=random.Random(1)
+        )
+        assert {d.entity: d.state for d in ledger.deliveries(name)} == {case.ids[0]: "REJECTED", case.ids[1]: "ACKED"}
+        assert report.complete and api.notes == []
+        assert [api.records[i].value for i in case.ids[:2]] == [3, 5], "Redmine's 5 is Immediate, the decision's 1"
+
+
+@pytest.mark.parametrize(
+    "words", ["Ticket {}: Permission Denied", "You may not modify that", "Priority: That is not allowed"]
+)
+def test_what_request_tracker_refuses_in_words_is_rejected_at_once(tmp_path: Path, words: str) -> None:
+    case = case_of("request_tracker")
+    with system(case, tmp_path) as (api, connector), Ledger.open(f"sqlite:///{tmp_path}/l.db", key=b"k" * 32) as ledger:
+        api.locked, api.refusal = case.ids[:1], words
+        name = batch(ledger, {case.ids[0]: 1})
+        push(ledger, connector, name, settings=PushSettings(late_s=0.01, backoff_s=(0.01, 0.05)), rng=random.Random(1))
+        [delivery] = ledger.deliveries(name)
+        assert (delivery.state, delivery.says) == ("REJECTED", words.format(case.ids[0]))
+        # one that a condition must turn away, and the one that was refused
+        assert len(api.writes()) == 2 and not api.applied

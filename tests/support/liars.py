@@ -158,11 +158,15 @@ class Liar:
         self.past: dict[str, list[tuple[float, dict[str, Any]]]] = {id: [] for id in values}
         self.remembered: dict[str, Reply] = {}
         self.writes: list[tuple[float, str]] = []
+        self.probed: Counter[str] = Counter()
+        """Writes of the value that stood there on a version that it never had: asked by a push, and turned away honestly."""
         self.tokens: list[str | None] = []
         """The Authorization of every request."""
         self.carried: list[dict[str, Any]] = []
         self.sent = 0
         """Bytes of the huge bodies that somebody took."""
+        self.heeds = True
+        """It turns away what a push asks on a version that never was, whatever it does with other writes."""
         self.lock = threading.RLock()
         self.over = threading.Event()
         self.server = _Server(("127.0.0.1", 0), _handler(self))
@@ -267,7 +271,14 @@ def _handler(liar: Liar) -> type[BaseHTTPRequestHandler]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             liar.carried.append(body)
             if self.path == "/items/bulk":
+                row = body["rows"][0]
+                if len(body["rows"]) == 1 and self.probes(row["id"], row["value"], row.get("tag")):
+                    self.reply(Reply(200, {"results": [{"id": row["id"], "status": 412, "error": "changed since"}]}))
+                    return
                 self.reply(liar.bulk(liar, body["rows"]))
+                return
+            if self.probes(self.path.rsplit("/", 1)[1], body.get("value"), self.headers["If-Match"]):
+                self.reply(Reply(412, {"error": "changed since"}))
                 return
             ask = liar.ask(
                 "write", self.path.rsplit("/", 1)[1], value=body["value"],
@@ -276,6 +287,13 @@ def _handler(liar: Liar) -> type[BaseHTTPRequestHandler]:
             self.reply(liar.write.get(ask.id, honest_write)(liar, ask))
 
         do_POST = do_PATCH
+
+        def probes(self, id: str, value: Any, tag: str | None) -> bool:
+            with liar.lock:
+                item = liar.truth.get(id)
+                found = bool(tag and item and liar.tag(id)["ETag"] != tag and item["value"] == value and liar.heeds)
+                liar.probed[id] += found
+                return found
 
         def reply(self, reply: Reply) -> None:
             content = b"" if reply.body is None else reply.body
