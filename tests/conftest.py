@@ -88,7 +88,6 @@ class Bench:
         return registry.register(
             self.workflow.name, files or self.fit(day).files(), trained_day=day, passed=passed, params={},
             metrics={"m": 1.0}, tags={}, plots={}, card="card", seed=1,
-            inputs=dict.fromkeys(self.workflow.features.numeric, "double"),
         )  # fmt: skip
 
     def decide(self, registry: Registry, day: date, now: datetime | None = None) -> deciding.Batch:

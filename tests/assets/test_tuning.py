@@ -123,7 +123,7 @@ def recipe(bench: Bench, registry: Registry, day: date) -> Any:
     made = registry.register(
         bench.workflow.name, bench.fit(day).files(), trained_day=day, passed=True,
         params={"recipe": json.dumps(deciding.learner_spec(bench.workflow))}, metrics={}, tags={}, plots={}, card="c",
-        inputs={"shift_1": "double"}, seed=1,
+        seed=1,
     )  # fmt: skip
     registry.promote(made)
     return made
