@@ -109,7 +109,7 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
             "training set": f"{table} version {version}",
             "workflow digest": workflow.digest,
             "code commit": code.commit(),
-            "code digest": code.digest(),
+            "code digest": code.digest(workflow.name),
             "device": device,
             "champion": note.strip() or "none yet",
             "Dagster run": context.run_id,

@@ -46,7 +46,7 @@ def spoil(registry: Registry, bench: Any, number: int, how: str) -> None:
         shutil.rmtree(folder)
     elif how == "flavour":
         text = (folder / "MLmodel").read_text()
-        (folder / "MLmodel").write_text(text.replace("lightgbm.basic.Booster", "lightgbm.sklearn.LGBMClassifier"))
+        (folder / "MLmodel").write_text(text.replace("mlflow.pyfunc.loaders.code_model", "mlflow.sklearn"))
     elif how == "untagged":
         registry.client.delete_model_version_tag(bench.workflow.name, str(number), "signalbox.files")
 

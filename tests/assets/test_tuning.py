@@ -144,6 +144,7 @@ def test_a_student_is_judged_registered_and_admitted_as_asked(
     run = empty_registry.client.get_run(student.run_id).data
     assert "rule_mae" in run.metrics and run.metrics["agreement_rank"] > 0.9
     assert "passed" in said, said
+    assert run.params["model.distill.rounds"] == "20" and "curve_validation_mae" in run.metrics
     if promote:
         assert student.passed and said.endswith("its gate: passed; champion.")
         assert ledger.promotions(bench.workflow.name)[-1].version == student.number
