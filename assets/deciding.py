@@ -739,7 +739,7 @@ def _decided(
         "standing_version": made.get("standing_version"),
         "spec_digest": spec_digest,
         "code_commit": code.commit(),
-        "code_digest": code.digest(),
+        "code_digest": code.digest(workflow.name),
     }
     digest = hashlib.sha256(
         (content_digest(decisions) + json.dumps({**record, "day": str(day)}, sort_keys=True)).encode()
@@ -1095,4 +1095,6 @@ def replay_row(row: Mapping[str, Any], lake: Lake, registry: Registry) -> Replay
     again, _ = decide(found.workflow, found.day, found.features, found.scores, found.drawn, found.step)
     mine = again.filter(pc.equal(again["entity_id"], row["entity_id"])).to_pylist()
     recorded = {c: row[c] for c in DECISIONS.names}
-    return Replayed(row["decision_id"], recorded, mine[0] if mine else {}, row["code_digest"] == code.digest())
+    return Replayed(
+        row["decision_id"], recorded, mine[0] if mine else {}, row["code_digest"] == code.digest(found.workflow.name)
+    )

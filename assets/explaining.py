@@ -426,7 +426,7 @@ def _tables(row: Mapping[str, Any], lake: Lake) -> dict[str, Any]:
         each.append(line)
     return {
         "each": each, "spec_digest": row.get("spec_digest"), "code_commit": row.get("code_commit"),
-        "code_digest": row.get("code_digest"), "same_code": row.get("code_digest") == code.digest(),
+        "code_digest": row.get("code_digest"), "same_code": row.get("code_digest") == code.digest(row["workflow"]),
     }  # fmt: skip
 
 

@@ -252,7 +252,7 @@ def _common_causes(workflow: Workflow, lake: Lake, recorded: BatchRow, again: de
         found.append("workflow.yaml or contract.yaml says something else")
     if then.get("code_digest") != now["code_digest"]:
         found.append(
-            f"the code is another one (commit {str(then.get('code_commit'))[:12]} then, {code.commit()[:12]} now)"
+            f"the code or the SQL is another one (commit {str(then.get('code_commit'))[:12]} then, {code.commit()[:12]} now)"
         )
     if (then.get("epoch"), bool(then.get("washout"))) != (now["epoch"], bool(now["washout"])):
         found.append(f"epoch of the arms {then.get('epoch')} then, {now['epoch']} now")

@@ -7,7 +7,6 @@ Belongs here: which rows a search may see, the folder in which work outlives a k
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import date, timedelta
@@ -17,13 +16,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from assets import deciding, gating, point_in_time, promoting
+from assets import deciding, gating, point_in_time, promoting, registering
 from assets.lake import Lake
 from assets.resources import home
 from assets.workflow import Workflow
 from delivery.ledger import Ledger
 from models import booster, catalog, fitting, gate, search, students
-from models.registry import ModelMissing, ModelUnreadable, Registry, Version
+from models.registry import Dataset, ModelMissing, ModelUnreadable, Registry, Version
 
 STUDENT_OF = "signalbox.student_of"
 
@@ -90,6 +89,7 @@ def student(
     day: date,
     device: str,
     run: str,
+    dataset: Dataset | None = None,
 ) -> str:
     """Train, judge and register a student where ``training.distill`` asks for one; a sentence about it, "" where not.
 
@@ -146,18 +146,20 @@ def student(
     )
     tried = promoting.live(ledger, workflow)["challenger"]
     admitted = fitted.verdict.passed and training.distill.promote and tried is None
-    version = registry.register(
-        workflow.name,
-        fitted.model.files(),
-        trained_day=day,
+    version = registering.register(
+        workflow,
+        registry,
+        fitted,
+        learn,
+        held,
+        spec=recipe,
+        day=day,
+        device=device,
         passed=admitted,
-        params={"recipe": json.dumps(recipe), "device": device, "day": day.isoformat(), "threads": gating.THREADS},
-        metrics={f"{who}_{name}": value for who, one in fitted.metrics.items() for name, value in one.items()} | agrees,
-        tags={f"signalbox.{k.replace(' ', '_')}": v for k, v in facts.items()} | gate.tags(fitted.verdict),
-        plots=fitted.model.plots(held.rows if held.rows.num_rows else learn),
+        facts=facts,
         card=text,
-        inputs={c: "double" for c in workflow.features.numeric} | {c: "string" for c in workflow.features.categorical},
-        seed=deciding.SEED,
+        dataset=dataset,
+        agrees=agrees,
     )
     registry.tag(workflow.name, version.number, {STUDENT_OF: str(teacher_version.number)})
     verdict = "passed" if fitted.verdict.passed else f"did not pass ({'; '.join(fitted.verdict.reasons)})"

@@ -344,6 +344,20 @@ def predict(
     return np.asarray(booster.predict(x, num_threads=threads, raw_score=raw, pred_contrib=contributions))
 
 
+def by_rounds(booster: lightgbm.Booster, x: np.ndarray, *, points: int = 20) -> Iterator[tuple[int, np.ndarray]]:
+    """Raw predictions after ever more rounds, at ``points`` numbers of them: what a curve over rounds is drawn from.
+
+    It costs one prediction and no training; the last is that of the whole Booster but for the order in which trees are added.
+    """
+    rounds, raw, done = booster.current_iteration(), np.zeros(len(x)), 0
+    for until in np.unique(np.linspace(1, rounds, min(points, rounds)).round().astype(int)).tolist() if len(x) else []:
+        raw = raw + np.asarray(
+            booster.predict(x, start_iteration=done, num_iteration=until - done, raw_score=True, num_threads=1)
+        )
+        done = until
+        yield until, raw
+
+
 def top_contributions(
     booster: lightgbm.Booster, encoding: Encoding, table: pa.Table, *, top: int = 3, threads: int = 1
 ) -> pa.Table:

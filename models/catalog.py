@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from matplotlib.figure import Figure
 
-    from models.booster import Because
+    from models.booster import Because, Encoding
 
 
 class Scorer(Protocol):
@@ -49,6 +49,16 @@ class Scorer(Protocol):
 
 class Learner(Scorer, Protocol):
     """A model that is registered."""
+
+    encoding: Encoding
+
+    def reads(self) -> dict[str, bool]:
+        """The feature columns that ``score`` looks at, where the features have them; False: scores do not depend on it."""
+        ...
+
+    def losses(self, rows: pa.Table) -> dict[str, dict[int, float]]:
+        """What is lost on rows with known outcomes after ever more rounds: by name of the loss, by number of rounds."""
+        ...
 
     def plots(self, rows: pa.Table) -> dict[str, Figure]:
         """Pictures for the registry."""

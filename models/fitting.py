@@ -31,6 +31,8 @@ class Fitted:
     rows: int
     note: str = ""
     """A sentence about the champion where its twin could not be fitted."""
+    judged: Learner | None = None
+    """The candidate's twin, where there were held-out days to judge it on."""
 
 
 def stand_in(
@@ -80,8 +82,9 @@ def fit_and_judge(
     how: dict[str, Any] = {"seed": seed, "device": device, "threads": threads}
     metrics: dict[str, dict[str, float]] = {}
     note = ""
+    candidate: Learner | None = None
     if held_out.num_rows and early.num_rows:
-        candidate: Learner = learner.fit(early, spec, **how)
+        candidate = learner.fit(early, spec, **how)
         other: Scorer | None = champion
         if other is None and twin is not None:
             same = dict(twin) == dict(spec)  # the same recipe on the same rows is the same model
@@ -99,4 +102,4 @@ def fit_and_judge(
         )
     else:
         verdict = gate.judge(metric=metric, better=better, margin=margin, candidate={}, rule={}, champion=None, rows=0)
-    return Fitted(learner.fit(learn, spec, **how), verdict, metrics, learn.num_rows, note)
+    return Fitted(learner.fit(learn, spec, **how), verdict, metrics, learn.num_rows, note, candidate)

@@ -1,7 +1,9 @@
 """Model versions in MLflow: register one with its evidence, find the one that counts for a day, read it without running it.
 
-Belongs here: everything that speaks to MLflow. Does not: training (``models.learners``) and judging (``models.gate``).
-A loaded model runs no code: its files are Booster texts and JSON, read by their digests; nothing is unpickled.
+Belongs here: everything that speaks to MLflow but the file that MLflow runs (``models.pyfunc_model``). Does not: training
+(``models.learners``) and judging (``models.gate``).
+A version that ``load`` reads runs no code: its files are Booster texts and JSON, read by their digests; nothing is unpickled. For
+everybody else it is a model of the flavour python_function, made from code.
 """
 
 from __future__ import annotations
@@ -10,22 +12,35 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
+    from mlflow.data.meta_dataset import MetaDataset
+    from mlflow.models import ModelSignature
+
+    from models.serving import Served
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous_champion", "challenger"
 ALIASES = (CHAMPION, PREVIOUS, CHALLENGER)
-_ALLOWED_FLAVOURS = {"lightgbm", "python_function"}
 _TAG = "signalbox."
+_PACKAGE = Path(__file__).parent
+_FROM_CODE = "pyfunc_model.py"
+"""The file of this package that MLflow runs, and that no version is read by."""
+_NEEDED = ("mlflow", "lightgbm", "numpy", "pandas", "pyarrow", "pydantic")
+"""What scoring imports, beside the package ``models`` itself."""
 _FOLLOWED = f"{_TAG}followed"
 
 
@@ -78,6 +93,91 @@ class Standing:
     """Where the aliases were put last by this project; None: never. What differs from it was moved by somebody else."""
 
 
+@dataclass(frozen=True)
+class Dataset:
+    """What a version was trained on, as MLflow names it: a Delta table at a version, and what of it."""
+
+    name: str
+    digest: str
+    path: str
+    version: int | None
+    schema: pa.Schema
+    tags: Mapping[str, str]
+
+    def as_mlflow(self) -> MetaDataset:
+        """MLflow's form of it; the rows are not copied. MLflow keeps 36 characters of the digest."""
+        from mlflow.data.delta_dataset_source import DeltaDatasetSource
+        from mlflow.data.meta_dataset import MetaDataset
+        from mlflow.types import ColSpec, Schema
+
+        source = DeltaDatasetSource(path=self.path, delta_table_version=self.version)
+        schema = Schema([ColSpec(_mlflow_type(f.type, nulls=False), f.name) for f in self.schema])
+        return MetaDataset(source, name=self.name, digest=self.digest[:36], schema=schema)
+
+
+def flat(recipe: Mapping[str, Any], prefix: str = "model") -> dict[str, str]:
+    """A learner's recipe as parameters that MLflow can search: a field each, without the feature lists."""
+    out: dict[str, str] = {}
+    for field, value in recipe.items():
+        if isinstance(value, Mapping):
+            out |= flat(value, f"{prefix}.{field}")
+        elif field not in ("numeric", "categorical"):
+            out[f"{prefix}.{field}"] = value if isinstance(value, str) else json.dumps(value)
+    return out
+
+
+def _mlflow_type(kind: pa.DataType, *, nulls: bool) -> Any:
+    """MLflow's type of a column. Whole numbers and booleans with nulls are ``any``: pandas has another type for them by whether
+    nulls are there, and MLflow would refuse one of the two, or take a null of JSON for false. So are decimals."""
+    from mlflow.types import DataType
+    from mlflow.types.schema import AnyType, Array
+
+    if pa.types.is_list(kind):
+        return Array(_mlflow_type(kind.value_type, nulls=False))
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return DataType.string
+    if pa.types.is_floating(kind):
+        return DataType.float if kind == pa.float32() else DataType.double
+    if pa.types.is_date(kind) or (pa.types.is_timestamp(kind) and kind.tz is None):
+        return DataType.datetime
+    if pa.types.is_signed_integer(kind) and not nulls:
+        return DataType.long if kind == pa.int64() else DataType.integer
+    if pa.types.is_boolean(kind) and not nulls:
+        return DataType.boolean
+    return AnyType()
+
+
+def _signature(served: Served) -> ModelSignature:
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, Schema
+
+    takes = [
+        ColSpec(_mlflow_type(f.type, nulls=f.name in served.nulls), f.name, required=not f.nullable)
+        for f in served.columns
+    ]
+    gives = [ColSpec(_mlflow_type(f.type, nulls=False), f.name) for f in served.scores.schema]
+    return ModelSignature(inputs=Schema(takes), outputs=Schema(gives))
+
+
+def _steps(curves: Mapping[str, Mapping[int, float]]) -> list[Any]:
+    """Curves as MLflow's metrics: a step is a number of rounds."""
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    return [Metric(f"curve_{name}", value, now, step) for name, one in curves.items() for step, value in one.items()]
+
+
+def _runs_nothing(flavours: Mapping[str, Any]) -> bool:
+    """Whether these are the flavours that ``register`` writes, or those that it wrote before: a version of another flavour may
+    hold anything, and is not read."""
+    if set(flavours) == {"python_function"}:
+        said = flavours["python_function"]
+        by_code = said.get("loader_module") == "mlflow.pyfunc.loaders.code_model"
+        return by_code and Path(said.get("model_code_path", "")).name == _FROM_CODE and "python_model" not in said
+    plain = flavours.get("lightgbm", {}).get("model_class") == "lightgbm.basic.Booster"
+    return plain and set(flavours) <= {"lightgbm", "python_function"}
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """MLflow without its progress bars, telemetry and informational log lines."""
@@ -93,6 +193,16 @@ def quiet() -> Iterator[None]:
     finally:
         for one, level in zip(loggers, levels, strict=True):
             one.setLevel(level)
+
+
+@contextlib.contextmanager
+def _paths_kept() -> Iterator[None]:
+    """MLflow tries the example on the model that it is about to log, and leaves that model's folder in the search path."""
+    before = list(sys.path)
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 @dataclass(frozen=True)
@@ -134,45 +244,55 @@ class Registry:
         tags: Mapping[str, str],
         plots: Mapping[str, Figure],
         card: str,
-        inputs: Mapping[str, str],
         seed: int,
+        served: Served | None = None,
+        dataset: Dataset | None = None,
+        curves: Mapping[str, Mapping[int, float]] | None = None,
     ) -> Version:
         """Log a training run with its evidence and register its files as the next version of ``name``.
 
-        ``inputs`` maps feature names to MLflow column types for the signature. The first ``*.txt`` of ``files`` (by
-        name) is the Booster that MLflow shows; every file lies beside it and is what ``load`` reads.
+        The files are what ``load`` reads. Beside them stand the code and the requirements by which anybody scores with MLflow
+        alone, where ``served`` says what the version takes and gives (``models.serving.describe``). ``curves``: what was lost
+        after so many rounds, by name.
         """
-        import lightgbm
         import mlflow
-        from mlflow.models import ModelSignature
-        from mlflow.types import ColSpec, Schema
 
-        primary = next(f for f in sorted(files) if f.endswith(".txt"))
-        booster = lightgbm.Booster(model_str=files[primary].decode())
-        signature = ModelSignature(
-            inputs=Schema([ColSpec(kind, column) for column, kind in inputs.items()]),
-            outputs=Schema([ColSpec("double", "score")]),
-        )
         digest = files_digest(files)
-        with quiet(), tempfile.TemporaryDirectory() as folder:
+        with quiet(), _paths_kept(), tempfile.TemporaryDirectory() as folder:
             mlflow.set_tracking_uri(self.uri)
+            kept = Path(folder, "files")
+            kept.mkdir()
             for file, content in files.items():
-                Path(folder, file).write_bytes(content)
+                (kept / file).write_bytes(content)
+            artifacts, how = {"files": str(kept)}, dict[str, Any]()
+            if served is not None:
+                columns = Path(folder, "columns.arrow")
+                columns.write_bytes(served.columns.serialize())
+                artifacts["columns"] = str(columns)
+                how = {"signature": _signature(served), "input_example": served.example.to_pandas()}
             run_name = f"{name} {trained_day}"
             with mlflow.start_run(experiment_id=self._experiment(name), run_name=run_name) as run:
                 mlflow.log_params({**params, "seed": seed})
                 mlflow.log_metrics({k: float(v) for k, v in metrics.items()})
+                if curves:
+                    self.client.log_batch(run.info.run_id, metrics=_steps(curves))
                 mlflow.set_tags({**tags, "mlflow.note.content": card})
                 mlflow.log_text(card, "model_card.md")
                 for plot, figure in plots.items():
                     mlflow.log_figure(figure, f"plots/{plot}.png")
-                logged = mlflow.lightgbm.log_model(
-                    booster,
+                logged = mlflow.pyfunc.log_model(
                     name="model",
-                    signature=signature,
-                    extra_files=[str(Path(folder, file)) for file in sorted(files)],
-                    pip_requirements=[f"lightgbm=={lightgbm.__version__}"],
+                    python_model=str(_PACKAGE / _FROM_CODE),
+                    code_paths=[str(_PACKAGE)],
+                    artifacts=artifacts,
+                    pip_requirements=[f"{package}=={metadata.version(package)}" for package in _NEEDED],
+                    **how,
                 )
+                if dataset is not None:
+                    logged_model = self.client.get_logged_model(logged.model_id)
+                    mlflow.log_input(
+                        dataset.as_mlflow(), context="training", tags=dict(dataset.tags), model=logged_model
+                    )
                 run_id = run.info.run_id
             if not self.client.search_registered_models(f"name = '{name}'"):
                 self.client.create_registered_model(name)
@@ -382,16 +502,15 @@ class Registry:
             flavours = dict(yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))["flavors"])
         except (mlflow.exceptions.MlflowException, OSError, yaml.YAMLError, KeyError, TypeError) as error:
             raise ModelUnreadable(f"{place}: its artifacts cannot be read: {error}") from error
-        if (
-            not set(flavours) <= _ALLOWED_FLAVOURS
-            or flavours.get("lightgbm", {}).get("model_class") != "lightgbm.basic.Booster"
-        ):
+        if not _runs_nothing(flavours):
             raise ModelUnreadable(
-                f"{place}: flavours {sorted(flavours)} are not a plain LightGBM Booster; only its text file is ever read"
+                f"{place}: flavours {sorted(flavours)} are not those of a version that this project registers; it is not read"
             )
+        # before versions were registered with their code, their files lay beside a Booster of the flavour lightgbm
+        kept = folder / ("extra_files" if "lightgbm" in flavours else "artifacts/files")
         files = {}
         for file, wanted in json.loads(recorded).items():
-            path = folder / "extra_files" / file
+            path = kept / file
             if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
                 raise ModelUnreadable(f"{place}: file {file!r} is gone from its artifacts")
             files[file] = path.read_bytes()

@@ -35,6 +35,7 @@ from delivery import approvals
 from delivery.ledger import Ledger
 from delivery.sandbox import systems
 from delivery.sandbox.worlds import advertising
+from models import catalog, serving
 from models.registry import CHAMPION, Registry
 from orchestration import automation, earned, runner, sandbox
 
@@ -324,7 +325,7 @@ class Company:
         made = self.registry.register(
             workflow.name, files, trained_day=day - timedelta(days=1), passed=False, params={"recipe": "{}"}, metrics={}, tags={},
             plots={}, card=f"Edited by hand from version {champion.number}. Not judged by the gate.", seed=0,
-            inputs=dict.fromkeys(workflow.features.numeric, "double"),
+            served=serving.describe(workflow.model.kind, catalog.learner(workflow.model.kind).from_files(files), rows),
         )  # fmt: skip
         self.registry.client.set_registered_model_alias(workflow.name, CHAMPION, str(made.number))
         told = f"somebody moved the alias champion to version {made.number}, a copy of {champion.number} with its slopes turned around"

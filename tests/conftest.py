@@ -84,11 +84,12 @@ class Bench:
         learner = catalog.learner(self.workflow.model.kind)
         return learner.fit(chosen, deciding.learner_spec(self.workflow), seed=deciding.SEED, device="cpu", threads=1)
 
-    def register(self, registry: Registry, day: date, *, passed: bool = True, files: Any = None) -> Version:
+    def register(
+        self, registry: Registry, day: date, *, passed: bool = True, files: Any = None, served: Any = None
+    ) -> Version:
         return registry.register(
             self.workflow.name, files or self.fit(day).files(), trained_day=day, passed=passed, params={},
-            metrics={"m": 1.0}, tags={}, plots={}, card="card", seed=1,
-            inputs=dict.fromkeys(self.workflow.features.numeric, "double"),
+            metrics={"m": 1.0}, tags={}, plots={}, card="card", seed=1, served=served,
         )  # fmt: skip
 
     def decide(self, registry: Registry, day: date, now: datetime | None = None) -> deciding.Batch:

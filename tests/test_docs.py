@@ -339,8 +339,15 @@ def test_the_workflow_that_the_guide_adds_decides(
 def test_python_in_the_docs_runs_on_a_lake(
     tmp_path: Path, ads: Any, registry: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from assets import point_in_time
+    from models import serving
+
     bench = ads.copy(tmp_path / ".signalbox")
     bench.decide(registry, bench.last)
+    rows, model = point_in_time.training_set(bench.workflow, bench.lake, bench.last), bench.fit(bench.last)
+    registry.promote(
+        bench.register(registry, bench.last, files=model.files(), served=serving.describe("response", model, rows))
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SIGNALBOX_HOME", raising=False)
     monkeypatch.setenv("SIGNALBOX_MLFLOW_URI", registry.uri)

@@ -57,6 +57,7 @@ def test_heavy_libraries_are_imported_inside_functions(room: str) -> None:
     wrong = [
         f"{file.relative_to(ROOT)}:{line} imports {name} at load"
         for file in modules(room)
+        if file.name != "pyfunc_model.py"  # MLflow runs it, and nobody imports it
         for node in at_load(ast.parse(file.read_text()).body)
         for name, line in imported(node)
         if name in HEAVY

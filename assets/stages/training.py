@@ -3,22 +3,21 @@
 Belongs here: the two assets. Does not: learning (``models.learners``), judging (``models.gate``), MLflow (``models.registry``).
 """
 
-import json
 from datetime import timedelta
 
 import dagster as dg
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from assets import code, deciding, gating, point_in_time, promoting, tuning
+from assets import code, gating, point_in_time, promoting, registering, tuning
 from assets.lake import content_digest
 from assets.resources import ClockResource, LakeResource, LedgerResource, RegistryResource, preview
 from assets.stages.common import days, stage
 from assets.workflow import Workflow
 from models import catalog, fitting, gate
+from models.registry import Dataset
 
 GPU_POOL = "gpu"
-_MLFLOW_TYPE = {"numeric": "double", "categorical": "string"}
 
 
 def build_training_set(workflow: Workflow) -> dg.AssetsDefinition:
@@ -80,6 +79,10 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
         rows = lake.lake.read(table, version=version, where=pc.field("as_of") == pa.scalar(day))
         rows = point_in_time.ordered(rows, "day")
         device = resolve_device(training.device)
+        dataset = Dataset(
+            name=table, digest=content_digest(rows), path=lake.lake.uri(table), version=version, schema=rows.schema,
+            tags={"as_of": day.isoformat(), "rows": str(rows.num_rows)},
+        )  # fmt: skip
         held = gating.held_out(workflow, lake.lake, day, rows)
         with ledger.open(clock.now) as book:
             against = gating.champion_of(workflow, registry.registry, book)
@@ -106,7 +109,7 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
             "training set": f"{table} version {version}",
             "workflow digest": workflow.digest,
             "code commit": code.commit(),
-            "code digest": code.digest(),
+            "code digest": code.digest(workflow.name),
             "device": device,
             "champion": note.strip() or "none yet",
             "Dagster run": context.run_id,
@@ -121,23 +124,19 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
             facts=facts,
         )
         text += f"\n## Search\n\n{tuned.card}\n" if tuned.card else ""
-        made = registry.registry.register(
-            workflow.name,
-            fitted.model.files(),
-            trained_day=day,
+        made = registering.register(
+            workflow,
+            registry.registry,
+            fitted,
+            learn,
+            held,
+            spec=tuned.spec,
+            day=day,
+            device=device,
             passed=fitted.verdict.passed,
-            params={
-                "recipe": json.dumps(tuned.spec),
-                "device": device,
-                "day": day.isoformat(),
-                "threads": gating.THREADS,
-            },
-            metrics={f"{who}_{name}": value for who, one in fitted.metrics.items() for name, value in one.items()},
-            tags={f"signalbox.{k.replace(' ', '_')}": str(v) for k, v in facts.items()} | gate.tags(fitted.verdict),
-            plots=fitted.model.plots(held.rows if held.rows.num_rows else rows),
+            facts=facts,
             card=text,
-            inputs={c: kind for group, kind in _MLFLOW_TYPE.items() for c in getattr(workflow.features, group)},
-            seed=deciding.SEED,
+            dataset=dataset,
         )
         evidence = {
             "verdict": list(fitted.verdict.reasons), "figures": fitted.verdict.figures, "run": context.run_id, "day": str(day),
@@ -147,8 +146,9 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
                 workflow, registry.registry, book, made, evidence=evidence, actor=f"run {context.run_id}"
             )
             student = tuning.student(
-                workflow, registry.registry, book, held, learn, made, day=day, device=device, run=context.run_id
-            )
+                workflow, registry.registry, book, held, learn, made, day=day, device=device, run=context.run_id,
+                dataset=dataset,
+            )  # fmt: skip
         return dg.MaterializeResult(
             metadata={
                 "version": made.number,

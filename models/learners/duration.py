@@ -23,6 +23,7 @@ from models.booster import (
     Because,
     Encoding,
     booster_bytes,
+    by_rounds,
     chosen,
     digest,
     head,
@@ -614,6 +615,29 @@ class DurationLearner:
             xlabel="share of tickets decided, the surest first", ylabel="share judged rightly", title="Review line"
         )
         return figure
+
+    def reads(self) -> dict[str, bool]:
+        """The features of the Boosters, the moment (by which P(missed) is calibrated) and the hours left."""
+        return {"entity_id": False, **dict.fromkeys([*self.encoding.names, "moment", "hours_to_due"], True)}
+
+    def losses(self, rows: pa.Table) -> dict[str, dict[int, float]]:
+        """log_loss: of P(missed) on the judged rows, before its calibration. hours_error, effort_error: mean absolute error of
+        log(1 + remaining hours) and of log(1 + hands-on hours) where they are known."""
+        missed, hours = _floats(rows, "missed"), _floats(rows, "handling_hours")
+        left = np.log1p(np.maximum(hours - np.nan_to_num(_floats(rows, "age_hours")), 0.0))
+        effort = np.log1p(np.maximum(_floats(rows, "effort_hours"), 0.0))
+        x = self.encoding.matrix(rows)
+        judged = ~np.isnan(missed)
+        members = [dict(by_rounds(one, x[judged])) for one in self.miss]
+        odds = {n: np.mean([one[n] for one in members], axis=0) for n in members[0]}
+        out = {
+            "log_loss": {n: float(np.logaddexp(0, np.where(missed[judged] > 0, -z, z)).mean()) for n, z in odds.items()}
+        }
+        for name, booster, actual in (("hours_error", self.duration, left), ("effort_error", self.effort, effort)):
+            if booster is not None:
+                known = ~np.isnan(actual)
+                out[name] = {n: float(np.abs(raw - actual[known]).mean()) for n, raw in by_rounds(booster, x[known])}
+        return {name: losses for name, losses in out.items() if losses}
 
     def files(self) -> dict[str, bytes]:
         """Booster texts, and meta.json with their digests and all else."""

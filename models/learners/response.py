@@ -241,6 +241,22 @@ class ResponseLearner:
         slope = self.elasticities.of(*_names(rows, self.spec.group))[0]
         return np.asarray(self.level(rows, _numbers(rows, "cost") / multiplier) * _lift(multiplier, slope))
 
+    def reads(self) -> dict[str, bool]:
+        """The columns of the level and of the slope, the status quo, and those that the Booster corrects by."""
+        own = [name for name in self.encoding.names if name not in SPEND_SHIFTS]
+        status_quo = ("entity_id", "budget_micros", "explore_multiplier_today")
+        return dict.fromkeys([*status_quo, *_LEVEL_READS, *self.spec.group, *own], True)
+
+    def losses(self, rows: pa.Table) -> dict[str, dict[int, float]]:
+        """mae: as ``evaluate`` has it, currency a line a day."""
+        multiplier, value = _multiplier(rows), _numbers(rows, "value")
+        lift = _lift(multiplier, self.elasticities.of(*_names(rows, self.spec.group))[0])
+        spend = _numbers(rows, "cost") / multiplier
+        base = _weighted(_ratios(rows, self.believed_days, self.overall_ratio), self.shares) * spend * lift
+        x = self.encoding.matrix(_with_shifts(rows, spend))
+        moved = boosters.by_rounds(self.booster, x)
+        return {"mae": {n: float(np.abs(base * _corrected(raw) - value).mean()) for n, raw in moved}}
+
     def files(self) -> dict[str, bytes]:
         """level.txt (the Booster) and meta.json (all the rest, and the Booster's digest)."""
         level = boosters.booster_bytes(self.booster)

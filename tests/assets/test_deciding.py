@@ -40,13 +40,13 @@ def spoil(registry: Registry, bench: Any, number: int, how: str) -> None:
     model = registry.client.get_logged_model(str(found.source).removeprefix("models:/"))
     folder = Path(str(model.artifact_location).removeprefix("file://"))
     if how == "tampered":
-        path = next(iter(sorted((folder / "extra_files").glob("*.txt"))))
+        path = next(iter(sorted((folder / "artifacts" / "files").glob("*.txt"))))
         path.write_bytes(path.read_bytes().replace(b"1", b"2", 1))
     elif how == "deleted":
         shutil.rmtree(folder)
     elif how == "flavour":
         text = (folder / "MLmodel").read_text()
-        (folder / "MLmodel").write_text(text.replace("lightgbm.basic.Booster", "lightgbm.sklearn.LGBMClassifier"))
+        (folder / "MLmodel").write_text(text.replace("mlflow.pyfunc.loaders.code_model", "mlflow.sklearn"))
     elif how == "untagged":
         registry.client.delete_model_version_tag(bench.workflow.name, str(number), "signalbox.files")
 

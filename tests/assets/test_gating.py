@@ -30,7 +30,7 @@ def flipped(files: dict[str, bytes]) -> dict[str, bytes]:
 def register(bench: Bench, registry: Registry, day: date, files: Any = None, params: Any = None) -> Version:
     return registry.register(
         bench.workflow.name, files or bench.fit(day).files(), trained_day=day, passed=False, params=params or {},
-        metrics={}, tags={}, plots={}, card="card", seed=1, inputs=dict.fromkeys(bench.workflow.features.numeric, "double"),
+        metrics={}, tags={}, plots={}, card="card", seed=1,
     )  # fmt: skip
 
 

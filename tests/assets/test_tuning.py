@@ -123,7 +123,7 @@ def recipe(bench: Bench, registry: Registry, day: date) -> Any:
     made = registry.register(
         bench.workflow.name, bench.fit(day).files(), trained_day=day, passed=True,
         params={"recipe": json.dumps(deciding.learner_spec(bench.workflow))}, metrics={}, tags={}, plots={}, card="c",
-        inputs={"shift_1": "double"}, seed=1,
+        seed=1,
     )  # fmt: skip
     registry.promote(made)
     return made
@@ -144,6 +144,7 @@ def test_a_student_is_judged_registered_and_admitted_as_asked(
     run = empty_registry.client.get_run(student.run_id).data
     assert "rule_mae" in run.metrics and run.metrics["agreement_rank"] > 0.9
     assert "passed" in said, said
+    assert run.params["model.distill.rounds"] == "20" and "curve_validation_mae" in run.metrics
     if promote:
         assert student.passed and said.endswith("its gate: passed; champion.")
         assert ledger.promotions(bench.workflow.name)[-1].version == student.number

@@ -5,23 +5,29 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import sys
 from dataclasses import replace
 from datetime import date, timedelta
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from assets import point_in_time
+from models import serving
 from models.registry import (
     CHAMPION,
     PREVIOUS,
+    Dataset,
     ModelBlocked,
     ModelMissing,
     ModelUnreadable,
     Registry,
     Version,
     files_digest,
+    flat,
 )
 
 NAME = "ad_budget"
@@ -32,6 +38,11 @@ def artifacts(registry: Registry, version: Version) -> Path:
     found = registry.client.get_model_version(version.name, str(version.number))
     model = registry.client.get_logged_model(str(found.source).removeprefix("models:/"))
     return Path(str(model.artifact_location).removeprefix("file://"))
+
+
+def kept(registry: Registry, version: Version) -> Path:
+    """Where the files lie that ``load`` reads."""
+    return artifacts(registry, version) / "artifacts" / "files"
 
 
 def refused(registry: Registry, version: Version) -> str:
@@ -65,14 +76,14 @@ def test_the_digest_covers_names_and_contents() -> None:
 @pytest.mark.parametrize("file", ["level.txt", "meta.json"])
 def test_a_file_that_was_changed_is_refused_before_it_is_parsed(registry: Registry, file: str) -> None:
     version = registry.by_number(NAME, 2)
-    path = artifacts(registry, version) / "extra_files" / file
+    path = kept(registry, version) / file
     path.write_bytes(path.read_bytes()[:-1] + b" ")
     said = refused(registry, version)
     assert file in said and "differs" in said
     assert registry.load(registry.by_number(NAME, 1)), "the other version is as it was"
 
 
-@pytest.mark.parametrize("file", ["extra_files/level.txt", "extra_files/meta.json", "MLmodel"])
+@pytest.mark.parametrize("file", ["artifacts/files/level.txt", "artifacts/files/meta.json", "MLmodel"])
 def test_a_file_that_is_gone_is_named(registry: Registry, file: str) -> None:
     version = registry.by_number(NAME, 2)
     (artifacts(registry, version) / file).unlink()
@@ -88,7 +99,7 @@ def test_artifacts_that_are_gone_are_unreadable(registry: Registry) -> None:
 
 def test_a_link_out_of_the_artifacts_is_refused(registry: Registry, tmp_path: Path) -> None:
     version = registry.by_number(NAME, 2)
-    path = artifacts(registry, version) / "extra_files" / "meta.json"
+    path = kept(registry, version) / "meta.json"
     (tmp_path / "meta.json").write_bytes(path.read_bytes())
     path.unlink()
     path.symlink_to(tmp_path / "meta.json")
@@ -98,7 +109,7 @@ def test_a_link_out_of_the_artifacts_is_refused(registry: Registry, tmp_path: Pa
 def test_a_file_name_that_climbs_out_is_refused(registry: Registry, tmp_path: Path) -> None:
     version = registry.by_number(NAME, 2)
     recorded = json.loads(registry.client.get_model_version(NAME, "2").tags["signalbox.files"])
-    outside = os.path.relpath(tmp_path / "secret", artifacts(registry, version) / "extra_files")
+    outside = os.path.relpath(tmp_path / "secret", kept(registry, version))
     (tmp_path / "secret").write_bytes(b"")
     recorded[outside] = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     registry.client.set_model_version_tag(NAME, "2", "signalbox.files", json.dumps(recorded))
@@ -108,7 +119,7 @@ def test_a_file_name_that_climbs_out_is_refused(registry: Registry, tmp_path: Pa
 def test_tags_that_were_changed_with_the_file_do_not_make_it_readable(registry: Registry) -> None:
     """The version's own digest covers all files: changing a file and what is recorded of it is not enough."""
     version = registry.by_number(NAME, 2)
-    path = artifacts(registry, version) / "extra_files" / "meta.json"
+    path = kept(registry, version) / "meta.json"
     path.write_bytes(b"{}")
     recorded = json.loads(registry.client.get_model_version(NAME, "2").tags["signalbox.files"])
     recorded["meta.json"] = "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
@@ -126,11 +137,20 @@ class Bomb:
         return Path.touch, (self.mark,)
 
 
+CODE: dict[str, Any] = {"loader_module": "mlflow.pyfunc.loaders.code_model", "model_code_path": "/x/pyfunc_model.py"}
+"""The flavour python_function as it is registered."""
+
+
 @pytest.mark.parametrize(
     "flavours",
     [
         {"sklearn": {"pickled_model": "model.pkl", "serialization_format": "pickle"}},
         {"python_function": {"loader_module": "mlflow.sklearn", "model_path": "model.pkl"}},
+        {"python_function": {**CODE, "loader_module": "mlflow.pyfunc.model", "python_model": "model.pkl"}},
+        {"python_function": {**CODE, "python_model": "model.pkl"}},
+        {"python_function": {**CODE, "model_code_path": "/x/other.py"}},
+        {"python_function": {"loader_module": CODE["loader_module"]}},
+        {"python_function": CODE, "sklearn": {"pickled_model": "model.pkl"}},
         {"lightgbm": {"model_class": "lightgbm.sklearn.LGBMClassifier", "data": "model.pkl"}},
         {"lightgbm": {"model_class": "lightgbm.basic.Booster"}, "sklearn": {"pickled_model": "model.pkl"}},
         {},
@@ -147,11 +167,43 @@ def test_another_flavour_is_refused_and_never_run(registry: Registry, tmp_path: 
     assert not (tmp_path / "exploded").exists()
 
 
-def test_code_beside_a_plain_booster_is_not_run(registry: Registry, tmp_path: Path) -> None:
+def test_no_code_of_a_version_is_run_when_its_files_are_read(registry: Registry, tmp_path: Path) -> None:
     version = registry.by_number(NAME, 2)
     folder = artifacts(registry, version)
+    for file in (folder / "pyfunc_model.py", *(folder / "code").rglob("*.py")):
+        file.write_text(f"open({str(tmp_path / 'exploded')!r}, 'w')")
+    (folder / "python_model.pkl").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    before = list(sys.path)
+    assert set(registry.load(version)) == {"level.txt", "meta.json"}
+    assert not (tmp_path / "exploded").exists() and sys.path == before
+
+
+def as_before(registry: Registry, version: Version) -> Path:
+    """A version's artifacts as they were written before versions had code: a Booster of the flavour lightgbm with files beside it."""
+    folder = artifacts(registry, version)
+    kept(registry, version).rename(folder / "extra_files")
+    (folder / "model.lgb").write_bytes((folder / "extra_files" / "level.txt").read_bytes())
+    said = yaml.safe_load((folder / "MLmodel").read_text())
+    said["flavors"] = {
+        "lightgbm": {"code": None, "data": "model.lgb", "model_class": "lightgbm.basic.Booster"},
+        "python_function": {"data": "model.lgb", "loader_module": "mlflow.lightgbm"},
+    }
+    (folder / "MLmodel").write_text(yaml.safe_dump(said))
+    return folder
+
+
+def test_a_version_from_before_versions_had_code_is_still_read(registry: Registry, ads: Any) -> None:
+    version = registry.by_number(NAME, 2)
+    folder = as_before(registry, version)
+    assert registry.load(version) == ads.fit(version.trained_day).files()
+    (folder / "extra_files" / "level.txt").write_bytes(b"tree")
+    assert "level.txt" in refused(registry, version)
+
+
+def test_code_beside_a_plain_booster_is_not_run(registry: Registry, tmp_path: Path) -> None:
+    version = registry.by_number(NAME, 2)
+    folder = as_before(registry, version)
     (folder / "model.pkl").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
-    (folder / "code").mkdir()
     (folder / "code" / "lightgbm.py").write_text(f"open({str(tmp_path / 'exploded')!r}, 'w')")
     said = yaml.safe_load((folder / "MLmodel").read_text())
     said["flavors"]["python_function"] = {"loader_module": "mlflow.sklearn", "code": "code", "data": "model.pkl"}
@@ -251,19 +303,45 @@ def test_two_registries_in_one_process_do_not_mix(registry: Registry, empty_regi
 
 
 def test_a_registered_version_carries_its_evidence(empty_registry: Registry, ads: Any) -> None:
+    rows = point_in_time.training_set(ads.workflow, ads.lake, ads.last)
     model = ads.fit(ads.last)
+    dataset = Dataset(
+        "ad_budget/training_set", "d" * 64, "/lake/ad_budget/training_set", 3, rows.schema, {"as_of": "2026-03-22"}
+    )
+    recipe = {"kind": "response", "rounds": 8, "grid": [0.5, 1.0], "numeric": ["shift_1"], "distill": {"rounds": 60}}
     version = empty_registry.register(
-        NAME, model.files(), trained_day=ads.last, passed=True, params={"model": "{}"}, metrics={"candidate_mae": 1.5},
-        tags={"signalbox.training_set": "version 3"}, plots={}, card="# the card", inputs={"shift_1": "double"}, seed=9,
+        NAME, model.files(), trained_day=ads.last, passed=True, params={"recipe": "{}", **flat(recipe)},
+        metrics={"candidate_mae": 1.5}, tags={"signalbox.training_set": "version 3"}, plots={}, card="# the card", seed=9,
+        served=serving.describe("response", model, rows), dataset=dataset, curves={"training_mae": {1: 3.0, 8: 2.0}},
     )  # fmt: skip
     assert replace(empty_registry.by_number(NAME, 1)) == version
     run = empty_registry.client.get_run(version.run_id)
     assert run.data.metrics["candidate_mae"] == 1.5 and run.data.params["seed"] == "9"
     assert run.data.tags["signalbox.training_set"] == "version 3"
+    assert {k: v for k, v in run.data.params.items() if k.startswith("model.")} == {
+        "model.kind": "response", "model.rounds": "8", "model.grid": "[0.5, 1.0]", "model.distill.rounds": "60",
+    }  # fmt: skip
+    assert [
+        (m.step, m.value) for m in empty_registry.client.get_metric_history(version.run_id, "curve_training_mae")
+    ] == [
+        (1, 3.0),
+        (8, 2.0),
+    ]
+    (given,) = run.inputs.dataset_inputs
+    source = json.loads(given.dataset.source)
+    assert given.dataset.name == "ad_budget/training_set" and given.dataset.digest == "d" * 36
+    assert source == {"path": "/lake/ad_budget/training_set", "delta_table_version": 3}
+    assert {t.key: t.value for t in given.tags} == {"mlflow.data.context": "training", "as_of": "2026-03-22"}
     assert empty_registry.client.get_model_version(NAME, "1").description == "# the card"
-    said = yaml.safe_load((artifacts(empty_registry, version) / "MLmodel").read_text())
-    assert set(said["flavors"]) <= {"lightgbm", "python_function"} and "shift_1" in said["signature"]["inputs"]
-    assert not [p for p in artifacts(empty_registry, version).rglob("*") if p.suffix in {".pkl", ".pickle", ".skops"}]
+    folder = artifacts(empty_registry, version)
+    said = yaml.safe_load((folder / "MLmodel").read_text())
+    assert set(said["flavors"]) == {"python_function"} and "shift_1" in said["signature"]["inputs"]
+    assert {p.suffix for p in folder.rglob("*") if p.is_file()} <= {"", ".py", ".json", ".txt", ".yaml", ".arrow"}
+    wanted = dict(line.split("==") for line in (folder / "requirements.txt").read_text().split())
+    assert wanted == {name: metadata.version(name) for name in wanted} and {"mlflow", "lightgbm", "pyarrow"} <= set(
+        wanted
+    )
+    assert empty_registry.client.search_runs([run.info.experiment_id], "params.`model.rounds` = '8'")
 
 
 def test_a_version_that_did_harm_gives_way_and_never_comes_back_unasked(registry: Registry) -> None:

@@ -77,7 +77,7 @@ def test_models_are_registered_and_read_back_from_postgres(
     made = [
         registry.register(
             "ad_budget", files, trained_day=day, passed=True, params={"recipe": "{}"}, metrics={"mae": 1.0}, tags={},
-            plots={}, card="# card", inputs={"x": "double"}, seed=1,
+            plots={}, card="# card", seed=1,
         )
         for day in (date(2026, 4, 1), date(2026, 4, 8))
     ]  # fmt: skip
