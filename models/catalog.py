@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 class Scorer(Protocol):
     """What a model and a rule have in common. ``spec`` is the workflow's model section plus its feature lists."""
+
+    learns: ClassVar[bool]
+    """Whether ``fit`` looks at the rows at all."""
 
     @classmethod
     def fit(cls, rows: pa.Table, spec: Mapping[str, Any], *, seed: int, device: str, threads: int) -> Self:
