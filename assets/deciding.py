@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from deltalake.exceptions import DeltaError
 from pydantic import ValidationError
 
-from assets import code, point_in_time, promoting
+from assets import code, fallback, point_in_time, promoting
 from assets.lake import Lake, Moved, TableMissing, content_digest
 from assets.landing import without_secrets
 from assets.workflow import Workflow
@@ -247,6 +247,7 @@ def score_day(
     """Score a day by the best step that is to be had: champion → previous champion → rule → no change.
 
     Who champion and previous champion are, the ``ledger`` says (``promoting.lineup``); without one, the registry's aliases.
+    A champion that was found to do worse than the rule (``assets.fallback``) leaves the day to the rule.
     A challenger scores beside them; its failure is written down and touches nothing else. Scores that are NaN or infinite
     are a failure like any other.
 
@@ -285,22 +286,35 @@ def score_day(
         )
 
     reasons: list[str] = []
+    made: _Made | None = None
     if late:
         reasons.append(
             f"the deadline {deadline:%H:%M} UTC had passed when scoring began at {now:%H:%M}: no model was tried"
         )
     else:
-        made = _by_models(workflow, registry, ledger, day, rows, reasons, beside=not backfill)
-        if made is not None:
-            table, step, model, challenger, moved = made
-            return scored(table, step, model, beside=challenger, moved=moved)
+        until = deadline if backfill else now
+        made = _by_models(workflow, registry, ledger, day, rows, reasons, until, beside=not backfill)
     try:
+        if made is not None and made.version is not None:
+            return scored(made.table, made.step, made.version, beside=made.challenger, moved=made.moved)
         rule = fit_rule(workflow, lake, day, features_version, outcomes_version)
-        return scored(_usable(workflow, rows, rule.score(rows)), "rule")
+        table = _usable(workflow, rows, rule.score(rows))
+        return scored(table, "rule", beside=made.challenger if made else None, moved=made.moved if made else "")
     except (TableMissing, KeyError, ValueError) as error:
         said = "the rule's scores cannot be used" if isinstance(error, NotANumber) else "the rule has nothing to go by"
         reasons.append(f"{said}: {promoting.first_line(error)}")
     return scored(pa.table({}), "no_change")
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What the versions make of a day; ``version`` None: they leave it to the rule."""
+
+    table: pa.Table
+    step: str
+    version: Version | None
+    challenger: Beside | None
+    moved: str
 
 
 def _by_models(
@@ -310,12 +324,13 @@ def _by_models(
     day: date,
     rows: pa.Table,
     reasons: list[str],
+    until: datetime,
     *,
     beside: bool,
-) -> tuple[pa.Table, str, Version, Beside | None, str] | None:
-    """The scores of the first version that can give them: scores, step, version, challenger and moved aliases.
+) -> _Made | None:
+    """The scores of the first version that can give them, or the word that the rule does better, as known at ``until``.
 
-    None where none can; why not is added to ``reasons``.
+    A challenger scores beside either. None where no version can score; why not is added to ``reasons``.
     """
     from lightgbm.basic import LightGBMError
 
@@ -332,6 +347,10 @@ def _by_models(
         if version is None:
             reasons.append(why)
             continue
+        behind = fallback.in_force(ledger, workflow.name, version.number, until) if ledger is not None else ""
+        if behind:
+            reasons.append(behind)
+            return _Made(pa.table({}), "rule", None, _challenger(workflow, registry, rows, found, beside), found.moved)
         try:
             table = _usable(workflow, rows, read_model(workflow, registry, version).score(rows))
         except unusable as error:
@@ -341,10 +360,15 @@ def _by_models(
                 f"{step} (version {version.number}) cannot score the day's features: {promoting.first_line(error)}"
             )
         else:
-            tried = found.challenger is not None and beside
-            challenger = _beside(workflow, registry, rows, *found.challenger) if tried and found.challenger else None
-            return table, step, version, challenger, found.moved
+            challenger = _challenger(workflow, registry, rows, found, beside)
+            return _Made(table, step, version, challenger, found.moved)
     return None
+
+
+def _challenger(
+    workflow: Workflow, registry: Registry, rows: pa.Table, found: promoting.Lineup, wanted: bool
+) -> Beside | None:
+    return _beside(workflow, registry, rows, *found.challenger) if wanted and found.challenger else None
 
 
 def _beside(workflow: Workflow, registry: Registry, rows: pa.Table, version: Version, stage: str) -> Beside:
@@ -711,7 +735,8 @@ def _decided(
     """The batch of a day from all that it is made from; ``made``: the record of its scoring."""
     arms_version, drawn = arms_drawn
     reasons, decided = list(made["reasons"]), None
-    if made["step"] == "champion" and made.get("challenger_stage") == "canary":
+    # beside the rule, where the champion does worse than it, a canary is tried as it is beside the champion
+    if made["step"] in ("champion", "rule") and made.get("challenger_stage") == "canary":
         theirs = challengers()
         try:
             if theirs is None:
@@ -720,7 +745,7 @@ def _decided(
             decided = decide(workflow, day, features, both, drawn, made["step"])
         except (KeyError, TypeError, ValueError) as error:
             # it is the challenger's failure, and never the day's
-            reasons.append(f"the arm challenger is decided by the champion: {promoting.first_line(error)}")
+            reasons.append(f"the arm challenger is decided by the {made['step']}: {promoting.first_line(error)}")
     acts = decided is not None
     decisions, certificates = decided or decide(workflow, day, features, scores, drawn, made["step"])
     epoch, in_washout = arms.epoch_of(day, workflow.start, workflow.arms.epoch, workflow.arms.washout)

@@ -1,12 +1,12 @@
 """Which scores meet which outcomes, by what was known at a day's cut-off, and what their figures are compared with.
 
-Belongs here: reading scores, outcomes and a version's held-out figures. Does not: the figures (``data_checks.performance``),
-or what a fall starts (``assets.retraining``).
+Belongs here: reading scores, outcomes and a version's held-out figures, and what the rule would have said of the same rows.
+Does not: the figures (``data_checks.performance``), or what a fall starts (``assets.retraining``, ``assets.fallback``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import date, timedelta
 from functools import cache
 
@@ -18,6 +18,7 @@ from assets import deciding, point_in_time
 from assets.lake import Lake, TableMissing
 from assets.workflow import SCORES, Workflow
 from data_checks import performance
+from models import catalog
 from models.registry import Registry
 
 _COMPARABLE = frozenset({"duration"})
@@ -59,10 +60,8 @@ def scored(workflow: Workflow, lake: Lake, day: date, without: Collection[date] 
     if scores.num_rows == 0:
         return _EMPTY
     keys = ["day", *point_in_time.keys_of(scores.schema.names)]
-    if workflow.training.evaluate_on.strip().lower() != "true":
-        every = lake.read(workflow.table("features"), days=days)
-        features = point_in_time.chosen(workflow, every, "training.evaluate_on")
-        scores = scores.join(features.select(keys), keys=keys, join_type="left semi")
+    if (judged := _judged(workflow, lake, days, None, keys)) is not None:
+        scores = scores.join(judged.select(keys), keys=keys, join_type="left semi")
     known = (pc.field("day") <= pc.scalar(day)) & (pc.field("day") >= pc.scalar(days[0]))
     try:
         answers = lake.read(workflow.table("outcomes"), where=known)
@@ -87,6 +86,8 @@ def scored(workflow: Workflow, lake: Lake, day: date, without: Collection[date] 
     finally:
         connection.close()
     read = {name: pa.array(column) for name, column in _READ[workflow.model.kind](rows).items()}
+    rule = _rule_predicted(workflow, lake, days, rows, keys)
+    read |= {} if rule is None else {performance.RULE: pa.array(rule)}
     return pa.table(
         {
             "day": rows["day"],
@@ -95,6 +96,84 @@ def scored(workflow: Workflow, lake: Lake, day: date, without: Collection[date] 
             **read,
         }
     )
+
+
+def _judged(
+    workflow: Workflow, lake: Lake, days: Sequence[date], version: int | None, columns: Collection[str]
+) -> pa.Table | None:
+    """The features of the rows that ``training.evaluate_on`` names: its own columns and ``columns``; None where it names all."""
+    predicate = workflow.training.evaluate_on
+    if predicate.strip().lower() == "true":
+        return None
+    table = workflow.table("features")
+    known = lake.read(table, version=version, days=[]).schema.names
+    # a column that a predicate reads stands in its text
+    needed = [c for c in known if c in columns or c.lower() in predicate.lower()]
+    return point_in_time.chosen(
+        workflow, lake.read(table, version=version, days=days, columns=needed), "training.evaluate_on"
+    )
+
+
+def _rule_predicted(
+    workflow: Workflow, lake: Lake, days: Sequence[date], rows: pa.Table, keys: Sequence[str]
+) -> np.ndarray | None:
+    """What the rule predicted of each of ``rows``, read as a score is; NaN where it said nothing, None where it never did."""
+    if not lake.exists(workflow.table("rule_scores")):
+        return None
+    said = lake.read(workflow.table("rule_scores"), days=days)
+    ours, theirs = (
+        pc.binary_join_element_wise(*(t[k].cast(pa.string()).combine_chunks() for k in keys), "\0", null_handling="replace")
+        for t in (rows, said)
+    )  # fmt: skip
+    place = pc.index_in(ours, value_set=theirs)
+    held = pc.is_valid(place)
+    beside = rows.filter(held)
+    aligned = said.take(place.drop_null())
+    for name in ("missed", "value", "budget"):
+        if name in beside.schema.names and name not in aligned.schema.names:
+            aligned = aligned.append_column(name, beside[name])
+    found = np.full(rows.num_rows, np.nan)
+    found[np.asarray(held)] = _READ[workflow.model.kind](aligned)["predicted"]
+    return found
+
+
+def score_by_rule(workflow: Workflow, lake: Lake, day: date, without: Collection[date] = ()) -> list[date]:
+    """What the rule would have said on the days whose outcomes have matured by ``day``, into the table ``rule_scores``.
+
+    The rule is fitted as it would have been then: from what was known at the cut-off of the day that it scores, at the versions
+    that the day's scoring read. A day is scored once; days on which no model scored are left out, and so are those on which the
+    rule had nothing to go by. Returns the days that were added.
+    """
+    newest = day - timedelta(days=workflow.training.maturity_days)
+    wanted = [newest - timedelta(days=n) for n in range(workflow.retraining.window_days)]
+    table = workflow.table("rule_scores")
+    try:
+        made = lake.read(workflow.table("scoring"), days=wanted).to_pylist()
+    except TableMissing:
+        return []
+    done = set(lake.read(table, days=wanted, columns=["day"])["day"].to_pylist()) if lake.exists(table) else set()
+    rule = catalog.rule(workflow.model.kind)
+    added = []
+    for row in sorted(made, key=lambda r: r["day"]):
+        then = row["day"]
+        if then in done or then in without or row["model_version"] is None or then < workflow.start:
+            continue
+        try:
+            features = lake.read(workflow.table("features"), version=row.get("features_version"), days=[then])
+            features = point_in_time.rows_where(point_in_time.ordered(features), workflow.training.evaluate_on)
+            if rule.learns:
+                fitted = deciding.fit_rule(
+                    workflow, lake, then, row.get("features_version"), row.get("outcomes_version")
+                )
+            else:
+                fitted = rule.fit(pa.table({}), deciding.learner_spec(workflow), seed=deciding.SEED, device="cpu", threads=1)  # fmt: skip
+            scores = fitted.score(features)
+        except (TableMissing, KeyError, ValueError):
+            continue
+        dated = scores.append_column("day", pa.array([then] * scores.num_rows, pa.date32()))
+        lake.replace_days(table, dated, [then])
+        added.append(then)
+    return added
 
 
 _EMPTY = pa.schema(
@@ -189,4 +268,5 @@ def judge(
         spec=workflow.retraining,
         maturity_days=workflow.training.maturity_days,
         gate=held_out(workflow, registry),
+        outcome_of="entity" if workflow.outcomes.join == "entity" else "row",
     )

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import pyarrow.compute as pc
 
+from assets import fallback
 from assets.lake import Lake
 from assets.workflow import Workflow
 from delivery.ledger import Busy, Ledger
@@ -530,7 +531,8 @@ class NotBlocked(LookupError):
 
 
 def lift(name: str, registry: Registry, ledger: Ledger, number: int, *, actor: str, reason: str) -> str:
-    """Take the block off a version that was rolled back: it may be promoted again, and is not by this alone.
+    """Take the block off a version that was rolled back: it may be promoted again, and is not by this alone. A version that
+    left its days to the rule (``assets.fallback``) decides again.
 
     Rerunnable; what is lifted already is recorded once. A registry that is down holds nothing up, as in ``step_back``:
     returns what its server said (empty where it was told), and the next reconcile takes the block off there.
@@ -542,7 +544,8 @@ def lift(name: str, registry: Registry, ledger: Ledger, number: int, *, actor: s
         if stands is not None and number not in stands.versions:
             raise ModelMissing(f"model {name!r} has no version {number}")
         tagged = stands is not None and stands.versions[number].blocked
-        if number in state["blocked"] or (tagged and number not in state["lifted"]):
+        blocked = number in state["blocked"] or (tagged and number not in state["lifted"])
+        if blocked or fallback.in_force(ledger, name, number, ledger.clock()):
             ledger.promotion(name, number, "lifted", actor, {"reason": reason})
         elif number not in state["lifted"]:
             where = f" as far as the ledger knows, and MLflow does not answer: {error}" if error else ""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from assets.workflow import Retraining, Workflow
     from delivery.ledger import Ledger
 
-Cause = Literal["realised", "estimated", "scores", "features", "calendar", "person"]
+Cause = Literal["rule", "realised", "estimated", "scores", "features", "calendar", "person"]
 """The order of evidence, the strongest first; a calendar and a person ask without any."""
 Action = Literal["asked", "merged", "cooling", "over budget"]
 ORDER: tuple[Cause, ...] = get_args(Cause)
@@ -120,6 +120,7 @@ class Trigger:
 
 
 _NAMED: dict[Cause, str] = {
+    "rule": "it does worse than the rule",
     "realised": "the realised metric fell",
     "estimated": "the estimated performance fell",
     "scores": "the scores drifted",
@@ -144,10 +145,11 @@ def evidence(
 
     performance: that day's rows of the table ``performance``. drift: its row of ``drift``, or None; ``scores_drifted`` may
     be missing. back: how many days a drift window has. A realised fall counts only against the version that scores now,
-    which is whom the table's windows speak of.
+    which is whom the table's windows speak of; beside the rule that is the newest version that scored.
     """
     found = []
-    for cause, limit in (("realised", spec.realised_limit), ("estimated", spec.estimated_limit)):
+    # worse than the rule by whatever: there is something better at hand
+    for cause, limit in (("rule", 0.0), ("realised", spec.realised_limit), ("estimated", spec.estimated_limit)):
         for row in performance:
             fell = row["kind"] == cause and row["metric"] == metric and row["first"] != row["last"]
             if fell and row["worse_low"] is not None and row["worse_low"] > limit:
@@ -244,7 +246,7 @@ def _held(spec: Retraining, trigger: Trigger, runs: Runs, past: Sequence[Trigger
     if waiting:
         return ends("merged", f"a training for {waiting[-1].day} was asked for")
     cooldown = spec.cooldown_days
-    if trigger.cause == "realised" and spec.realised_cooldown_days is not None:
+    if trigger.cause in ("rule", "realised") and spec.realised_cooldown_days is not None:
         cooldown = spec.realised_cooldown_days
     if newest is not None and (day - newest).days < cooldown:
         return ends("cooling", f"a model was trained for {newest}: cooldown is {cooldown} days")

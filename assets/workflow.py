@@ -263,7 +263,11 @@ class Training(Strict):
     """When and on what a model is trained, and what it must beat."""
 
     train_on: str = Field(default="true", description="SQL predicate over the features: rows to learn from")
-    evaluate_on: str = Field(default="true", description="SQL predicate over the features: rows that the gate judges")
+    evaluate_on: str = Field(
+        default="true",
+        description="SQL predicate over the features: rows that the gate and the performance judge, such as those of the moment "
+        "at which it is decided",
+    )
     history_days: int = Field(gt=0, description="How many days of features the training set reaches back")
     holdout_days: int = Field(
         gt=0, description="The last matured days are kept out of training and judge the candidate"

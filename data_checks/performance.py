@@ -3,15 +3,18 @@
 Belongs here: metrics as sums over rows, their intervals, the estimates with their assumptions, the picture. Does not:
 which scores meet which outcomes (``assets.performing``) or what a fall starts (``assets.retraining``).
 
-Every metric is a function of sums over rows. So days add up to a window, and the interval of a window is the
-delete-a-day jackknife: rows of one day share their day, and only the spread between days says how much a figure moves.
+Every metric is a function of sums over rows. So days add up to a window, and rows count as often as they have outcomes:
+where one outcome answers every row of an entity (a ticket described anew each day that it is open), the entity counts once.
+The interval of a window is two-way, by day and by entity (Cameron, Gelbach and Miller, Journal of Business & Economic
+Statistics 29, 2011): rows of one day share their day, rows of one entity its fate, and neither alone says how much a figure
+moves. What days share is a delete-a-day jackknife, what entities share beyond their days is added.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,7 +30,8 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 Columns = Mapping[str, Array]
-"""Columns of scored rows by name, each (n,): ``predicted``, ``actual`` (NaN where unknown) and what a metric asks for."""
+"""Columns of scored rows by name, each (n,): ``predicted``, ``actual`` (NaN where unknown), ``weight`` (1 where it is missing)
+and what a metric asks for."""
 Better = Literal["lower", "higher"]
 Kind = Literal["probability", "amount"]
 
@@ -98,11 +102,14 @@ SCHEMA = pa.schema(
 """One row a figure, as known at the cut-off of ``day``.
 
 first, last: the days on which the scores were made; the same for a day's figure, a window's for the figure that is judged.
-kind: realised | estimated. value with its 95% interval low..high over n rows. known: share of the scored rows whose outcome
-is known. mature: no more outcomes are waited for. worse: how much worse than the baseline as a share of it, positive is
-worse; worse_low: the near end of its interval. baseline_is: gate (the version's held-out figure) | reference (the days
-before). version: who scored; null where the rule did.
+kind: realised | estimated | rule (realised of the newest version beside the rule on the same rows). value with its 95%
+interval low..high over n outcomes (rows; entities where one outcome answers all rows of an entity). known: share of the scored
+rows whose outcome is known. mature: no more outcomes are waited for. worse: how much worse than the baseline as a share of it,
+positive is worse; worse_low: the near end of its interval. baseline_is: gate (the version's held-out figure) | reference (the
+days before) | rule. version: who scored; null where the rule did.
 """
+RULE = "rule"
+"""The kind of a figure beside the rule, and the column with what the rule predicted (NaN: nothing)."""
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
@@ -113,6 +120,8 @@ class Metric:
     """One metric as a function of sums over rows.
 
     sums(columns, group, groups): (groups, k) over rows whose outcome is known. value((..., k)): (...), NaN where undefined.
+    each(columns, (k,)): (n,), what every row adds to the sums, times a number for each of them; it says how far a row moves
+    the value. None: entities are not told apart in its interval.
     expected(columns, group, groups): the sums to be expected without outcomes and their variances, both (groups, k), and
     slope((k,)): (k,), the derivative of the value by each sum; both None where nothing can be foreseen.
     """
@@ -123,6 +132,7 @@ class Metric:
     value: Callable[[Array], Array]
     expected: Callable[[Columns, Array, int], tuple[Array, Array]] | None = None
     slope: Callable[[Array], Array] | None = None
+    each: Callable[[Columns, Array], Array] | None = None
 
 
 def mean_of(
@@ -138,22 +148,32 @@ def mean_of(
     ``expected``: the mean and the variance of each row's loss, from scores alone.
     """
 
-    def each(columns: Columns) -> Array:
+    def one(columns: Columns) -> Array:
         return np.ones(len(columns["predicted"]))
 
     def sums(columns: Columns, group: Array, groups: int) -> Array:
-        return _added([loss(columns), (per or each)(columns)], group, groups)
+        w = _weight(columns)
+        return _added([loss(columns) * w, (per or one)(columns) * w], group, groups)
+
+    def each(columns: Columns, by: Array) -> Array:
+        return np.asarray((by[0] * loss(columns) + by[1] * (per or one)(columns)) * _weight(columns))
 
     def foreseen(columns: Columns, group: Array, groups: int) -> tuple[Array, Array]:
         assert expected is not None
         mean, variance = expected(columns)
-        total = _added([mean, (per_foreseen or each)(columns)], group, groups)
-        return total, _added([variance, np.zeros(len(mean))], group, groups)
+        w = _weight(columns)
+        total = _added([mean * w, (per_foreseen or one)(columns) * w], group, groups)
+        return total, _added([variance * w, np.zeros(len(mean))], group, groups)
 
     def slope(total: Array) -> Array:
         return np.array([1.0 / total[1], 0.0]) if total[1] else np.zeros(2)
 
-    return Metric(name, better, sums, _ratio, foreseen if expected else None, slope if expected else None)
+    return Metric(name, better, sums, _ratio, foreseen if expected else None, slope if expected else None, each)
+
+
+def _weight(columns: Columns) -> Array:
+    """What each row counts. Rows that share one outcome share a weight of 1: their common variance is the mean of theirs."""
+    return columns["weight"] if "weight" in columns else np.ones(len(columns["predicted"]))
 
 
 def _added(columns: Sequence[Array], group: Array, groups: int) -> Array:
@@ -251,10 +271,10 @@ def roc_auc(predicted: Array) -> Metric:
         return np.asarray(group * bins + np.searchsorted(edges, columns["predicted"], side="right"))
 
     def counted(columns: Columns, group: Array, groups: int, positive: Array, doubt: Array) -> Array:
-        cell = cells(columns, group)
-        rows = np.bincount(cell, minlength=groups * bins).reshape(groups, bins)
-        good = np.bincount(cell, positive, minlength=groups * bins).reshape(groups, bins)
-        own = np.bincount(group, doubt, minlength=groups)[:, None]
+        cell, w = cells(columns, group), _weight(columns)
+        rows = np.bincount(cell, w, minlength=groups * bins).reshape(groups, bins)
+        good = np.bincount(cell, positive * w, minlength=groups * bins).reshape(groups, bins)
+        own = np.bincount(group, doubt * w, minlength=groups)[:, None]
         return np.concatenate([good, rows, own], axis=1).astype(np.float64)
 
     def sums(columns: Columns, group: Array, groups: int) -> Array:
@@ -265,7 +285,7 @@ def roc_auc(predicted: Array) -> Metric:
         total = counted(columns, group, groups, p, p * (1 - p))
         variance = np.zeros_like(total)
         variance[:, :bins] = np.bincount(
-            cells(columns, group), p * (1 - p), minlength=groups * bins
+            cells(columns, group), p * (1 - p) * _weight(columns), minlength=groups * bins
         ).reshape(groups, bins)  # fmt: skip
         return total, variance
 
@@ -291,7 +311,11 @@ def roc_auc(predicted: Array) -> Metric:
             out[:bins] = (below - above) / pairs - won / pairs**2 * (bad.sum() - good.sum())
         return out
 
-    return Metric("roc_auc", "higher", sums, value, expected, slope)
+    def each(columns: Columns, by: Array) -> Array:
+        bin_ = cells(columns, np.zeros(len(columns["predicted"]), np.int64))
+        return np.asarray((by[bin_] * columns["actual"] + by[bins + bin_]) * _weight(columns))
+
+    return Metric("roc_auc", "higher", sums, value, expected, slope, each)
 
 
 def calibration_error(predicted: Array, bins: int = 10) -> Metric:
@@ -300,15 +324,19 @@ def calibration_error(predicted: Array, bins: int = 10) -> Metric:
     bins = len(edges) + 1
 
     def sums(columns: Columns, group: Array, groups: int) -> Array:
-        cell = group * bins + np.searchsorted(edges, columns["predicted"], side="right")
-        gap = columns["predicted"] - columns["actual"]
+        cell, w = group * bins + np.searchsorted(edges, columns["predicted"], side="right"), _weight(columns)
+        gap = (columns["predicted"] - columns["actual"]) * w
         apart = np.bincount(cell, gap, minlength=groups * bins).reshape(groups, bins)
-        return np.concatenate([apart, np.bincount(group, minlength=groups)[:, None]], axis=1)
+        return np.concatenate([apart, np.bincount(group, w, minlength=groups)[:, None]], axis=1)
 
     def value(total: Array) -> Array:
         return _ratio(np.stack([np.abs(total[..., :-1]).sum(axis=-1), total[..., -1]], axis=-1))
 
-    return Metric("calibration_error", "lower", sums, value)
+    def each(columns: Columns, by: Array) -> Array:
+        cell = np.searchsorted(edges, columns["predicted"], side="right")
+        return np.asarray((by[cell] * (columns["predicted"] - columns["actual"]) + by[-1]) * _weight(columns))
+
+    return Metric("calibration_error", "lower", sums, value, each=each)
 
 
 def amount_metrics(spread: Spread | None) -> list[Metric]:
@@ -363,12 +391,13 @@ class Spread:
         return self.mean[cell], self.variance[cell]
 
 
-def calibrated(predicted: Array, known: Array, actual: Array) -> Array:
+def calibrated(predicted: Array, known: Array, actual: Array, weight: Array | None = None) -> Array:
     """``predicted`` drawn to what probabilities have meant lately: Platt's scaling (1999), a line in log odds.
 
-    Learned from rows whose outcome is known (``known`` the probabilities, ``actual`` 0 or 1), by Newton's method, with as
-    much weight as one row for the line that changes nothing.
+    Learned from rows whose outcome is known (``known`` the probabilities, ``actual`` 0 or 1, ``weight`` what each counts, 1
+    where it is None), by Newton's method, with as much weight as one row for the line that changes nothing.
     """
+    w = np.ones(len(known)) if weight is None else weight
 
     def log_odds(p: Array) -> Array:
         p = np.clip(p, 1e-6, 1 - 1e-6)
@@ -382,13 +411,13 @@ def calibrated(predicted: Array, known: Array, actual: Array) -> Array:
 
     def loss(line: Array) -> float:
         z = x @ line
-        return float(np.sum(np.logaddexp(0, z) - actual * z) + np.sum((line - prior) ** 2) / 2)
+        return float(np.sum(w * (np.logaddexp(0, z) - actual * z)) + np.sum((line - prior) ** 2) / 2)
 
     stands = loss(line)
     for _ in range(50):
         p = chance(x @ line)
-        gradient = x.T @ (actual - p) - (line - prior)
-        step = np.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + np.eye(2), gradient)
+        gradient = x.T @ (w * (actual - p)) - (line - prior)
+        step = np.linalg.solve((x * (w * p * (1 - p))[:, None]).T @ x + np.eye(2), gradient)
         # halved until it is one downhill: from far off, a whole step of Newton's leads ever further away
         while (better := loss(line + step)) > stands and np.abs(step).max() > 1e-10:
             step = step / 2
@@ -437,6 +466,41 @@ def jackknife(metric: Metric, by_group: Array) -> Estimate:
     return Estimate(value, float(np.sqrt((d - 1) * np.var(without))), d - 1)
 
 
+def _gradient(value: Callable[[Array], Array], total: Array) -> Array:
+    """The derivative of a metric by each of its sums, at ``total`` (k,); central differences."""
+    step = 1e-5 * np.maximum(np.abs(total), 1e-3)
+    near = np.diag(step)
+    moved = np.asarray(value(total + near)) - np.asarray(value(total - near))
+    return np.asarray(np.nan_to_num(moved / (2 * step)))
+
+
+def two_way(found: Estimate, metric: Metric, columns: Columns, total: Array, day: Array, entity: Array) -> Estimate:
+    """``found``, whose error is between days, with what rows of one entity share beyond their days (see the module).
+
+    ``day`` and ``entity`` (n,) whole numbers from 0 on. The variance is V(day) + V(entity) - V(entity and day), and no less
+    than either of the first two; the degrees of freedom are those of the fewer of both. Where every entity has one row the
+    last two are the same, and the error stays what it was.
+    """
+    if metric.each is None or not np.isfinite(found.error) or not len(entity):
+        return found
+    return _two_way(found, metric.each(columns, _gradient(metric.value, total)), day, entity)
+
+
+def _two_way(found: Estimate, moves: Array, day: Array, entity: Array) -> Estimate:
+    """As ``two_way``, from how far each row moves the figure (``moves``, adding up to 0)."""
+    _, cell = np.unique(entity * (int(day.max()) + 1) + day, return_inverse=True)
+    filled = np.bincount(entity) > 0
+    by_entity, by_cell = (np.bincount(code, moves) for code in (entity, cell))
+    n = int(filled.sum())
+    if n < 2:
+        return Estimate(found.value, float("nan"), 1)
+    v_day, v_entity = found.error**2, float((by_entity**2).sum()) * n / (n - 1)
+    v_cell = float((by_cell**2).sum()) * n / (n - 1)
+    variance = max(v_day, v_entity, v_day + v_entity - v_cell) if n < len(by_cell) else v_day
+    freedom = None if found.freedom is None else min(found.freedom, n - 1)
+    return Estimate(found.value, float(np.sqrt(variance)), freedom)
+
+
 def foreseen(metric: Metric, columns: Columns, group: Array, groups: int) -> tuple[Array, Array]:
     """Expected sums and their variances by group, (groups, k) each; raises ValueError where the metric cannot be foreseen."""
     if metric.expected is None:
@@ -471,12 +535,17 @@ def judge(
     maturity_days: int = 0,
     gate: Callable[[int], Mapping[str, float]] | None = None,
     more: Sequence[Metric] = (),
+    outcome_of: Literal["row", "entity"] = "row",
 ) -> pa.Table:
     """Every figure that can be told at the cut-off of ``day``, in SCHEMA.
 
+    outcome_of: ``row`` where every row has an outcome of its own (what a line earned that day), ``entity`` where one answers
+    all rows of an entity: its rows of a day, of a window, of the reference then share a weight of 1 there.
+
     rows: what was scored up to ``day`` with what was known of it by then: day date32, entity_id, version int64 (null: the
     rule), predicted float64, actual float64 (null: not known), float64 columns that ``more`` metrics ask for; where
-    ``promised`` and ``inside`` stand among them, ``coverage`` is told too. ``gate`` gives a
+    ``promised`` and ``inside`` stand among them, ``coverage`` is told too, and where ``rule`` does (what the rule predicted of
+    the row), the newest version is compared with it. ``gate`` gives a
     version's held-out figures by metric (nothing where it has none, or where they are not comparable).
     Days that may still change, and those of the window, get a figure each; the newest mature window of the version that
     scored last is judged against its baseline (realised), and so are the last days by their estimate.
@@ -484,7 +553,7 @@ def judge(
     rows = rows.filter((pc.field("day") <= pc.scalar(day)) & pc.is_finite(pc.field("predicted")))
     if rows.num_rows == 0:
         return SCHEMA.empty_table()
-    return _Judging(rows, day, kind, spec, maturity_days, gate or (lambda _: {}), more).table()
+    return _Judging(rows, day, kind, spec, maturity_days, gate or (lambda _: {}), more, outcome_of).table()
 
 
 class _Judging:
@@ -499,8 +568,10 @@ class _Judging:
         maturity_days: int,
         gate: Callable[[int], Mapping[str, float]],
         more: Sequence[Metric],
+        outcome_of: Literal["row", "entity"],
     ) -> None:
         self.day, self.spec, self.gate, self.kind = day, spec, gate, kind
+        self.once = outcome_of == "entity"
         self.maturity_days = maturity_days
         days = rows["day"].to_numpy().astype("datetime64[D]")
         values, self.code = np.unique(days, return_inverse=True)
@@ -510,7 +581,8 @@ class _Judging:
         self.columns = {name: rows[name].to_numpy().astype(np.float64) for name in numeric}
         self.known = ~np.isnan(self.columns["actual"])
         entity = rows["entity_id"].combine_chunks().dictionary_encode()
-        self.group = self.code * GROUPS + np.asarray(entity.indices.to_numpy()) % GROUPS
+        self.entity = np.asarray(entity.indices.to_numpy()).astype(np.int64)
+        self.entities = len(entity.dictionary)
         version = pc.fill_null(rows["version"], -1).to_numpy()
         self.version = np.empty(self.d, np.int64)
         self.version[self.code] = version
@@ -522,7 +594,9 @@ class _Judging:
         self.current = int(self.version[-1])
         self.estimated, self.basis = self._basis()
         p = self.columns["predicted"]
-        found = probability_metrics(p) if kind == "probability" else amount_metrics(self.spread)
+        self.ruled = np.isfinite(self.columns[RULE]) if RULE in self.columns else np.zeros(len(p), bool)
+        shown = np.concatenate([p, self.columns[RULE][self.ruled]]) if self.ruled.any() else p
+        found = probability_metrics(shown) if kind == "probability" else amount_metrics(self.spread)
         promises = [coverage()] if {"promised", "inside"} <= set(self.columns) else []
         self.metrics = [*found, *promises, *more]
         self.rows: list[dict[str, Any]] = []
@@ -543,8 +617,9 @@ class _Judging:
                 return predicted, f"errors of {who} {int(mine.sum())} matured rows"
             return predicted, f"{int(mine.sum())} matured rows are too few to know the size of errors"
         if enough and 0 < actual[mine].mean() < 1:
+            known, told = predicted[mine], actual[mine]
             return calibrated(
-                predicted, predicted[mine], actual[mine]
+                predicted, known, told, self._shares(mine)
             ), f"calibrated on {who} {int(mine.sum())} matured rows"
         return predicted, "scores as they are: too few matured rows to check their calibration"
 
@@ -553,31 +628,61 @@ class _Judging:
             self._metric(metric)
         return pa.Table.from_pylist(self.rows, schema=SCHEMA)
 
+    def _shares(self, these: Array) -> Array:
+        """What each of the rows ``these`` counts among them."""
+        if not self.once:
+            return np.ones(int(these.sum()))
+        entity = self.entity[these]
+        return np.asarray(1.0 / np.bincount(entity, minlength=self.entities)[entity])
+
+    def _outcomes(self, these: Array) -> int:
+        """How many outcomes the rows ``these`` have."""
+        return len(np.unique(self.entity[these])) if self.once else int(these.sum())
+
+    def _picked(self, these: Array, **other: Array) -> dict[str, Array]:
+        """The columns of the rows ``these``, with what each counts; ``other`` columns take the place of those of their name."""
+        return {**{k: other.get(k, v)[these] for k, v in self.columns.items()}, "weight": self._shares(these)}
+
+    def _of_days(self, places: Sequence[int], which: Array) -> tuple[Array, Array]:
+        """The rows of some days among ``which`` (a mask of all rows), and each one's day as its place in ``places``."""
+        at = np.full(self.d, -1)
+        at[list(places)] = np.arange(len(places))
+        these = which & (at[self.code] >= 0)
+        return these, at[self.code[these]]
+
+    def _realised(self, metric: Metric, places: Sequence[int]) -> Estimate:
+        """The metric over some days, where outcomes are known."""
+        these, day = self._of_days(places, self.known)
+        columns = self._picked(these)
+        sums = metric.sums(columns, day, len(places))
+        return two_way(jackknife(metric, sums), metric, columns, sums.sum(axis=0), day, self.entity[these])
+
     def _metric(self, metric: Metric) -> None:
         spec = self.spec
-        known = {k: v[self.known] for k, v in self.columns.items()}
-        fine = metric.sums(known, self.group[self.known], self.d * GROUPS).reshape(self.d, GROUPS, -1)
-        by_day = fine.sum(axis=1)
         since = self.day - timedelta(days=self.maturity_days + spec.window_days)
         shown = [i for i in range(self.d) if self.days[i] > since]
-        for i in shown:
-            if self.share[i] > 0:
-                text = "" if self.mature[i] else f"maturing: {self.share[i]:.0%} of {self.n[i]} rows known"
-                n = round(float(self.share[i] * self.n[i]))
-                self._row(metric, "realised", i, i, jackknife(metric, fine[i]), n, self.version[i], text=text)
-        columns = {**self.columns, "predicted": self.estimated}
         can = metric.expected is not None and metric.slope is not None
+        for i in shown:
+            these, _ = self._of_days([i], self.known)
+            if these.any():
+                text = "" if self.mature[i] else f"maturing: {self.share[i]:.0%} of {self.n[i]} rows known"
+                # rows of one day have no days between them: groups of entities stand in
+                fine = metric.sums(self._picked(these), self.entity[these] % GROUPS, GROUPS)
+                n = self._outcomes(these)
+                self._row(metric, "realised", i, i, jackknife(metric, fine), n, self.version[i], text=text)
+        for i in shown if can else ():
+            if not self.mature[i]:
+                every, day = self._of_days([i], np.ones(len(self.code), bool))
+                total, variance = foreseen(metric, self._picked(every, predicted=self.estimated), day, 1)
+                assert metric.slope is not None
+                noise = float(np.sqrt((metric.slope(total[0]) ** 2 * variance[0]).sum()))
+                one = Estimate(float(metric.value(total[0])), noise)
+                self._row(metric, "estimated", i, i, one, self._outcomes(every), self.version[i], text=self.basis)
+        self._window(metric)
         if can:
-            total, variance = foreseen(metric, columns, self.code, self.d)
-            assert metric.slope is not None
-            noise = np.array([np.sqrt((metric.slope(t) ** 2 * v).sum()) for t, v in zip(total, variance, strict=True)])
-            for i in shown:
-                one = Estimate(float(metric.value(total[i])), float(noise[i]))
-                if not self.mature[i]:
-                    self._row(metric, "estimated", i, i, one, int(self.n[i]), self.version[i], text=self.basis)
-        self._window(metric, by_day)
-        if can:
-            self._expected_window(metric, total, variance, by_day)
+            self._expected_window(metric)
+        if self.ruled.any() and metric.name != "coverage":
+            self._beside_rule(metric)
 
     def _last(self, chosen: Array) -> list[int]:
         """The newest days among ``chosen`` within one window of the newest of them."""
@@ -590,36 +695,64 @@ class _Judging:
     def _enough(self, places: list[int], rows: float) -> bool:
         return len(places) >= self.spec.min_days and rows >= self.spec.min_rows
 
-    def _window(self, metric: Metric, by_day: Array) -> None:
+    def _window(self, metric: Metric) -> None:
         """The newest mature days of the version that scores now, beside their baseline."""
         places = self._last(self.mature & (self.version == self.current))
-        n = round(float(sum(self.share[i] * self.n[i] for i in places)))
+        n = self._outcomes(self._of_days(places, self.known)[0])
         if not self._enough(places, n):
             return
-        found = jackknife(metric, by_day[places])
-        base, of = self._baseline(metric, by_day, places, found)
+        found = self._realised(metric, places)
+        base, of = self._baseline(metric, places, found)
         self._row(metric, "realised", places[0], places[-1], found, n, self.current, base=base, of=of, days=len(places))
 
-    def _expected_window(self, metric: Metric, total: Array, variance: Array, by_day: Array) -> None:
+    def _expected_window(self, metric: Metric) -> None:
         """The last days by their estimate, beside the same baseline."""
         places = self._last(self.version == self.current)
-        n = int(self.n[places].sum())
+        every, day = self._of_days(places, np.ones(len(self.code), bool))
+        n = self._outcomes(every)
         if not self._enough(places, n):
             return
-        between = jackknife(metric, total[places])
+        total, variance = foreseen(metric, self._picked(every, predicted=self.estimated), day, len(places))
+        between = jackknife(metric, total)
         assert metric.slope is not None
-        slope = metric.slope(total[places].sum(axis=0))
-        noise = float((slope**2 * variance[places].sum(axis=0)).sum())
+        slope = metric.slope(total.sum(axis=0))
+        noise = float((slope**2 * variance.sum(axis=0)).sum())
         found = Estimate(between.value, float(np.sqrt(between.error**2 + noise)), between.freedom)
-        base, of = self._baseline(metric, by_day, places, found)
+        base, of = self._baseline(metric, places, found)
         self._row(
             metric, "estimated", places[0], places[-1], found, n, self.current,
             base=base, of=of, days=len(places), text=self.basis,
         )  # fmt: skip
 
-    def _baseline(
-        self, metric: Metric, by_day: Array, window: list[int], found: Estimate
-    ) -> tuple[Estimate | None, str]:
+    def _beside_rule(self, metric: Metric) -> None:
+        """The newest mature days of the newest version beside the rule, on the rows that both have scored."""
+        models = np.flatnonzero(self.version >= 0)
+        if not len(models):
+            return
+        number = int(self.version[models[-1]])
+        places = self._last(self.mature & (self.version == number))
+        these, day = self._of_days(places, self.known & self.ruled)
+        n = self._outcomes(these)
+        if not self._enough(places, n):
+            return
+        both = [self._picked(these), self._picked(these, predicted=self.columns[RULE])]
+        mine, rules = (metric.sums(columns, day, len(places)) for columns in both)
+        base = Estimate(float(metric.value(rules.sum(axis=0))), float("nan"))
+        k = mine.shape[1]
+        apart = replace(metric, value=lambda t: metric.value(t[..., :k]) - metric.value(t[..., k:]))
+        gap = jackknife(apart, np.concatenate([mine, rules], axis=1))
+        if metric.each is not None and np.isfinite(gap.error):
+            moves = [
+                metric.each(c, _gradient(metric.value, s.sum(axis=0))) for c, s in zip(both, (mine, rules), strict=True)
+            ]
+            gap = _two_way(gap, moves[0] - moves[1], day, self.entity[these])
+        found = self._realised(metric, places)
+        found = Estimate(float(metric.value(mine.sum(axis=0))), found.error, found.freedom)
+        self._row(
+            metric, RULE, places[0], places[-1], found, n, number, base=base, of="rule", days=len(places), gap=gap
+        )
+
+    def _baseline(self, metric: Metric, window: list[int], found: Estimate) -> tuple[Estimate | None, str]:
         """What the window is compared with: the gate's held-out figure of the version, else the realised days before."""
         held_out = self.gate(self.current) if self.current >= 0 else {}
         if np.isfinite(held_out.get(metric.name, np.nan)):
@@ -633,7 +766,7 @@ class _Judging:
         chosen = np.flatnonzero(mine if mine.sum() >= self.spec.min_days else before)
         if len(chosen) < self.spec.min_days:
             return None, ""
-        return jackknife(metric, by_day[chosen]), "reference"
+        return self._realised(metric, chosen.tolist()), "reference"
 
     def _row(
         self,
@@ -649,7 +782,9 @@ class _Judging:
         of: str = "",
         days: int = 1,
         text: str = "",
+        gap: Estimate | None = None,
     ) -> None:
+        """``gap``: the figure less its baseline, where both are of the same rows; else their errors are independent."""
         if not np.isfinite(found.value):
             return
         reach = found.reach()
@@ -657,15 +792,25 @@ class _Judging:
         if base is not None and np.isfinite(base.value) and base.value:
             sign = 1.0 if metric.better == "lower" else -1.0
             worse = sign * (found.value - base.value) / abs(base.value)
-            error = float(np.hypot(found.error, base.error))
+            error = float(np.hypot(found.error, base.error)) if gap is None else gap.error
             freedom = max((found.freedom or 0) + (base.freedom or 0 if of == "reference" else 0), 1)
+            if gap is not None:
+                freedom = gap.freedom or 1
             near = worse - error * _quantile(freedom) / abs(base.value)
         window = first != last or days > 1
         if window:
             who = "the rule" if version < 0 else f"version {version}"
             beside = f", baseline {base.value:.4g} ({of})" if base is not None else ", no baseline yet"
             moved = f": {abs(worse):.1%} {'worse' if worse > 0 else 'better'}" if worse is not None else ""
-            said = f"{kind} {metric.name} {found.value:.4g} of {who} on {days} days to {self.days[last]}{beside}{moved}"
+            what = "realised" if kind == RULE else kind
+            said = f"{what} {metric.name} {found.value:.4g} of {who} on {days} days to {self.days[last]}{beside}{moved}"
+            if kind == RULE and base is not None and worse is not None and near is not None and np.isfinite(near):
+                # the interval of the difference on the same rows, in the metric's own unit, added to the rule's figure
+                ends = sorted(base.value + sign * abs(base.value) * w for w in (near, 2 * worse - near))
+                said = (
+                    f"{metric.name} {found.value:.4g} vs {base.value:.4g} of the rule "
+                    f"[{ends[0]:.4g}, {ends[1]:.4g}] for {who} on the same rows of {days} days to {self.days[last]}"
+                )
             text = f"{said}; {text}" if text else said
         share = float(np.average(self.share[first : last + 1], weights=self.n[first : last + 1]))
         self.rows.append(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 class Scorer(Protocol):
     """What a model and a rule have in common. ``spec`` is the workflow's model section plus its feature lists."""
+
+    learns: ClassVar[bool]
+    """Whether ``fit`` looks at the rows at all."""
 
     @classmethod
     def fit(cls, rows: pa.Table, spec: Mapping[str, Any], *, seed: int, device: str, threads: int) -> Self:

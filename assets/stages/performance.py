@@ -1,7 +1,7 @@
 """The stage ``performance``: how well the scores do, estimated while outcomes are missing and realised as they become known.
 
 Belongs here: the asset. Does not: the figures (``data_checks.performance``), which scores meet which outcomes
-(``assets.performing``), or what a fall starts (``assets.retraining``, which reads what is stored here).
+(``assets.performing``), or what a fall starts (``assets.retraining``, which reads what is stored here; ``assets.fallback``).
 """
 
 from datetime import date, timedelta
@@ -11,7 +11,7 @@ import dagster as dg
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from assets import acting, performing
+from assets import acting, fallback, performing, promoting
 from assets.resources import ClockResource, LakeResource, LedgerResource, RegistryResource, ReportsResource
 from assets.stages.common import days, folded, key, stage
 from assets.workflow import Workflow
@@ -33,10 +33,15 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         deps=["scores", "outcomes"],
         description=(
             f"{metric} and its like by the day scored: estimated while outcomes are missing, realised as they mature, "
-            f"the last {spec.window_days} days beside their baseline. {figures.ASSUMES[performing.kind_of(workflow)]}"
+            f"the last {spec.window_days} days beside their baseline and the newest version beside the rule. {figures.ASSUMES[performing.kind_of(workflow)]}"
         ),
         kinds={"deltalake"},
-        checks={"performance": (False, f"{metric} is not worse than its baseline by more than its limit")},
+        checks={
+            "performance": (
+                False,
+                f"{metric} is not worse than its baseline by more than its limit, nor than the rule's",
+            )
+        },
     )
     def performance(
         context: dg.AssetExecutionContext,
@@ -47,11 +52,22 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         reports: ReportsResource,
     ) -> dg.MaterializeResult:
         span = days(context)
+        judged: dict[date, pa.Table] = {}
+        links: dict[str, Any] = {}
         with ledger.open(clock.now) as book:
             others = acting.scored_by_others(book, workflow, lake.lake)
-        judged = {day: performing.judge(workflow, lake.lake, registry.registry, day, others) for day in span}
+            for day in span:
+                performing.score_by_rule(workflow, lake.lake, day, others)
+                judged[day] = performing.judge(workflow, lake.lake, registry.registry, day, others)
+                row = fallback.worse(metric, judged[day])
+                # a day whose effect is over says nothing of now, and only the champion can be put back
+                now = clock.now() < promoting.over(day)
+                if row is None or not now or row["version"] != promoting.live(book, workflow)["champion"]:
+                    continue
+                if noted := fallback.note(book, workflow.name, day, row):
+                    context.log.warning(f"{day}: from now on the rule decides: {noted}")
+                    links["the rule decides"] = noted
         lake.lake.replace_days(table, pa.concat_tables(judged.values()), span)
-        links: dict[str, Any] = {}
         for day, found in judged.items():
             context.add_asset_metadata(_numbers(found, day), partition_key=day.isoformat())
             _observe(context, workflow, found)
@@ -74,7 +90,8 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
 def verdict(workflow: Workflow, found: pa.Table) -> tuple[bool, str]:
     """Whether the workflow's metric holds on a day, and that in words; no data is no fall."""
     metric = performing.metric_of(workflow)
-    limits = {"realised": workflow.retraining.realised_limit, "estimated": workflow.retraining.estimated_limit}
+    spec = workflow.retraining
+    limits = {"realised": spec.realised_limit, "estimated": spec.estimated_limit, figures.RULE: 0.0}
     told = [r for r in figures.windows(found).to_pylist() if r["metric"] == metric]
     if not told:
         return True, f"{metric} is not judged: too few days or rows of the version that scores"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -399,6 +399,8 @@ def _judged(rows: pa.Table) -> tuple[pa.Table, Array]:
 class DurationLearner:
     """Boosters for P(missed), for log(1 + remaining hours) and, where recorded, for log(1 + hands-on hours)."""
 
+    learns: ClassVar[bool] = True
+
     encoding: Encoding
     miss: list[lightgbm.Booster]
     duration: lightgbm.Booster
@@ -733,6 +735,8 @@ def _platt(p: Array, target: Array, weight: Array) -> tuple[float, float]:
 @dataclass
 class DurationRule:
     """Smoothed frequencies of missed service levels by a few features: the bar for the model, and its fall-back."""
+
+    learns: ClassVar[bool] = True
 
     columns: tuple[str, ...]
     rates: dict[str, float]

@@ -16,7 +16,7 @@ import itertools
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -110,6 +110,8 @@ class ResponseLearner:
     whose spend was perturbed by a logged multiplier m is read as level x m ** elasticity, the level being that of the
     spend without m.
     """
+
+    learns: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -417,6 +419,8 @@ class ResponseRule:
 
     A line that cost nothing within the 7 days has no ratio: its value is 0.
     """
+
+    learns: ClassVar[bool] = False
 
     def __init__(self, spec: ResponseModel) -> None:
         self.spec = spec

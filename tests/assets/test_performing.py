@@ -42,6 +42,8 @@ def put(lake: Lake, workflow: Workflow, day: date, scores: dict[str, Any], versi
     n = len(scores["entity_id"])
     table = pa.table({**scores, "day": pa.array([day] * n, pa.date32())})
     lake.replace_days(workflow.table("scores"), table, [day])
+    keys = table.select([c for c in ("day", "entity_id", "moment") if c in table.schema.names])
+    lake.replace_days(workflow.table("features"), keys, [day])
     record = {
         "day": pa.array([day], pa.date32()),
         "model_version": pa.array([version], pa.int64()),
@@ -71,10 +73,10 @@ def answers(lake: Lake, workflow: Workflow, at: date) -> dict[tuple[date, str], 
 
 
 def test_an_outcome_known_days_later_updates_the_day_that_was_scored(tickets: Workflow, lake: Lake) -> None:
-    scores = {"entity_id": ["a", "b"], "moment": ["open", "open"], "p_miss": [0.2, 0.7]}
+    scores = {"entity_id": ["a", "b"], "moment": ["intake", "intake"], "p_miss": [0.2, 0.7]}
     put(lake, tickets, DAY, scores)
     put(lake, tickets, DAY + timedelta(days=12), {k: v[:0] for k, v in scores.items()} | {
-        "entity_id": pa.array(["c"]), "moment": pa.array(["open"]), "p_miss": pa.array([0.5])
+        "entity_id": pa.array(["c"]), "moment": pa.array(["intake"]), "p_miss": pa.array([0.5])
     })  # fmt: skip
     noon = datetime(2026, 3, 21, 1)
     known(lake, tickets, DAY, [("a", None, noon), ("b", True, noon)])
@@ -93,7 +95,7 @@ def test_an_outcome_known_days_later_updates_the_day_that_was_scored(tickets: Wo
 
 
 def test_nothing_known_after_the_cut_off_is_seen_wherever_it_lies(tickets: Workflow, lake: Lake) -> None:
-    put(lake, tickets, DAY, {"entity_id": ["a"], "moment": ["open"], "p_miss": [0.2]})
+    put(lake, tickets, DAY, {"entity_id": ["a"], "moment": ["intake"], "p_miss": [0.2]})
     cutoff = tickets.cutoff_of(DAY)
     known(lake, tickets, DAY, [("a", True, cutoff + timedelta(microseconds=1))])
     assert answers(lake, tickets, DAY) == {(DAY, "a"): None}
@@ -130,7 +132,7 @@ def test_a_line_is_judged_by_its_curve_at_the_budget_that_came_to_stand(ads_work
 def test_a_day_whose_scores_were_made_anew_after_it_acted_is_left_out(tickets: Workflow, lake: Lake) -> None:
     days = [DAY - timedelta(days=1), DAY]
     for day, version in zip(days, (1, 2), strict=True):
-        put(lake, tickets, day, {"entity_id": ["a"], "moment": ["open"], "p_miss": [0.2]}, version)
+        put(lake, tickets, day, {"entity_id": ["a"], "moment": ["intake"], "p_miss": [0.2]}, version)
     known(lake, tickets, DAY, [("a", True, tickets.cutoff_of(DAY))])
     assert {r["day"] for r in performing.scored(tickets, lake, DAY).to_pylist()} == set(days)
     assert {r["day"] for r in performing.scored(tickets, lake, DAY, {days[0]}).to_pylist()} == {DAY}

@@ -149,6 +149,52 @@ def test_intervals_by_day_hold_where_rows_share_their_day() -> None:
     assert by_day >= 0.87 * 300 > by_row + 60
 
 
+@pytest.mark.parametrize("world", ["days move", "entities differ", "both", "one row each"])
+def test_intervals_by_day_and_entity_hold_where_either_is_shared(world: str) -> None:
+    """400 windows of seven days, 60 entities of which a third is there on every day: two-way the interval holds."""
+    rng = np.random.default_rng(17)
+    metric = perf.amount_metrics(None)[0]
+    stays = np.arange(60) < 20
+    entity = np.concatenate([np.where(stays, np.arange(60), 60 * (day + 1) + np.arange(60)) for day in range(7)])
+    entity = np.arange(420) if world == "one row each" else np.unique(entity, return_inverse=True)[1]
+    day = np.repeat(np.arange(7), 60)
+    moves, differ = world in ("days move", "both", "one row each"), world in ("entities differ", "both")
+    truth = 10.0
+    inside = by_day = 0
+    for _ in range(400):
+        error = truth + rng.normal(0, 1, 420)
+        error += rng.normal(0, 1, 7)[day] * moves + rng.normal(0, 3, 420)[entity] * differ
+        columns = {"predicted": np.zeros(420), "actual": error}
+        sums = metric.sums(columns, day, 7)
+        one = perf.jackknife(metric, sums)
+        both = perf.two_way(one, metric, columns, sums.sum(axis=0), day, entity)
+        inside += abs(both.value - truth) < both.reach()
+        by_day += abs(one.value - truth) < one.reach()
+        if world == "one row each":
+            assert both == one
+    print(f"{world}: two-way {inside / 400:.1%}, by day {by_day / 400:.1%} of 400")
+    assert 0.93 * 400 <= inside <= 0.995 * 400
+    if world == "entities differ":
+        assert by_day < 0.8 * 400
+
+
+@pytest.mark.parametrize("name", ["brier", "roc_auc", "calibration_error"])
+def test_how_far_a_row_moves_a_figure_is_what_leaving_it_out_moves_it(name: str) -> None:
+    rng, p = drawn(11, 800)
+    y = (rng.random(800) < p).astype(float)
+    weight = rng.choice([0.2, 1.0], 800)
+    metric = by_name(p)[name]
+    columns = {"predicted": p, "actual": y, "weight": weight}
+    total = metric.sums(columns, np.zeros(800, np.int64), 1)[0]
+    assert metric.each is not None
+    moves = metric.each(columns, perf._gradient(metric.value, total))
+    assert moves.sum() == pytest.approx(0, abs=1e-6)
+    for row in (3, 77, 500):
+        kept = np.arange(800) != row
+        less = metric.sums({k: v[kept] for k, v in columns.items()}, np.zeros(799, np.int64), 1)[0]
+        assert metric.value(total) - metric.value(less) == pytest.approx(moves[row], abs=3e-5, rel=0.05)
+
+
 # --- day by day -------------------------------------------------------------------------------------------------------
 
 
@@ -292,6 +338,34 @@ def test_without_a_change_a_limit_of_a_tenth_is_rarely_passed() -> None:
             passed[kind] += row["worse_low"] > 0.1
     print(f"false falls in 30 quiet windows: {passed}")
     assert passed["realised"] <= 1 and passed["estimated"] == 0
+
+
+@pytest.mark.parametrize("worse", [False, True])
+def test_the_newest_version_is_compared_with_the_rule_on_the_same_rows(worse: bool) -> None:
+    rows = scored(truth=lambda ago, p: 1 - p if worse and ago < 30 else p)
+    rule = np.full(rows.num_rows, 0.2)
+    rule[:50] = np.nan  # where it said nothing, nothing is compared
+    found = told(rows.append_column(perf.RULE, pa.array(rule)))[perf.RULE]
+    assert found["baseline_is"] == "rule" and found["version"] == 1 and found["n"] == 700
+    assert (found["worse_low"] > 0) is worse and (found["worse"] > 0) is worse
+    assert "of the rule [" in found["text"] and "for version 1 on the same rows" in found["text"]
+    # days after which the rule scored itself still speak of the version before
+    since = told(scored(version=lambda ago: None if ago < 3 else 1).append_column(perf.RULE, pa.array(rule)))[perf.RULE]
+    assert since["version"] == 1
+
+
+def test_a_version_as_good_as_the_rule_is_rarely_found_worse() -> None:
+    """60 windows in which both say nearly the same, equally well."""
+    rng = np.random.default_rng(12)
+    passed = 0
+    for seed in range(60):
+        rows = scored(days=20, seed=300 + seed)
+        p = rows["predicted"].to_numpy()
+        noisy = [np.clip(p + rng.normal(0, 0.1, len(p)), 0.01, 0.99) for _ in range(2)]
+        rows = rows.set_column(rows.schema.get_field_index("predicted"), "predicted", pa.array(noisy[0]))
+        passed += told(rows.append_column(perf.RULE, pa.array(noisy[1])))[perf.RULE]["worse_low"] > 0
+    print(f"found worse than the rule in {passed} of 60 windows without a difference")
+    assert passed <= 4
 
 
 def test_coverage_counts_promises_only() -> None:
