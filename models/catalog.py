@@ -62,6 +62,7 @@ _LEARNERS = {
     "duration": ("models.learners.duration", "DurationLearner", "DurationRule"),
     "response": ("models.learners.response", "ResponseLearner", "ResponseRule"),
 }
+KINDS = tuple(_LEARNERS)
 
 
 def learner(kind: str) -> type[Learner]:

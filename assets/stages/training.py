@@ -82,8 +82,8 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
         device = resolve_device(training.device)
         held = gating.held_out(workflow, lake.lake, day, rows)
         with ledger.open(clock.now) as book:
-            against = gating.champion_of(workflow, registry.registry, book)
-        champion, twin, note = gating.opponent(workflow, registry.registry, against, held.split)
+            against = gating.champion_of(workflow, registry.registry, book, day)
+        champion, note = gating.opponent(workflow, lake.lake, registry.registry, against, held.split)
         tuned = tuning.tune(workflow, lake.lake, held.split, device=device, say=context.log.info)
         learn = point_in_time.rows_where(rows, training.train_on)
         fitted = tuning.resumable(workflow)(fitting.fit_and_judge)(
@@ -92,13 +92,14 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
             held.rows,
             learner=catalog.learner(workflow.model.kind),
             champion=champion,
-            twin=twin,
+            newest=held.newest,
             spec=tuned.spec,
             day=day,
             decided=held.decided,
             **gating.asked(workflow, device),
         )
         note += fitted.note
+        verdict = fitted.verdict.told(**gating.live(workflow, lake.lake, against, day))
         facts = {
             "matured rows": fitted.rows,
             "held-out rows": held.rows.num_rows,
@@ -116,7 +117,7 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
             name=workflow.name,
             description=workflow.description,
             trained_day=day,
-            verdict=fitted.verdict,
+            verdict=verdict,
             metrics=fitted.metrics,
             facts=facts,
         )
@@ -125,7 +126,7 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
             workflow.name,
             fitted.model.files(),
             trained_day=day,
-            passed=fitted.verdict.passed,
+            passed=verdict.passed,
             params={
                 "recipe": json.dumps(tuned.spec),
                 "device": device,
@@ -133,21 +134,37 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
                 "threads": gating.THREADS,
             },
             metrics={f"{who}_{name}": value for who, one in fitted.metrics.items() for name, value in one.items()},
-            tags={f"signalbox.{k.replace(' ', '_')}": str(v) for k, v in facts.items()} | gate.tags(fitted.verdict),
+            tags={f"signalbox.{k.replace(' ', '_')}": str(v) for k, v in facts.items()} | gate.tags(verdict),
             plots=fitted.model.plots(held.rows if held.rows.num_rows else rows),
             card=text,
             inputs={c: kind for group, kind in _MLFLOW_TYPE.items() for c in getattr(workflow.features, group)},
             seed=deciding.SEED,
         )
         evidence = {
-            "verdict": list(fitted.verdict.reasons), "figures": fitted.verdict.figures, "run": context.run_id, "day": str(day),
+            "verdict": list(verdict.reasons), "figures": verdict.figures, "compared": note.strip(), "run": context.run_id,
+            "day": str(day),
         }  # fmt: skip
         with ledger.open(clock.now) as book:
             place = promoting.admit(
-                workflow, registry.registry, book, made, evidence=evidence, actor=f"run {context.run_id}"
+                workflow,
+                registry.registry,
+                book,
+                made,
+                evidence=evidence,
+                actor=f"run {context.run_id}",
+                held=verdict.held,
             )
             student = tuning.student(
-                workflow, registry.registry, book, held, learn, made, day=day, device=device, run=context.run_id
+                workflow,
+                registry.registry,
+                book,
+                lake.lake,
+                held,
+                learn,
+                made,
+                day=day,
+                device=device,
+                run=context.run_id,
             )
         return dg.MaterializeResult(
             metadata={
@@ -161,9 +178,9 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
             check_results=[
                 dg.AssetCheckResult(
                     check_name="gate",
-                    passed=fitted.verdict.passed,
+                    passed=verdict.passed,
                     severity=dg.AssetCheckSeverity.WARN,
-                    description="; ".join(fitted.verdict.reasons) + note,
+                    description="; ".join(verdict.reasons) + note,
                 )
             ],
         )
