@@ -236,7 +236,11 @@ def _judge(
         )
     if not mine.clean:
         note += f" Version {version.number} may have learned from the held-out days, which flatters it."
-    days = {"held_out_days": [str(held.split + timedelta(days=1)), str(held.mature)], "version": version.number}
+    days: dict[str, Any] = {
+        "held_out_days": [str(held.split + timedelta(days=1)), str(held.mature)],
+        "version": version.number,
+    }
+    days["has_seen_them"] = not mine.clean
     if champion is not None and against is not None:
         days |= live(workflow, lake, against, day)
     return verdict.told(*([note.strip()] if note.strip() else []), **days)
@@ -273,11 +277,9 @@ def _both_ways(
     as_it_is = replace(champion, clean=champion.clean or not mine.clean)
     other, note = fitting.opponent(mine.model, as_it_is, its_twin, its_why, held.rows)
     by_files = examined(mine.model, other, recorded=recorded).told(note.strip())
-    if twin is None or its_twin is None:
-        return by_files.told(
-            f"no twins were judged: {mine.name if twin is None else champion.name} has none, {why or its_why}"
-        )
-    if comparing.same(twin, its_twin, held.rows):
+    if twin is None:
+        return by_files.told(f"no twins were judged: {mine.name} has none, {why}")
+    if its_twin is not None and comparing.same(twin, its_twin, held.rows):
         return by_files.told("no twins were judged: by recipe and day they are one model, and only the files differ")
     other, note = fitting.opponent(twin, champion, its_twin, its_why, held.rows)
     apart = fitting.disagreement(kind, mine.model, twin, champion, its_twin, its_why, held.newest)

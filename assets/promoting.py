@@ -41,6 +41,7 @@ Stage = Literal["shadow", "canary"]
 REQUEST, BEHIND = "request", "registry behind"
 """Kinds of ledger events: an alias moved by a person, with the answer; a move that the registry could not be told of."""
 UNKNOWN = "unknown"
+WAITED = "its gate held it for a person, and one asks for it"
 _PATIENCE_S = 60.0
 """How long one move waits for another of the same workflow; each takes well under a second."""
 
@@ -694,7 +695,16 @@ def _judged(
     said = "; ".join(verdict.reasons)
     if verdict.passed or verdict.held:  # what is held waits for a person, and here is one
         return "recorded", said or "passed its gate", verdict.figures
+    if _waits(ledger, name, version) and verdict.figures.get("has_seen_them") and "harm" in verdict.figures:
+        # no days that it has not seen tell more yet than its gate knew when it held it
+        return "recorded", f"{WAITED}; its files, on days that it has learned from: {said}", verdict.figures
     return "put back", f"refused by its gate: {said}", verdict.figures
+
+
+def _waits(ledger: Ledger, name: str, version: Version) -> bool:
+    """Whether a version waits for a person since its gate held it, with the files that it had then."""
+    mine = [p for p in ledger.promotions(name) if p.version == version.number]
+    return bool(mine) and mine[-1].action == "held" and mine[-1].evidence.get("digest") == version.digest
 
 
 def _gate(workflow: Workflow, registry: Registry, lake: Lake, now: datetime) -> Judge:

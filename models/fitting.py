@@ -106,6 +106,8 @@ def opponent(
             f"its twin, fitted on the {champion.aged.num_rows} rows known by {champion.aged_day}, stands in for it"
         )
     try:
+        if twin is not None and comparing.same(candidate, twin, held_out):
+            twin, why = None, "its twin is the candidate's"
         its_own = comparing.same(candidate, champion.model, held_out)
         champion.model.evaluate(held_out)
     except (KeyError, TypeError, ValueError) as error:

@@ -103,15 +103,17 @@ def test_an_honest_version_passes_and_carries_what_was_found(ads: Bench, made: V
 
 def test_an_older_version_is_laid_beside_a_champion_that_knows_the_held_out_days(ads: Bench, made: Versions) -> None:
     found = judge(ads, made, made.champion, made.fresh)
-    assert found.figures["against"] == "champion"
     # it has no recipe, so that it has no twin; by its files it is what the champion's twin is
-    assert not found.passed and any("are the same model" in r for r in found.reasons)
+    assert found.figures["against"] == "champion" and found.figures["harm"]["point"] > 0
+    assert any("is compared as it is, which flatters it: its twin is the candidate's" in r for r in found.reasons)
+    assert any(f"no twins were judged: version {made.champion.number} has none" in r for r in found.reasons)
 
 
 def test_a_champion_without_a_recipe_is_compared_as_it_is_and_that_is_said(ads: Bench, made: Versions) -> None:
     found = judge(ads, made, made.fresh, made.poisoned)
     assert found.figures["against"] == "champion"
-    assert any(f"no twins were judged: version {made.poisoned.number} has none" in r for r in found.reasons)
+    flattered = [r for r in found.reasons if "is compared as it is, which flatters it: " in r]
+    assert flattered and "its run says no recipe" in flattered[0] and flattered[0].startswith("twins: "), found.reasons
 
 
 def test_the_champion_under_another_number_is_refused(ads: Bench, made: Versions) -> None:
@@ -290,7 +292,7 @@ def test_a_retraining_by_the_champions_own_recipe_is_measured_by_twins_of_both_a
     assert figures["harm"]["point"] != 0.0 and figures["harm"]["low"] < figures["harm"]["high"]
     known = day - timedelta(days=4 + 9)  # as long before the held-out days as it is older than the candidate
     assert f"known by {known}, stands in for it" in told.evidence["compared"]
-    assert 0 < figures["disagreement"]["ratio"] < 5
+    assert 0 < figures["disagreement"]["ratio"] < 0.5
     tags = desk.tags(made)
     assert tags["signalbox.gate"] == "passed" and tags["signalbox.gate_disagreement"].endswith("times the twins'")
     assert (
@@ -314,19 +316,21 @@ def test_a_retraining_that_makes_the_champion_again_is_refused(desk: Desk) -> No
 
 
 def test_spoilt_newest_labels_hold_a_retraining_until_a_person_asks_for_it(desk: Desk) -> None:
+    # two dozen lines and three weeks: twins lie far apart, and sound labels read 0.2
+    desk = replace(desk, bench=loose(desk.bench, disagreement=1.5))
     bench = desk.bench
     spoil(bench, since=bench.last - timedelta(days=5))
     made = desk.retrain()
     told = desk.last()
     assert not made.passed and (told.version, told.action) == (made.number, "held")
-    assert told.evidence["figures"]["disagreement"]["ratio"] > 5
+    assert told.evidence["figures"]["disagreement"]["ratio"] > 1.5
     assert any("it is held for a person" in r for r in told.evidence["verdict"])
     assert desk.tags(made)["signalbox.gate"] == "held" and "signalbox.gate_held" in desk.tags(made)
     live = promoting.live(desk.ledger, bench.workflow)
     assert live["champion"] == desk.champion.number and live["challenger"] is None
     desk.registry.client.set_registered_model_alias(made.name, "champion", str(made.number))
     (answer,) = promoting.reconcile(bench.workflow, desk.registry, desk.ledger, bench.lake, bench.morning(bench.last))
-    assert answer.answer == "recorded" and "held for a person" in answer.reason
+    assert answer.answer == "recorded" and answer.reason.startswith(promoting.WAITED), answer
     assert promoting.live(desk.ledger, bench.workflow)["champion"] == made.number
     assert desk.tags(made)["signalbox.gate"] == "passed"
 
