@@ -155,10 +155,10 @@ def connect(workflow: Workflow, clock: Callable[[], datetime]) -> Connector:
     address = os.environ.get(spec.address_env or "")
     if address:
         fields = type(settings).model_fields
-        if "url_env" in fields:  # it holds the password, too: the settings go on naming only where it stands
+        # url_env: the address holds the password, too, and the settings go on naming only where it stands
+        said = {next((f for f in ("base_url", "url", "endpoint", "path") if f in fields), "url_env"): address}
+        if "url_env" in said:
             said = {"url_env": spec.address_env}
-        else:
-            said = {next(f for f in ("base_url", "url", "endpoint", "path") if f in fields): address}
         settings = type(settings).model_validate({**settings.model_dump(), **said})
     return catalog.connect(settings, environ=os.environ, folder=workflow.folder, clock=clock)
 

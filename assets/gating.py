@@ -8,18 +8,19 @@ is measured (``models.examining``) and what follows from it (``models.gate``), o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from assets import deciding, point_in_time, promoting
+from assets import deciding, performing, point_in_time, promoting
 from assets.lake import Lake
 from assets.workflow import Workflow
 from delivery.ledger import Ledger
-from models import catalog, examining, fitting, gate
+from models import catalog, comparing, examining, fitting, gate
 from models.budget import BudgetPolicy
 from models.registry import CHAMPION, ModelMissing, ModelUnreadable, Registry, Version
 
@@ -42,14 +43,26 @@ class Held:
     """The held-out rows that the gate judges."""
     decided: pa.Table
     """The rows that the policy decides on: the held-out days', and earlier ones with randomised decisions."""
+    newest: fitting.Newest
+    """Features of as many newest days as are held out, before ``day`` and before ``split``."""
+
+
+def twin_day(workflow: Workflow, trained: date) -> date:
+    """The ``split`` of a version trained for a day: a twin fitted on what was known then is as old on the first held-out day
+    as the version is on the day of its training, whoever else is judged on these days."""
+    return trained - timedelta(days=workflow.training.holdout_days + workflow.training.maturity_days)
+
+
+def _known(workflow: Workflow, lake: Lake, day: date) -> pa.Table:
+    """What may be learned from by who is trained for ``day``."""
+    return point_in_time.chosen(workflow, point_in_time.training_set(workflow, lake, day), "training.train_on")
 
 
 def held_out(workflow: Workflow, lake: Lake, day: date, rows: pa.Table) -> Held:
     """Split ``rows``, the training set of ``day`` sorted by day and key."""
     training = workflow.training
-    split = day - timedelta(days=training.holdout_days + training.maturity_days)
+    split = twin_day(workflow, day)
     mature = day - timedelta(days=training.maturity_days)
-    early = point_in_time.training_set(workflow, lake, split)
     late = (pc.field("day") > pc.scalar(split)) & (pc.field("day") <= pc.scalar(mature))
     mine = late
     if isinstance(workflow.policy, BudgetPolicy) and "explore_probability" in rows.column_names:
@@ -59,10 +72,19 @@ def held_out(workflow: Workflow, lake: Lake, day: date, rows: pa.Table) -> Held:
     return Held(
         split,
         mature,
-        point_in_time.chosen(workflow, early, "training.train_on"),
+        _known(workflow, lake, split),
         point_in_time.chosen(workflow, rows.filter(late), "training.evaluate_on"),
         deciding.of_policy(workflow, rows.filter(mine)),
+        fitting.Newest(*(_newest(workflow, lake, until) for until in (day, split))),
     )
+
+
+def _newest(workflow: Workflow, lake: Lake, until: date) -> pa.Table:
+    training = workflow.training
+    since = until - timedelta(days=training.holdout_days)
+    where = (pc.field("day") > pc.scalar(since)) & (pc.field("day") <= pc.scalar(until))
+    rows = point_in_time.chosen(workflow, lake.read(workflow.table("features"), where=where), "training.evaluate_on")
+    return point_in_time.ordered(rows, "day")
 
 
 def terms(workflow: Workflow) -> examining.Terms:
@@ -87,44 +109,96 @@ def asked(workflow: Workflow, device: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def champion_of(workflow: Workflow, registry: Registry, ledger: Ledger) -> Version | None:
-    """Who is champion by the ledger; by the alias where the ledger knows no version of the workflow."""
+def champion_of(workflow: Workflow, registry: Registry, ledger: Ledger, day: date) -> Version | None:
+    """Who is champion for what is trained for ``day``: by the ledger; by the alias where the ledger knows no version.
+
+    Where the champion was trained later than ``day`` (a backfill) it is the newest version by then that had passed its gate:
+    a candidate of an earlier day is not compared with what was learned after it.
+    """
     if not ledger.promotions(workflow.name):
-        return registry.by_alias(workflow.name, CHAMPION)
-    number = promoting.live(ledger, workflow)["champion"]
-    try:
-        return None if number is None else registry.by_number(workflow.name, number)
-    except ModelMissing:
-        return None
+        held = registry.by_alias(workflow.name, CHAMPION)
+    else:
+        number = promoting.live(ledger, workflow)["champion"]
+        try:
+            held = None if number is None else registry.by_number(workflow.name, number)
+        except ModelMissing:
+            held = None
+    if held is None or held.trained_day <= day or held.trained_day == date.max:
+        return held
+    found = promoting.lineup(registry, ledger, workflow.name, day).versions
+    return found[0][1] if found else None
 
 
 def opponent(
-    workflow: Workflow, registry: Registry, champion: Version | None, split: date
-) -> tuple[catalog.Scorer | None, dict[str, Any] | None, str]:
-    """Whom a candidate is compared with: the champion as it is, or its recipe where it has learned from the held-out
-    days; and a sentence about it."""
+    workflow: Workflow, lake: Lake, registry: Registry, champion: Version | None, split: date
+) -> tuple[fitting.Champion | None, str]:
+    """Whom a candidate is compared with, and a sentence where the champion cannot be read.
+
+    Where its files cannot be read it could not decide either: what acts then is the rule, which the candidate must beat.
+    """
     if champion is None:
-        return None, None, ""
+        return None, ""
     try:
-        if champion.trained_day <= split:
-            model = deciding.read_model(workflow, registry, champion)
-            return model, None, f" Compared with version {champion.number} as it is."
-        recipe = registry.recipe(champion)
+        model = deciding.read_model(workflow, registry, champion)
     except (ModelMissing, ModelUnreadable) as error:
-        return None, None, f" Version {champion.number} could not be compared: {error}."
-    stands_in = "its recipe, fitted before them, stands in for it"
-    return None, recipe, f" Version {champion.number} has learned from the held-out days: {stands_in}."
+        return None, f" Version {champion.number} could not be compared: {error}."
+    found = fitting.Champion(f"version {champion.number}", model, champion.trained_day <= split)
+    try:
+        recipe = registry.recipe(champion)
+    except ModelUnreadable as error:
+        return replace(found, why=str(error)), ""
+    if not recipe or champion.trained_day == date.max:
+        return replace(found, why="its run says no recipe, or not for which day it was trained"), ""
+    day = twin_day(workflow, champion.trained_day)
+    rows = _known(workflow, lake, day)
+    if rows.num_rows < workflow.training.min_rows:
+        least = f"{workflow.training.min_rows} are needed (training.min_rows)"
+        return replace(found, why=f"{rows.num_rows} rows were known by {day}, {least}"), ""
+    return replace(found, recipe=recipe, aged=rows, aged_day=day), ""
+
+
+def live(workflow: Workflow, lake: Lake, champion: Version | None, day: date) -> dict[str, Any]:
+    """What the champion really scored on the days since its training whose outcomes were known at the cut-off of ``day``.
+
+    ``live`` with its version, metric, value, rows and days; empty where there is nothing, and for a metric that is no mean
+    over rows. A score knows the budget that stood and not what was spent of it: amounts are foreseen at the budget.
+    """
+    if champion is None:
+        return {}
+    rows = performing.scored(workflow, lake, day)
+    told = (
+        (pc.field("version") == champion.number)
+        & (pc.field("day") > pc.scalar(champion.trained_day))
+        & ~pc.is_nan(pc.field("predicted"))
+        & ~pc.is_nan(pc.field("actual"))
+    )
+    rows = rows.filter(told)
+    kind, metric = workflow.model.kind, workflow.training.metric
+    if not rows.num_rows or kind not in comparing.KINDS:
+        return {}
+    lost = comparing.losses(kind, metric, rows["predicted"].to_numpy(), rows["actual"].to_numpy())
+    if lost is None:
+        return {}
+    days = pc.min_max(rows["day"]).as_py()
+    found = {
+        "version": champion.number, "metric": metric, "value": float(lost.mean()), "rows": rows.num_rows,
+        "days": [str(days["min"]), str(days["max"])],
+        "at": "" if performing.kind_of(workflow) == "probability" else ", at the budgets that stood",
+    }  # fmt: skip
+    return {"live": found}
 
 
 def judge(
     workflow: Workflow, lake: Lake, registry: Registry, version: Version, day: date, *, against: Version | None
 ) -> gate.Verdict:
-    """Judge a registered version, as it is, on the matured days held out by ``day``, beside ``against``.
+    """Judge a registered version on the matured days held out by ``day``, beside ``against``.
 
-    What somebody registered by hand is judged by its very files, never by a recipe that it claims: it may have learned
-    from the held-out days, which flatters it, and the verdict says so. A version that cannot be read or cannot score the
-    held-out rows is refused. What was found becomes tags of the version. Raises TableMissing where features or outcomes
-    were never materialised, and MLflow's error where the registry is down.
+    It is judged by its very files: what its run says of it need not be so. Where it, or ``against``, has learned from the
+    held-out days, that flatters it; then the twins of both are judged as at a training, and it must pass both ways. Where a
+    twin cannot be had the files alone are judged, and the verdict says so.
+    A version that cannot be read, cannot score the held-out rows, or is ``against`` itself under another number is refused.
+    What was found becomes tags of the version. Raises TableMissing where features or outcomes were never materialised, and
+    MLflow's error where the registry is down.
     """
     found = _judge(workflow, lake, registry, version, day, against)
     registry.tag(version.name, version.number, gate.tags(found))
@@ -136,46 +210,84 @@ def _judge(
 ) -> gate.Verdict:
     from lightgbm.basic import LightGBMError
 
-    try:
-        model = deciding.read_model(workflow, registry, version)
-    except (ModelMissing, ModelUnreadable) as error:
-        return gate.refused(f"version {version.number} cannot be read: {error}")
+    against = None if against is not None and against.number == version.number else against
+    rows = point_in_time.ordered(point_in_time.training_set(workflow, lake, day), "day")
+    held = held_out(workflow, lake, day, rows)
+    mine, trouble = opponent(workflow, lake, registry, version, held.split)
+    if mine is None:
+        return gate.refused(f"version {version.number} cannot be read:{trouble}")
+    if not held.rows.num_rows or not held.early.num_rows:
+        return gate.refused(f"no matured rows are held out by {day}: nothing to judge version {version.number} on")
+    champion, note = opponent(workflow, lake, registry, against, held.split)
+    if champion is not None and fitting.is_champion(mine.model, champion, held.rows):
+        return gate.refused(
+            f"version {version.number} and the champion, {champion.name}, are the same model: of a model beside itself "
+            "nothing can be told"
+        )
     try:
         recorded: dict[str, Any] | None = registry.recipe(version)
     except ModelUnreadable:
         recorded = None  # registered by hand: there is only what its files say
-    rows = point_in_time.ordered(point_in_time.training_set(workflow, lake, day), "day")
-    held = held_out(workflow, lake, day, rows)
-    training = workflow.training
-    if not held.rows.num_rows or not held.early.num_rows:
-        return gate.refused(f"no matured rows are held out by {day}: nothing to judge version {version.number} on")
-    same = against is not None and against.number == version.number
-    champion, recipe, note = opponent(workflow, registry, None if same else against, held.split)
-    how: dict[str, Any] = {"seed": deciding.SEED, "device": "cpu", "threads": THREADS}
-    other: catalog.Scorer | None = champion
-    if recipe is not None:
-        other, trouble = fitting.stand_in(catalog.learner(workflow.model.kind), held.early, recipe, how)
-        note += trouble
-    rule = catalog.rule(workflow.model.kind).fit(held.early, deciding.learner_spec(workflow), **how)
     try:
-        verdict, _ = examining.examine(
-            model,
-            rule,
-            other,
-            held.rows,
-            metric=training.metric,
-            better=training.better,
-            margin=training.margin,
-            terms=terms(workflow),
-            decided=held.decided,
-            recorded=recorded,
-        )
+        verdict = _both_ways(workflow, held, mine, champion, recorded)
     except (KeyError, TypeError, ValueError, LightGBMError) as error:
         return gate.refused(
             f"version {version.number} cannot be judged on the held-out rows: {type(error).__name__}: {error}"
         )
-    if version.trained_day > held.split:
+    if not mine.clean:
         note += f" Version {version.number} may have learned from the held-out days, which flatters it."
-    notes = (note.strip(),) if note.strip() else ()
-    days = {"held_out_days": [str(held.split + timedelta(days=1)), str(held.mature)], "version": version.number}
-    return gate.Verdict(verdict.passed, (*verdict.reasons, *notes), {**verdict.figures, **days})
+    days: dict[str, Any] = {
+        "held_out_days": [str(held.split + timedelta(days=1)), str(held.mature)],
+        "version": version.number,
+    }
+    days["has_seen_them"] = not mine.clean
+    if champion is not None and against is not None:
+        days |= live(workflow, lake, against, day)
+    return verdict.told(*([note.strip()] if note.strip() else []), **days)
+
+
+def _both_ways(
+    workflow: Workflow,
+    held: Held,
+    mine: fitting.Champion,
+    champion: fitting.Champion | None,
+    recorded: Mapping[str, Any] | None,
+) -> gate.Verdict:
+    """The verdict on a version's files, and on its twin where it, or the champion, has learned from the held-out days."""
+    training, kind = workflow.training, workflow.model.kind
+    learner = catalog.learner(kind)
+    how: dict[str, Any] = {"seed": deciding.SEED, "device": "cpu", "threads": THREADS}
+    rule = catalog.rule(kind).fit(held.early, deciding.learner_spec(workflow), **how)
+
+    def examined(model: Any, other: Any, **more: Any) -> gate.Verdict:
+        verdict, _ = examining.examine(
+            model, rule, other, held.rows, metric=training.metric, better=training.better, margin=training.margin,
+            terms=terms(workflow), decided=held.decided, **more,
+        )  # fmt: skip
+        return verdict
+
+    if champion is None:
+        return examined(mine.model, None, recorded=recorded)
+    if mine.clean and champion.clean:
+        other, note = fitting.opponent(mine.model, champion, None, "", held.rows)
+        return examined(mine.model, other, recorded=recorded).told(note.strip())
+    twin, why = fitting.champions_twin(mine, learner, how)
+    its_twin, its_why = fitting.champions_twin(champion, learner, how)
+    # who has seen these days is laid beside who has seen them too; who has not, beside a twin that has not
+    as_it_is = replace(champion, clean=champion.clean or not mine.clean)
+    other, note = fitting.opponent(mine.model, as_it_is, its_twin, its_why, held.rows)
+    by_files = examined(mine.model, other, recorded=recorded).told(note.strip())
+    if twin is None:
+        return by_files.told(f"no twins were judged: {mine.name} has none, {why}")
+    if its_twin is not None and comparing.same(twin, its_twin, held.rows):
+        return by_files.told("no twins were judged: by recipe and day they are one model, and only the files differ")
+    other, note = fitting.opponent(twin, champion, its_twin, its_why, held.rows)
+    apart = fitting.disagreement(kind, mine.model, twin, champion, its_twin, its_why, held.newest)
+    by_twins = examined(twin, other, apart=apart).told(note.strip())
+    passed = by_files.passed and by_twins.passed
+    return gate.Verdict(
+        passed,
+        (*by_files.reasons, *(f"twins: {reason}" for reason in by_twins.reasons)),
+        {**by_files.figures, "twins": by_twins.figures, "disagreement": by_twins.figures.get("disagreement")},
+        held=not passed and all(one.passed or one.held for one in (by_files, by_twins)),
+    )

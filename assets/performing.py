@@ -160,7 +160,7 @@ def score_by_rule(workflow: Workflow, lake: Lake, day: date, without: Collection
             continue
         try:
             features = lake.read(workflow.table("features"), version=row.get("features_version"), days=[then])
-            features = point_in_time.rows_where(point_in_time.ordered(features), workflow.training.evaluate_on)
+            features = point_in_time.chosen(workflow, point_in_time.ordered(features), "training.evaluate_on")
             if rule.learns:
                 fitted = deciding.fit_rule(
                     workflow, lake, then, row.get("features_version"), row.get("outcomes_version")

@@ -42,6 +42,7 @@ Stage = Literal["shadow", "canary"]
 REQUEST, BEHIND = "request", "registry behind"
 """Kinds of ledger events: an alias moved by a person, with the answer; a move that the registry could not be told of."""
 UNKNOWN = "unknown"
+WAITED = "its gate held it for a person, and one asks for it"
 _PATIENCE_S = 60.0
 """How long one move waits for another of the same workflow; each takes well under a second."""
 
@@ -317,11 +318,19 @@ def _adopt(ledger: Ledger, name: str, stands: Standing) -> None:
 
 
 def admit(
-    workflow: Workflow, registry: Registry, ledger: Ledger, version: Version, *, evidence: Mapping[str, Any], actor: str
+    workflow: Workflow,
+    registry: Registry,
+    ledger: Ledger,
+    version: Version,
+    *,
+    evidence: Mapping[str, Any],
+    actor: str,
+    held: bool = False,
 ) -> str:
     """A version has been judged by its gate: give it its first place, and record that. Returns the place.
 
-    ``refused`` (it did not pass), ``none`` (a backfill: older than the champion, it takes no alias), ``champion``,
+    ``refused`` (it did not pass), ``held`` (nothing refuses it, and a person must look: who promotes it moves the alias
+    ``champion``), ``none`` (a backfill: older than the champion, it takes no alias), ``champion``,
     ``shadow`` or ``canary``. The first version that passes is champion at once: there is nobody to compare it with.
     Rerunnable. Raises ModelBlocked for a version that was rolled back.
     """
@@ -331,9 +340,12 @@ def admit(
         _mend(ledger, name, stands)
         state = live(ledger, name)
         if not version.passed:
-            if not any(p.version == version.number and p.action == "refused" for p in ledger.promotions(name)):
-                ledger.promotion(name, version.number, "refused", actor, told)
-            return "refused"
+            action = "held" if held else "refused"
+            if not any(p.version == version.number and p.action == action for p in ledger.promotions(name)):
+                ledger.promotion(name, version.number, action, actor, told)
+            if held:
+                registry.held(name, version.number)
+            return action
         if version.blocked or version.number in state["blocked"]:
             raise ModelBlocked(
                 f"model {name!r} version {version.number} was rolled back ({version.blocked or 'see the ledger'}) and is "
@@ -684,9 +696,18 @@ def _judged(
     except (ModelMissing, ModelUnreadable) as error:
         return "put back", f"unreadable: {first_line(error)}", {}
     said = "; ".join(verdict.reasons)
-    if verdict.passed:
+    if verdict.passed or verdict.held:  # what is held waits for a person, and here is one
         return "recorded", said or "passed its gate", verdict.figures
+    if _waits(ledger, name, version) and verdict.figures.get("has_seen_them") and "harm" in verdict.figures:
+        # no days that it has not seen tell more yet than its gate knew when it held it
+        return "recorded", f"{WAITED}; its files, on days that it has learned from: {said}", verdict.figures
     return "put back", f"refused by its gate: {said}", verdict.figures
+
+
+def _waits(ledger: Ledger, name: str, version: Version) -> bool:
+    """Whether a version waits for a person since its gate held it, with the files that it had then."""
+    mine = [p for p in ledger.promotions(name) if p.version == version.number]
+    return bool(mine) and mine[-1].action == "held" and mine[-1].evidence.get("digest") == version.digest
 
 
 def _gate(workflow: Workflow, registry: Registry, lake: Lake, now: datetime) -> Judge:

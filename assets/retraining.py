@@ -407,14 +407,15 @@ def record(ledger: Ledger, triggers: Iterable[Trigger]) -> None:
 
 
 def _turned_away(ledger: Ledger, workflow: str) -> frozenset[date]:
-    """The days for whose cut-off a version was trained that its gate refused, and none that passed."""
+    """The days for whose cut-off a version was trained that its gate refused or held, and none that passed."""
+    away = ("refused", "held")
     said = [
         (p.action, p.evidence["day"])
         for p in ledger.promotions(workflow)
         if "figures" in p.evidence and "day" in p.evidence
     ]
     return frozenset(
-        date.fromisoformat(day) for action, day in said if action == "refused" and all(d != day for a, d in said if a != "refused")
+        date.fromisoformat(day) for action, day in said if action in away and all(d != day for a, d in said if a not in away)
     )  # fmt: skip
 
 

@@ -82,6 +82,7 @@ def student(
     workflow: Workflow,
     registry: Registry,
     ledger: Ledger,
+    lake: Lake,
     held: gating.Held,
     learn: pa.Table,
     made: Version,
@@ -101,7 +102,7 @@ def student(
     training = workflow.training
     if training.distill is None:
         return ""
-    champion = gating.champion_of(workflow, registry, ledger)
+    champion = gating.champion_of(workflow, registry, ledger, day)
     teacher_version = champion
     try:
         if champion is None or students.RECIPE in registry.recipe(champion):
@@ -114,14 +115,14 @@ def student(
     recipe[students.RECIPE] = training.distill.model_dump(mode="json", exclude={"promote"})
     clean = teacher_version.trained_day <= held.split
     base = catalog.learner(workflow.model.kind)
-    other, twin, note = gating.opponent(workflow, registry, champion, held.split)
+    other, note = gating.opponent(workflow, lake, registry, champion, held.split)
     fitted = fitting.fit_and_judge(
         learn,
         held.early,
         held.rows,
         learner=students.of(base, lambda rows: teacher if clean or rows is learn else None),
         champion=other,
-        twin=twin,
+        newest=held.newest,
         spec=recipe,
         day=day,
         decided=held.decided,
@@ -169,7 +170,9 @@ def student(
     elif training.distill.promote:
         evidence: dict[str, Any] = {"verdict": list(fitted.verdict.reasons), "figures": fitted.verdict.figures}
         evidence |= {"run": run, "student_of": teacher_version.number}
-        place = promoting.admit(workflow, registry, ledger, version, evidence=evidence, actor=f"run {run}")
+        place = promoting.admit(
+            workflow, registry, ledger, version, evidence=evidence, actor=f"run {run}", held=fitted.verdict.held
+        )
     return (
         f"Version {version.number} is a student of version {teacher_version.number}: rank correlation "
         f"{agrees['agreement_rank']:.3f}, {agrees['size_share']:.0%} of its size; its gate: {verdict}; {place}."

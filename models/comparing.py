@@ -36,6 +36,10 @@ class Kind:
     calibration: Callable[[Mapping[str, float]], float]
     """From the figures of ``evaluate()``: 0 where predictions are right on average."""
     calibration_is: str
+    says: Callable[[Any, pa.Table], Floats]
+    """What decides of each row, from its features alone: no outcome is looked at."""
+    apart: Callable[[Floats, Floats], float]
+    """How far two models' ``says`` lie apart: a mean of squares, 0 where they are the same."""
 
 
 def _log_loss(p: Floats, missed: Floats) -> Floats:
@@ -48,6 +52,18 @@ def _share_of_bias(figures: Mapping[str, float]) -> float:
     return abs(figures.get("bias", float("nan"))) / mean if mean > 0 else float("nan")
 
 
+def _apart(mine: Floats, theirs: Floats) -> float:
+    return float(np.mean((mine - theirs) ** 2))
+
+
+def _apart_by_size(mine: Floats, theirs: Floats) -> float:
+    """Squares as a share of the amount they lie in, weighted by it: an amount's noise grows with it, and of plain squares
+    the largest lines would be all that counts."""
+    size = (np.abs(mine) + np.abs(theirs)) / 2
+    told = size > 0
+    return float(np.sum((mine - theirs)[told] ** 2 / size[told]) / size.sum()) if told.any() else 0.0
+
+
 KINDS: dict[str, Kind] = {
     "response": Kind(
         "value",
@@ -55,6 +71,8 @@ KINDS: dict[str, Kind] = {
         {"mae": lambda p, value: np.abs(p - value)},
         _share_of_bias,
         "bias as a share of the mean value",
+        lambda model, rows: np.asarray(model.score(rows)["level"].to_numpy(), dtype=np.float64),
+        _apart_by_size,
     ),
     "duration": Kind(
         "missed",
@@ -62,8 +80,45 @@ KINDS: dict[str, Kind] = {
         {"brier": lambda p, missed: (p - missed) ** 2, "log_loss": _log_loss},
         lambda figures: figures.get("calibration_error", float("nan")),
         "expected calibration error",
+        lambda model, rows: np.asarray(model.p_miss(rows), dtype=np.float64),
+        _apart,
     ),
 }
+"""Every kind of ``models.catalog``: one that is not here can be trained, and passes no gate."""
+SAME = 1e-6
+"""Relative difference up to which two figures, and two models' scores, are the same: another number of threads moves more
+digits than the last, and no other recipe moves as few."""
+
+
+def same(one: Any, other: Any, rows: pa.Table) -> bool:
+    """Whether two models are one: the same files, or the same scores of every row of ``rows`` but for rounding."""
+    if one is other or one.files() == other.files():
+        return True
+    if not rows.num_rows:
+        return False
+    mine, theirs = one.score(rows), other.score(rows)
+    return bool(
+        mine.column_names == theirs.column_names
+        and all(_equal(mine.column(c), theirs.column(c)) for c in mine.column_names)
+    )
+
+
+def _equal(mine: pa.ChunkedArray, theirs: pa.ChunkedArray) -> bool:
+    if pa.types.is_list(mine.type) and pa.types.is_list(theirs.type):
+        mine, theirs = (pa.chunked_array([pc.list_flatten(one.combine_chunks())]) for one in (mine, theirs))
+    if not (pa.types.is_floating(mine.type) and pa.types.is_floating(theirs.type)):
+        return bool(mine.equals(theirs))
+    a, b = (np.asarray(one.to_numpy(), dtype=np.float64) for one in (mine, theirs))
+    return len(a) == len(b) and bool(np.allclose(a, b, rtol=SAME, atol=0, equal_nan=True))
+
+
+def disagreement(kind: str, one: Any, other: Any, rows: pa.Table) -> float:
+    """How far two models' scores of ``rows`` lie apart: the mean square for probabilities, for amounts the mean square of
+    the relative difference, weighted by the amount. NaN without rows."""
+    if not rows.num_rows:
+        return float("nan")
+    how = KINDS[kind]
+    return how.apart(how.says(one, rows), how.says(other, rows))
 
 
 def known(kind: str, rows: pa.Table) -> tuple[pa.Table, Floats]:

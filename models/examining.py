@@ -23,6 +23,8 @@ from models.priority import PriorityPolicy
 _OWN_COLUMNS = ("spend_shift_1", "spend_shift_7")
 """Columns that a learner makes itself (``models.learners.response.SPEND_SHIFTS``)."""
 
+SAME_MODEL = "the candidate and the champion are the same model"
+"""A comparison of a model with itself shows no difference, whatever either is worth: such a verdict is refused."""
 HELD_OUT, RANDOMISED = "held-out days", "randomised days"
 """Where the policy's value is measured; the latter includes days that both may have learned from."""
 
@@ -90,23 +92,35 @@ def examine(
     terms: Terms | None = None,
     decided: pa.Table | None = None,
     recorded: Mapping[str, Any] | None = None,
+    apart: gate.Disagreement | str | None = None,
 ) -> tuple[gate.Verdict, dict[str, dict[str, float]]]:
     """The verdict, and the figures of everybody on the held-out rows.
 
-    ``champion`` may be the candidate itself: they tie. Without ``terms`` the figures alone are compared.
+    A champion that is the candidate itself is refused: of a model beside itself nothing can be told. So is a kind of model
+    that has no comparison. Without ``terms`` the figures alone are compared.
     ``decided``: the rows that the policy decides on, with ``unit`` and outcomes; those of days before the held-out ones
-    count for the policy's value only. ``recorded``: see ``contract``.
+    count for the policy's value only. ``recorded``: see ``contract``. ``apart``: see ``fitting.disagreement``.
     """
+    if terms is not None and terms.kind not in comparing.KINDS:
+        known = ", ".join(sorted(comparing.KINDS))
+        return gate.refused(
+            f"models of kind {terms.kind!r} have no comparison (there is one for {known}): nothing says whether this one is "
+            "worse; declare how its rows are compared in models.comparing.KINDS"
+        ), {}
     if terms is not None:
         differs = contract(candidate, terms, held_out, recorded)
         if differs:
             return gate.Verdict(False, differs, {"contract": list(differs)}), {}
+    if champion is not None and held_out.num_rows and comparing.same(candidate, champion, held_out):
+        return gate.refused(f"{SAME_MODEL}: of a model beside itself nothing can be told"), {}
     metrics = {"candidate": candidate.evaluate(held_out), "rule": rule.evaluate(held_out)}
     if champion is not None:
-        metrics["champion"] = metrics["candidate"] if champion is candidate else champion.evaluate(held_out)
+        metrics["champion"] = champion.evaluate(held_out)
     evidence = None
-    if terms is not None and terms.kind in comparing.KINDS:
-        evidence = _gather(candidate, rule, champion, held_out, decided, metric, better, terms, metrics)
+    if terms is not None and held_out.num_rows:
+        evidence = _gather(candidate, rule, champion, held_out, decided, metric, better, terms, metrics, apart)
+        if evidence is None:
+            return gate.refused(f"none of {held_out.num_rows} held-out rows has a known outcome"), metrics
     verdict = gate.judge(
         metric=metric,
         better=better,
@@ -131,6 +145,7 @@ def _gather(
     better: Literal["lower", "higher"],
     terms: Terms,
     metrics: Mapping[str, Mapping[str, float]],
+    apart: gate.Disagreement | str | None,
 ) -> gate.Evidence | None:
     against: Literal["champion", "rule"] = "rule" if champion is None else "champion"
     other, spec, kind = (rule if champion is None else champion), terms.spec, comparing.KINDS[terms.kind]
@@ -161,6 +176,7 @@ def _gather(
         calibration=(kind.calibration_is, kind.calibration(metrics["candidate"]), kind.calibration(metrics[against])),
         megabytes=sum(len(one) for one in candidate.files().values()) / gate.MEGABYTE,
         rows_per_s=speed,
+        disagreement=apart,
     )
 
 
@@ -172,7 +188,7 @@ def _decide(
         return {HELD_OUT: "not measured: the policy decides on none of their rows"}, []
     rows = policy_value.at_status_quo(decided, terms.policy)
     mine = policy_value.decisions(rows, candidate, terms.policy)
-    theirs = mine if other is candidate else policy_value.decisions(rows, other, terms.policy)
+    theirs = policy_value.decisions(rows, other, terms.policy)
     late = np.asarray(pc.is_in(rows.column("day"), value_set=pc.unique(held_out.column("day"))))
     recent, ours, others = rows.filter(pa.array(late)), mine.where(late), theirs.where(late)
     values = {HELD_OUT: policy_value.value(recent, ours, others, terms.policy, **again)}

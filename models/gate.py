@@ -9,17 +9,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.comparing import LEAST_DRAWS, Group, Interval, Slice
+from models.comparing import LEAST_DRAWS, SAME, Group, Interval, Slice
 from models.policy_value import Value
 
 MEGABYTE = 1_000_000
-SAME = 1e-6  # relative difference up to which a figure counts as the mean of its rows
 
 
 class GateSpec(BaseModel):
@@ -70,10 +69,40 @@ class GateSpec(BaseModel):
         description="Largest difference between two groups of an attribute in the share decided against; null: told, "
         "not judged",
     )
+    disagreement: float | None = Field(
+        default=5.0,
+        gt=0,
+        description="Held for a person when candidate and champion disagree on the newest rows by more than so many times "
+        "what their twins do: spoilt newest labels read 9.6, all else 0.4 to 3.2; null: no limit",
+    )
     max_megabytes: float = Field(default=200, gt=0, description="Largest size of a model's files together")
     min_rows_per_s: float = Field(
         default=50, ge=0, description="Fewest rows scored a second, measured on the held-out rows"
     )
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """How far candidate and champion lie apart as they are registered, beside their twins (``comparing.disagreement``).
+
+    The twins have not seen the newest labels. Where these are spoilt, only what has learned from them moves.
+    """
+
+    newest: float
+    """Candidate and champion, on the newest days' rows."""
+    twins: float
+    """Their twins, on the rows that were as new to them."""
+    rows: int
+
+    @property
+    def ratio(self) -> float:
+        """How many times what the twins do."""
+        return self.newest / self.twins
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; six digits, since the last ones are the threads'."""
+        told = {"newest": self.newest, "twins": self.twins, "ratio": self.ratio}
+        return {**{k: float(f"{v:.6g}") for k, v in told.items()}, "rows": self.rows}
 
 
 @dataclass(frozen=True)
@@ -93,15 +122,30 @@ class Evidence:
     """What it is, the candidate's, the other's."""
     megabytes: float
     rows_per_s: float
+    disagreement: Disagreement | str | None = None
+    """A sentence where it could not be measured; None where there is nobody to disagree with."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The gate's answer with its reasons, one sentence each with the figures; ``figures`` are the same for machines."""
+    """The gate's answer with its reasons, one sentence each with the figures; ``figures`` are the same for machines.
+
+    ``held``: nothing refuses it, and it is not promoted unasked; a person decides.
+    """
 
     passed: bool
     reasons: tuple[str, ...]
     figures: dict[str, Any] = field(default_factory=dict)
+    held: bool = False
+
+    @property
+    def word(self) -> str:
+        """``passed``, ``held`` or ``refused``."""
+        return "passed" if self.passed else "held" if self.held else "refused"
+
+    def told(self, *reasons: str, **figures: Any) -> Verdict:
+        """The same answer with more said of it."""
+        return replace(self, reasons=(*self.reasons, *reasons), figures={**self.figures, **figures})
 
 
 def judge(
@@ -120,7 +164,7 @@ def judge(
 
     It passes when it beats the rule, is not worse than the champion by more than ``margin`` (a share of the champion's
     figure), and ``evidence`` shows nothing that ``spec`` forbids. No held-out rows, a missing figure, NaN or infinity
-    never pass.
+    never pass. What would pass, and disagrees with the champion more than its twin does, is held.
     """
     if rows == 0:
         return Verdict(False, ("no matured rows were held out: nothing to judge the candidate on",))
@@ -169,7 +213,23 @@ def judge(
             passed = passed and not fails
             reasons.append(reason)
         figures |= _figures(evidence, spec)
+        holds, reason = _holds(evidence.disagreement, spec.disagreement)
+        reasons += [reason] if reason else []
+        return Verdict(passed and not holds, tuple(reasons), figures, held=passed and holds)
     return Verdict(passed, tuple(reasons), figures)
+
+
+def _holds(found: Disagreement | str | None, limit: float | None) -> tuple[bool, str]:
+    """Whether the newest labels look spoilt, and the sentence."""
+    if found is None or isinstance(found, str):
+        return False, "" if found is None else f"disagreement on the newest rows: {found}"
+    says = f"on the {found.rows} newest rows candidate and champion disagree {found.ratio:.3g} times as much as their twins"
+    if limit is None or not found.ratio > limit:
+        return False, says + ("" if limit is None else f", {limit:g} are allowed")
+    return True, (
+        f"{says}, {limit:g} are allowed: what the twins have not seen, the newest labels, has moved it, and the held-out days "
+        "cannot tell whether it is right; it is held for a person, who promotes it by moving the alias champion"
+    )
 
 
 def _weighed(
@@ -258,6 +318,7 @@ def _figures(found: Evidence, spec: GateSpec) -> dict[str, Any]:
         "calibration": {"is": what, "mine": _number(mine), "theirs": _number(theirs)},
         "slices": [one.as_dict() for one in found.slices],
         "groups": [one.as_dict() for one in found.groups],
+        "disagreement": d.as_dict() if isinstance(d := found.disagreement, Disagreement) else d,
         "megabytes": round(found.megabytes, 3),
         "rows_per_s": float(f"{found.rows_per_s:.3g}"),
     }
@@ -289,10 +350,29 @@ def tags(verdict: Verdict) -> dict[str, str]:
                 {f"{g['attribute']}={g['value']}": [round(x, 3) for x in g["mine"]] for g in found["groups"][:40]},
                 ensure_ascii=False,
             )[:4000],
+            **_disagreement_tag(found["disagreement"]),
             "gate_megabytes": f"{found['megabytes']:g}",
             "gate_rows_per_s": f"{found['rows_per_s']:g}",
         }  # fmt: skip
+    if "live" in found:
+        said["gate_live"] = live_sentence(found["live"])
+    said |= {"gate_held": "for a person: gate_reasons say why"} if verdict.held else {}
     return {f"signalbox.{name}": text for name, text in said.items()}
+
+
+def _disagreement_tag(found: Mapping[str, Any] | str | None) -> dict[str, str]:
+    if found is None:
+        return {}
+    return {"gate_disagreement": found if isinstance(found, str) else f"{found['ratio']:.3g} times the twins'"}
+
+
+def live_sentence(found: Mapping[str, Any]) -> str:
+    """What a champion really scored, from the figures of ``assets.gating.live``."""
+    first, last = found["days"]
+    return (
+        f"live, version {found['version']}'s {found['metric']} was {found['value']:.6g} on {found['rows']} rows of "
+        f"{first} to {last}{found['at']}"
+    )
 
 
 def _short(value: float | None) -> str:
@@ -329,7 +409,16 @@ def _beside(found: Mapping[str, Any]) -> list[str]:
         notes += [f"Policy's value, {where}: as a share of {one['of']}; it supposes that {one['assumes']}.", ""]
     calibration = found["calibration"]
     shown = [_short(calibration[k]) for k in ("mine", "theirs")]
-    lines += [f"| {calibration['is']} | {shown[0]} | {shown[1]} | | |", "", *notes]
+    lines.append(f"| {calibration['is']} | {shown[0]} | {shown[1]} | | |")
+    apart = found["disagreement"]
+    if apart is not None:
+        shown = [apart, "", ""] if isinstance(apart, str) else [
+            f"{apart['newest']:.4g}", f"{apart['twins']:.4g} (twins)", f"{apart['ratio']:.3g} times",
+        ]  # fmt: skip
+        lines.append(f"| disagreement on the newest rows | {shown[0]} | {shown[1]} | {shown[2]} | |")
+    lines += ["", *notes]
+    if "live" in found:
+        lines += [f"Beside it: {live_sentence(found['live'])}.", ""]
     lines.append(f"Its files take {found['megabytes']:g} MB; it scored {found['rows_per_s']:g} rows a second here.")
     if found["slices"]:
         lines += ["", "## By slice", "", f"| slice | rows | candidate | {them} | worse by | more than noise |",
@@ -370,7 +459,7 @@ def card(
         "",
         description,
         "",
-        f"Trained on what was known at the cut-off of **{trained_day}**. Gate: **{'passed' if verdict.passed else 'refused'}**.",
+        f"Trained on what was known at the cut-off of **{trained_day}**. Gate: **{verdict.word}**.",
         "",
         *[f"- {reason}" for reason in verdict.reasons],
         "",

@@ -393,6 +393,10 @@ class Registry:
         """Mark a version as one that has passed its gate, which may be later than its training."""
         self.client.set_model_version_tag(name, str(number), f"{_TAG}gate", "passed")
 
+    def held(self, name: str, number: int) -> None:
+        """Mark a version as one that its gate holds for a person."""
+        self.client.set_model_version_tag(name, str(number), f"{_TAG}gate", "held")
+
     def put_back(self, name: str, number: int, reason: str) -> None:
         """Say at a version why the alias that somebody gave it was taken away again."""
         self.client.set_model_version_tag(name, str(number), f"{_TAG}put_back", reason[:500])

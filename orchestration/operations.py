@@ -168,7 +168,11 @@ def show(
         "step": found.step, "digest": found.digest, "rows": found.rows, "changed": found.changed, "delivery": found.delivery,
         "states": found.counts, "findings": found.findings, "approval": stands.text, "totals": sums,
         "largest changes": largest, "stopped": bool(stopped),
-        "not as intended": [{"entity": d.entity, "state": d.state, "before": d.before, "after": d.after, "stands": d.stands, "observed": d.observed, "says": d.says} for d in off],
+        "not as intended": [
+            {"entity": d.entity, "state": d.state, "before": d.before, "after": d.after, "stands": d.stands,
+             "observed": d.observed, "says": d.says}
+            for d in off
+        ],
         "changed besides": [{"entity": d.entity, "says": d.says} for d in beside],
     }  # fmt: skip
     say: Callable[[int | None], str] = functools.partial(money_or_level, workflow)
@@ -193,8 +197,8 @@ def show(
                 f"  {row['entity_id']}: {say(row['before'])} → {say(row['after'])}{other}  {' '.join(row['reasons'])}"
             )
     for d in off[:limit]:
-        stands = "not read" if d.stands is None else f"there {say(d.stands)}"
-        lines.append(f"  {d.state} {d.entity}: {say(d.before)} → {say(d.after)}, {stands}. {d.says or ''}".rstrip())
+        there = "not read" if d.stands is None else f"there {say(d.stands)}"
+        lines.append(f"  {d.state} {d.entity}: {say(d.before)} → {say(d.after)}, {there}. {d.says or ''}".rstrip())
     if beside:
         lines.append(f"  watched fields of {len(beside)} changed with the value; a rollback does not restore them:")
     lines += [f"    {d.entity}: {d.says}" for d in beside[:limit]]

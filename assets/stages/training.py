@@ -3,6 +3,7 @@
 Belongs here: the two assets. Does not: learning (``models.learners``), judging (``models.gate``), MLflow (``models.registry``).
 """
 
+from dataclasses import replace
 from datetime import timedelta
 
 import dagster as dg
@@ -85,8 +86,8 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
         )  # fmt: skip
         held = gating.held_out(workflow, lake.lake, day, rows)
         with ledger.open(clock.now) as book:
-            against = gating.champion_of(workflow, registry.registry, book)
-        champion, twin, note = gating.opponent(workflow, registry.registry, against, held.split)
+            against = gating.champion_of(workflow, registry.registry, book, day)
+        champion, note = gating.opponent(workflow, lake.lake, registry.registry, against, held.split)
         tuned = tuning.tune(workflow, lake.lake, held.split, device=device, say=context.log.info)
         learn = point_in_time.chosen(workflow, rows, "training.train_on")
         fitted = tuning.resumable(workflow)(fitting.fit_and_judge)(
@@ -95,13 +96,15 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
             held.rows,
             learner=catalog.learner(workflow.model.kind),
             champion=champion,
-            twin=twin,
+            newest=held.newest,
             spec=tuned.spec,
             day=day,
             decided=held.decided,
             **gating.asked(workflow, device),
         )
         note += fitted.note
+        verdict = fitted.verdict.told(**gating.live(workflow, lake.lake, against, day))
+        fitted = replace(fitted, verdict=verdict)
         facts = {
             "matured rows": fitted.rows,
             "held-out rows": held.rows.num_rows,
@@ -119,7 +122,7 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
             name=workflow.name,
             description=workflow.description,
             trained_day=day,
-            verdict=fitted.verdict,
+            verdict=verdict,
             metrics=fitted.metrics,
             facts=facts,
         )
@@ -133,20 +136,27 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
             spec=tuned.spec,
             day=day,
             device=device,
-            passed=fitted.verdict.passed,
+            passed=verdict.passed,
             facts=facts,
             card=text,
             dataset=dataset,
         )
         evidence = {
-            "verdict": list(fitted.verdict.reasons), "figures": fitted.verdict.figures, "run": context.run_id, "day": str(day),
+            "verdict": list(verdict.reasons), "figures": verdict.figures, "compared": note.strip(), "run": context.run_id,
+            "day": str(day),
         }  # fmt: skip
         with ledger.open(clock.now) as book:
             place = promoting.admit(
-                workflow, registry.registry, book, made, evidence=evidence, actor=f"run {context.run_id}"
+                workflow,
+                registry.registry,
+                book,
+                made,
+                evidence=evidence,
+                actor=f"run {context.run_id}",
+                held=verdict.held,
             )
             student = tuning.student(
-                workflow, registry.registry, book, held, learn, made, day=day, device=device, run=context.run_id,
+                workflow, registry.registry, book, lake.lake, held, learn, made, day=day, device=device, run=context.run_id,
                 dataset=dataset,
             )  # fmt: skip
         return dg.MaterializeResult(
@@ -161,9 +171,9 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
             check_results=[
                 dg.AssetCheckResult(
                     check_name="gate",
-                    passed=fitted.verdict.passed,
+                    passed=verdict.passed,
                     severity=dg.AssetCheckSeverity.WARN,
-                    description="; ".join(fitted.verdict.reasons) + note,
+                    description="; ".join(verdict.reasons) + note,
                 )
             ],
         )

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from assets import deciding, gating, point_in_time, promoting, tuning
 from assets.workflow import Promotion, Training
 from delivery.ledger import Ledger
-from models import booster, catalog, search, students
+from models import booster, catalog, fitting, search, students
 from models.registry import CHAMPION, Registry
 from tests.conftest import Bench
 
@@ -112,7 +112,9 @@ def train(bench: Bench, registry: Registry, ledger: Ledger, day: date) -> tuple[
     learn = point_in_time.rows_where(rows, bench.workflow.training.train_on)
     made = registry.by_alias(bench.workflow.name, CHAMPION)
     assert made is not None
-    said = tuning.student(bench.workflow, registry, ledger, held, learn, made, day=day, device="cpu", run="run 7")
+    said = tuning.student(
+        bench.workflow, registry, ledger, bench.lake, held, learn, made, day=day, device="cpu", run="run 7"
+    )
     return registry.versions(bench.workflow.name)[-1], said
 
 
@@ -162,9 +164,12 @@ def test_a_student_is_judged_registered_and_admitted_as_asked(
     )  # fmt: skip
     assert files["level.txt"] == expected.files()["level.txt"]
     # and the next candidate can be compared with it: its recipe fits, teacher first
-    _, twin, _ = gating.opponent(bench.workflow, empty_registry, student, bench.last - timedelta(days=9))
-    fitted = students.of(catalog.learner("response")).fit(learn, twin or {}, seed=1, device="cpu", threads=1)
-    assert fitted.booster.num_trees() == 20
+    split = gating.twin_day(bench.workflow, bench.last + timedelta(days=1))
+    champion, _ = gating.opponent(bench.workflow, bench.lake, empty_registry, student, split)
+    twin, why = fitting.champions_twin(
+        champion, catalog.learner("response"), {"seed": 1, "device": "cpu", "threads": 1}
+    )
+    assert twin is not None and twin.booster.num_trees() == 20, why  # type: ignore[attr-defined]
 
 
 def test_a_student_never_teaches_and_without_a_champion_there_is_none(
@@ -177,7 +182,7 @@ def test_a_student_never_teaches_and_without_a_champion_there_is_none(
     rows = point_in_time.training_set(bench.workflow, bench.lake, bench.last)
     held = gating.held_out(bench.workflow, bench.lake, bench.last, rows)
     said = tuning.student(
-        bench.workflow, empty_registry, ledger, held, rows, failed, day=bench.last, device="cpu", run="r"
+        bench.workflow, empty_registry, ledger, bench.lake, held, rows, failed, day=bench.last, device="cpu", run="r"
     )
     assert said == "No student was trained: there is no champion to learn from."
     assert len(empty_registry.versions(bench.workflow.name)) == 1

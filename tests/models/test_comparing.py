@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -177,3 +178,62 @@ def test_groups_say_how_often_they_are_decided_for_and_against() -> None:
     assert [(g.value, g.rows, g.mine, g.theirs) for g in found] == [
         ("x", 4, (0.5, 0.25), (0.0, 0.0)), ("y", 2, (0.0, 1.0), (0.0, 0.0)),
     ]  # fmt: skip
+
+
+# --- kinds, sameness, disagreement --------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_model_has_a_comparison_and_all_else_that_judging_it_takes() -> None:
+    from assets import performing
+    from assets.workflow import SCORES
+    from models import catalog, search
+
+    for kind in catalog.KINDS:
+        assert kind in comparing.KINDS, f"{kind} passes no gate"
+        assert kind in SCORES and kind in performing._READ and kind in search.SPACES
+        assert comparing.KINDS[kind].losses, f"no metric of {kind} is compared row by row"
+    assert set(comparing.KINDS) == set(catalog.KINDS)
+
+
+@dataclass
+class Says:
+    """A model that says given amounts, in files of a given name."""
+
+    levels: Any
+    name: str = "a"
+
+    def score(self, rows: pa.Table) -> pa.Table:
+        levels = np.asarray(self.levels, dtype=np.float64)
+        return pa.table({"level": levels, "values": np.outer(levels, [0.5, 1.0]).tolist(), "step": ["x"] * len(levels)})
+
+    def files(self) -> dict[str, bytes]:
+        return {"model.txt": self.name.encode()}
+
+
+def test_models_are_the_same_by_their_files_or_by_every_score_but_for_rounding() -> None:
+    rows = pa.table({"n": [1, 2, 3]})
+    one = Says([1.0, 2.0, np.nan])
+    assert comparing.same(one, one, rows) and comparing.same(one, Says([7.0, 8.0, 9.0]), rows), "the same files"
+    assert comparing.same(one, Says([1.0 + 1e-9, 2.0, np.nan], "b"), rows)
+    assert not comparing.same(one, Says([1.0 + 1e-5, 2.0, np.nan], "b"), rows)
+    assert not comparing.same(one, Says([1.0, 2.0, 3.0], "b"), rows)
+    assert not comparing.same(Says([], "a"), Says([], "b"), rows.slice(0, 0)), "no row says that they are"
+
+
+def test_amounts_disagree_by_their_share_so_that_the_largest_line_is_not_all_that_counts() -> None:
+    rows = pa.table({"n": range(100)})
+    level = np.ones(100)
+    level[0] = 1000.0
+    plain = lambda a, b: float(np.mean((a - b) ** 2))  # noqa: E731
+    small, large = level.copy(), level.copy()
+    small[1:] *= 2.0  # every line but the largest says twice as much
+    large[0] *= 1.1  # the largest says a tenth more, and no other line anything else
+    assert plain(large, level) > 100 * plain(small, level)
+    apart = [comparing.disagreement("response", Says(one), Says(level), rows) for one in (small, large)]
+    assert apart[0] > apart[1] > 0
+    assert comparing.disagreement("response", Says(3 * small), Says(3 * level), rows) == pytest.approx(apart[0]), (
+        "no currency"
+    )
+    assert comparing.disagreement("response", Says(level), Says(level), rows) == 0.0
+    assert comparing.disagreement("response", Says(level * 0), Says(level * 0), rows) == 0.0
+    assert np.isnan(comparing.disagreement("response", Says([]), Says([]), rows.slice(0, 0)))

@@ -47,10 +47,13 @@ class Model:
     def encoding(self) -> Encoding:
         return Encoding(self.numeric, dict.fromkeys(self.categorical, ()))
 
-    def expect(self, table: pa.Table) -> Any:
+    def _off(self, table: pa.Table) -> Any:
         off = [self.off[c] for c in table["city"].to_pylist()] if isinstance(self.off, dict) else self.off
+        return np.broadcast_to(np.asarray(off, dtype=np.float64), table.num_rows)
+
+    def expect(self, table: pa.Table) -> Any:
         sign = np.where(np.arange(table.num_rows) % 2, 1, -1)  # wrong both ways: no bias
-        return table["value"].to_numpy() + sign * np.asarray(off)
+        return table["value"].to_numpy() + sign * self._off(table)
 
     def evaluate(self, table: pa.Table) -> dict[str, float]:
         error = self.expect(table) - table["value"].to_numpy()
@@ -61,12 +64,12 @@ class Model:
         spends = table["budget_micros"].to_numpy()[:, None] * np.array([0.5, 1.0, 1.5])
         slope = 1 + table["x"].to_numpy()[:, None]
         return pa.table({
-            "entity_id": table["entity_id"], "level": np.full(table.num_rows, 100.0),
+            "entity_id": table["entity_id"], "level": 100.0 + self._off(table),
             "spends": spends.astype(np.int64).tolist(), "values": (slope * np.array([50.0, 100, 140])).tolist(),
         })  # fmt: skip
 
     def files(self) -> dict[str, bytes]:
-        return {"level.txt": b"x" * self.size}
+        return {"level.txt": b"x" * self.size, "meta.json": repr((self.off, self.claims)).encode()}
 
 
 def terms(**spec: Any) -> Terms:
@@ -82,11 +85,57 @@ def ask(mine: Model, champion: Model | None, table: pa.Table | None = None, **sp
     return verdict
 
 
-def test_a_candidate_that_is_the_champion_ties() -> None:
-    one = Model()
-    found = ask(one, one)
-    assert found.passed and found.figures["harm"]["point"] == found.figures["harm"]["high"] == 0.0
+EQUAL = Model({"bern": 1.0, "oslo": 1.0, "rome": 1.0 + 1e-3})
+"""As good as ``Model(1.0)``, and another model."""
+
+
+def test_a_candidate_that_is_as_good_as_the_champion_passes() -> None:
+    found = ask(EQUAL, Model())
+    assert found.passed and 0 < found.figures["harm"]["point"] < 1e-3
     assert found.figures["against"] == "champion" and len(found.figures["slices"]) == 3
+
+
+@pytest.mark.parametrize("champion", [Model(), Model(1.0 + 1e-9)], ids=["its files", "its scores but for rounding"])
+def test_a_candidate_that_is_the_champion_is_refused(champion: Model) -> None:
+    for mine in (Model(), champion):
+        found = ask(mine, champion)
+        assert not found.passed and not found.held and "harm" not in found.figures
+        assert found.reasons == (
+            "the candidate and the champion are the same model: of a model beside itself nothing can be told",
+        )
+
+
+def test_a_kind_of_model_without_a_comparison_is_refused_and_named() -> None:
+    table = rows()
+    other = Terms("survival", gate.GateSpec(), POLICY, ("x",), ("city",), 3)
+    found, _ = examine(
+        Model(0.5), Model(9.0), Model(1.0), table, metric="mae", better="lower", margin=0.02, terms=other, decided=table
+    )
+    assert not found.passed and not found.held
+    assert "models of kind 'survival' have no comparison (there is one for duration, response)" in found.reasons[0]
+
+
+def test_held_out_rows_without_an_outcome_never_pass() -> None:
+    table = rows(value=pa.nulls(N * DAYS, pa.float64()))
+    found, _ = examine(
+        Silent(0.5),
+        Silent(9.0),
+        Silent(1.0),
+        table,
+        metric="mae",
+        better="lower",
+        margin=0.02,
+        terms=terms(),
+        decided=table,
+    )
+    assert not found.passed and f"none of {N * DAYS} held-out rows has a known outcome" in found.reasons[0]
+
+
+class Silent(Model):
+    """Says figures without looking at outcomes."""
+
+    def evaluate(self, table: pa.Table) -> dict[str, float]:
+        return {"mae": float(self.off), "bias": 0.0, "mean_value": 1.0}
 
 
 def test_one_that_is_better_everywhere_passes_and_one_that_is_worse_everywhere_does_not() -> None:
@@ -141,21 +190,21 @@ def test_no_held_out_rows_never_pass() -> None:
 
 
 def test_bias_beyond_the_limit_is_refused_unless_the_champion_is_as_far_off() -> None:
-    biased = Model(1.0, {"bias": 30.0})
+    biased = Model(1.0 + 1e-3, {"bias": 30.0})
     found = ask(biased, Model(1.0))
     assert not found.passed and any(
         "bias as a share of the mean value 0.3" in r and "above 0.15" in r for r in found.reasons
     )
     assert ask(biased, Model(1.0, {"bias": -31.0})).passed, "the world has moved: nobody is right"
     assert ask(biased, Model(1.0), calibration=None).passed
-    assert not ask(Model(1.0, {"bias": float("nan")}), Model(1.0)).passed
+    assert not ask(Model(1.0, {"bias": float("nan")}), Model(1.1)).passed
 
 
 def test_size_and_speed_have_limits() -> None:
     big = Model(size=3_000_000)
-    assert ask(big, big).passed
-    assert any("3.0 MB" in r for r in ask(big, big, max_megabytes=2).reasons)
-    slow = ask(Model(), Model(), min_rows_per_s=1e12)
+    assert ask(big, EQUAL).passed
+    assert any("3.0 MB" in r for r in ask(big, EQUAL, max_megabytes=2).reasons)
+    slow = ask(Model(), EQUAL, min_rows_per_s=1e12)
     assert not slow.passed and any("rows a second" in r for r in slow.reasons)
 
 
@@ -171,16 +220,15 @@ def test_with_interval_evidence_a_candidate_must_prove_that_it_is_not_worse() ->
 
 def test_groups_are_told_and_judged_only_where_a_limit_is_set() -> None:
     one = Model()
-    found = ask(one, one)
+    found = ask(one, EQUAL)
     assert [g["value"] for g in found.figures["groups"]] == ["bern", "oslo", "rome"]
     assert any(r.startswith("decided against:") and "city" in r for r in found.reasons)
-    assert not ask(one, one, max_disparity=0.0).passed
-    assert ask(one, one, max_disparity=1.0).passed
+    assert not ask(one, EQUAL, max_disparity=0.0).passed
+    assert ask(one, EQUAL, max_disparity=1.0).passed
 
 
 def test_without_randomised_rows_the_policy_is_not_measured_and_nothing_follows() -> None:
-    one = Model()
-    found = ask(one, one)
+    found = ask(Model(), EQUAL)
     assert found.passed and "not measured" in found.figures["policy_value"][HELD_OUT]
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import date
 from typing import Any, ClassVar, Self
 
 import pyarrow as pa
 import pytest
 
+from models import fitting
 from models.fitting import Fitted, TooFewRows, fit_and_judge
 
 
 class Model:
-    """Remembers the rows that it learned from and was judged on; its figure is given."""
+    """Remembers the rows that it learned from and was judged on; its figure is given. It says what it learned from."""
 
     figure: ClassVar[float] = 1.0
     fitted: ClassVar[list[tuple[str, list[int]]]] = []
@@ -24,13 +26,20 @@ class Model:
     @classmethod
     def fit(cls, rows: pa.Table, spec: Mapping[str, Any], *, seed: int, device: str, threads: int) -> Self:
         assert (seed, device, threads) == (7, "cpu", 1) and spec in ({"a": 1}, {"a": 2})
+        name = cls.__name__ if spec == {"a": 1} else "Other"
         learned = rows["n"].to_pylist()
-        Model.fitted.append((cls.__name__, learned))
-        return cls(cls.__name__ if spec == {"a": 1} else "Twin", learned)
+        Model.fitted.append((name, learned))
+        return cls(name, learned)
 
     def evaluate(self, rows: pa.Table) -> dict[str, float]:
         Model.judged.append((self.name, rows["n"].to_pylist()))
         return {"mae": self.figure}
+
+    def score(self, rows: pa.Table) -> pa.Table:
+        return pa.table({"score": [str(self.learned)] * rows.num_rows})
+
+    def files(self) -> dict[str, bytes]:
+        return {"model.txt": f"{self.name} {self.learned}".encode()}
 
 
 class Learner(Model):
@@ -63,47 +72,102 @@ def run(learn: pa.Table, early: pa.Table, held_out: pa.Table, **changed: Any) ->
     return fit_and_judge(learn, early, held_out, **{**said, **changed})
 
 
+LEARN, EARLY, HELD, AGED = table(1, 2, 3, 4), table(1, 2), table(3, 4), table(1)
+
+
+def champion(**changed: Any) -> fitting.Champion:
+    said: dict[str, Any] = {"name": "version 3", "model": Champion("champion", [0]), "clean": False}
+    return fitting.Champion(**{**said, **changed})
+
+
+def aged(recipe: Mapping[str, Any], **changed: Any) -> fitting.Champion:
+    return champion(recipe=recipe, aged=AGED, aged_day=date(2026, 3, 1), **changed)
+
+
+def judged() -> set[str]:
+    return {name for name, rows in Model.judged if rows == [3, 4]}
+
+
 def test_the_judged_twin_and_the_rule_have_not_seen_the_held_out_rows() -> None:
-    fitted = run(table(1, 2, 3, 4), table(1, 2), table(3, 4))
-    assert Model.fitted == [("Learner", [1, 2]), ("Rule", [1, 2]), ("Learner", [1, 2, 3, 4])]
+    fitted = run(LEARN, EARLY, HELD)
+    assert sorted(Model.fitted) == [("Learner", [1, 2]), ("Learner", [1, 2, 3, 4]), ("Rule", [1, 2])]
     assert fitted.model.learned == [1, 2, 3, 4]  # type: ignore[attr-defined]
-    assert fitted.rows == 4 and fitted.verdict.passed
+    assert fitted.rows == 4 and fitted.verdict.passed and fitted.note == ""
 
 
-def test_candidate_rule_and_champion_are_judged_on_the_same_rows() -> None:
-    fitted = run(table(1, 2, 3, 4), table(1, 2), table(3, 4), champion=Champion("champion"))
-    assert Model.judged == [("Learner", [3, 4]), ("Rule", [3, 4]), ("champion", [3, 4])]
+def test_candidate_rule_and_a_champion_of_earlier_days_are_judged_on_the_same_rows() -> None:
+    fitted = run(LEARN, EARLY, HELD, champion=champion(clean=True))
+    assert judged() == {"Learner", "Rule", "champion"} and all(rows == [3, 4] for _, rows in Model.judged)
     assert fitted.metrics == {"candidate": {"mae": 1.0}, "rule": {"mae": 2.0}, "champion": {"mae": 3.0}}
+    assert fitted.note == " Compared with version 3 as it is."
 
 
-def test_a_champion_that_knows_the_held_out_days_is_stood_in_for_by_its_recipe() -> None:
-    fitted = run(table(1, 2, 3, 4), table(1, 2), table(3, 4), twin={"a": 2})
-    assert Model.judged == [("Learner", [3, 4]), ("Rule", [3, 4]), ("Twin", [3, 4])]
-    assert ("Learner", [1, 2]) in Model.fitted and fitted.metrics["champion"] == {"mae": 1.0}
+@pytest.mark.parametrize("recipe", [{"a": 2}, {"a": 1}], ids=["another recipe", "the candidate's own"])
+def test_a_champion_that_knows_the_held_out_days_is_stood_in_for_by_a_twin_that_is_as_much_older(recipe: Any) -> None:
+    fitted = run(LEARN, EARLY, HELD, champion=aged(recipe))
+    assert ("Other" if recipe == {"a": 2} else "Learner", [1]) in Model.fitted
+    assert fitted.metrics["champion"] == {"mae": 1.0} and fitted.verdict.passed
+    assert "has learned from the held-out days: its twin, fitted on the 1 rows known by 2026-03-01" in fitted.note
 
 
-def test_the_same_recipe_ties_without_being_fitted_again() -> None:
-    fitted = run(table(1, 2, 3, 4), table(1, 2), table(3, 4), twin={"a": 1})
-    assert Model.judged == [("Learner", [3, 4]), ("Rule", [3, 4])]
-    assert fitted.metrics["champion"] == fitted.metrics["candidate"] and fitted.verdict.passed
+def test_a_champion_that_the_candidates_twin_is_itself_is_told_from_it_by_its_own_twin() -> None:
+    one = champion(model=Learner("Learner", [1, 2]), clean=True)
+    refused = run(LEARN, EARLY, HELD, champion=one)
+    assert not refused.verdict.passed and "are the same model" in refused.verdict.reasons[0]
+    fitted = run(LEARN, EARLY, HELD, champion=aged({"a": 1}, model=one.model, clean=True))
+    assert fitted.verdict.passed and "Version 3 is what the candidate's twin is: its twin" in fitted.note
 
 
-def test_a_recipe_that_does_not_fit_any_more_is_not_compared_and_that_is_said() -> None:
-    def refuse(rows: pa.Table, spec: Mapping[str, Any], **how: Any) -> Learner:
+def test_a_candidate_that_is_the_champion_is_refused_and_the_champion_is_named() -> None:
+    fitted = run(LEARN, EARLY, HELD, champion=aged({"a": 1}, model=Learner("Learner", [1, 2, 3, 4])))
+    assert not fitted.verdict.passed and fitted.model.learned == [1, 2, 3, 4]  # type: ignore[attr-defined]
+    assert fitted.verdict.reasons == (
+        "the candidate and the champion are the same model (version 3): of a model beside itself nothing can be told",
+    )
+
+
+@pytest.mark.parametrize("figure", [0.9, 1.1])
+def test_without_a_twin_a_champion_that_knows_the_held_out_days_is_compared_as_it_is(
+    figure: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Champion, "figure", figure)
+    fitted = run(LEARN, EARLY, HELD, champion=champion(why="12 rows were known by 2026-03-01"))
+    assert fitted.verdict.passed is (figure > 1), "who passes beside one that is flattered passes"
+    assert "is compared as it is, which flatters it: 12 rows were known by 2026-03-01." in fitted.note
+
+
+class Broken(Learner):
+    @classmethod
+    def fit(cls, rows: pa.Table, spec: Mapping[str, Any], **how: Any) -> Any:
         if spec == {"a": 3}:
             raise KeyError("column 'gone'")
-        return Learner("Learner", rows["n"].to_pylist())
+        return super().fit(rows, spec, **how)
 
-    broken = type("Broken", (Learner,), {"fit": staticmethod(refuse)})
-    fitted = run(table(1, 2, 3, 4), table(1, 2), table(3, 4), learner=broken, twin={"a": 3})
+
+def test_a_recipe_that_does_not_fit_any_more_has_no_twin_and_that_is_said() -> None:
+    fitted = run(LEARN, EARLY, HELD, learner=Broken, champion=aged({"a": 3}))
+    assert fitted.metrics["champion"] == {"mae": 3.0} and fitted.verdict.passed
+    assert "its recipe cannot be fitted any more: KeyError" in fitted.note
+
+
+class Blind(Champion):
+    def score(self, rows: pa.Table) -> pa.Table:
+        raise KeyError("column 'gone'")
+
+
+def test_a_champion_that_cannot_score_the_rows_is_not_compared_and_that_is_said() -> None:
+    fitted = run(LEARN, EARLY, HELD, champion=champion(model=Blind("blind"), clean=True))
     assert "champion" not in fitted.metrics and fitted.verdict.passed
-    assert "cannot be fitted any more, so it is not compared: KeyError" in fitted.note
+    assert "Version 3 cannot score the held-out rows and is not compared: KeyError" in fitted.note
+    fitted = run(LEARN, EARLY, HELD, champion=aged({"a": 2}, model=Blind("blind"), clean=True))
+    assert fitted.metrics["champion"] == {"mae": 1.0}
+    assert "cannot score the held-out rows (KeyError: \"column 'gone'\"): its twin" in fitted.note
 
 
-@pytest.mark.parametrize(("champion", "passes"), [(0.9, False), (1.0, True), (1.1, True)])
-def test_the_champion_is_part_of_the_verdict(champion: float, passes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Champion, "figure", champion)
-    assert run(table(1, 2), table(1), table(2), champion=Champion("champion")).verdict.passed is passes
+@pytest.mark.parametrize(("figure", "passes"), [(0.9, False), (1.0, True), (1.1, True)])
+def test_the_champion_is_part_of_the_verdict(figure: float, passes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Champion, "figure", figure)
+    assert run(LEARN, EARLY, HELD, champion=champion(clean=True)).verdict.passed is passes
 
 
 @pytest.mark.parametrize(("early", "held_out"), [(table(), table(2)), (table(1), table())])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from models.comparing import Interval
-from models.gate import Evidence, GateSpec, Verdict, card, judge
+from models.gate import Disagreement, Evidence, GateSpec, Verdict, card, judge, tags
 from models.policy_value import Value
 
 
@@ -156,3 +156,70 @@ def test_a_plan_that_loses_by_itself_is_refused_beside_a_champion_that_loses_as_
     found = _judged_by(worth)
     assert found.passed is passes
     assert any("beside moving nothing" in r for r in found.reasons) is not passes
+
+
+def held_by(found: Disagreement | str | None, **spec: Any) -> Verdict:
+    evidence = Evidence(
+        "champion",
+        Interval(0.0, -0.01, 0.01, 0.5, 7, 100),
+        {},
+        {},
+        (),
+        (),
+        ("calibration error", 0.01, 0.01),
+        1.0,
+        1e4,
+        found,
+    )
+    return judge(
+        metric="mae", better="lower", margin=0.02, candidate={"mae": spec.pop("mine", 1.0)}, rule={"mae": 2.0},
+        champion={"mae": 1.0}, rows=100, evidence=evidence, spec=GateSpec(**spec),
+    )  # fmt: skip
+
+
+def test_what_disagrees_with_the_champion_far_more_than_its_twin_does_is_held_for_a_person() -> None:
+    found = held_by(Disagreement(0.0096, 0.001, 700))
+    assert not found.passed and found.held and found.word == "held"
+    (said,) = [r for r in found.reasons if "held for a person" in r]
+    assert (
+        "on the 700 newest rows" in said
+        and "9.6 times" in said
+        and "5 are allowed" in said
+        and "moving the alias" in said
+    )
+    assert found.figures["disagreement"] == {"newest": 0.0096, "twins": 0.001, "ratio": 9.6, "rows": 700}
+    assert tags(found)["signalbox.gate_disagreement"] == "9.6 times the twins'" and "signalbox.gate_held" in tags(found)
+
+
+@pytest.mark.parametrize("ratio", [0.4, 3.2, 5.0])
+def test_what_disagrees_as_twins_do_passes(ratio: float) -> None:
+    found = held_by(Disagreement(ratio / 1000, 0.001, 700))
+    assert found.passed and not found.held and found.word == "passed" and "signalbox.gate_held" not in tags(found)
+    assert any("times as much as their twins, 5 are allowed" in r for r in found.reasons)
+
+
+def test_what_is_refused_is_not_held_and_a_limit_can_be_set_or_taken_away() -> None:
+    spoilt = Disagreement(0.0096, 0.001, 700)
+    refused = held_by(spoilt, mine=1.5)
+    assert not refused.passed and not refused.held and refused.word == "refused"
+    assert held_by(spoilt, disagreement=10).passed and held_by(spoilt, disagreement=None).passed
+    assert held_by(Disagreement(0.001, 0.001, 700), disagreement=0.5).held
+
+
+def test_a_disagreement_that_could_not_be_measured_is_said() -> None:
+    found = held_by("not measured, version 3 has no twin: its run says no recipe")
+    assert found.passed and found.figures["disagreement"].startswith("not measured")
+    assert (
+        "disagreement on the newest rows: not measured, version 3 has no twin: its run says no recipe" in found.reasons
+    )
+    text = card(name="shop", description="", trained_day=date(2026, 3, 9), verdict=found, metrics={}, facts={})
+    assert "| disagreement on the newest rows | not measured" in text
+
+
+def test_what_the_champion_really_scored_stands_beside() -> None:
+    live = {"version": 3, "metric": "mae", "value": 1.25, "rows": 70, "days": ["2026-03-02", "2026-03-08"], "at": ""}
+    found = held_by(None).told(live=live)
+    said = "live, version 3's mae was 1.25 on 70 rows of 2026-03-02 to 2026-03-08"
+    assert tags(found)["signalbox.gate_live"] == said
+    text = card(name="shop", description="", trained_day=date(2026, 3, 9), verdict=found, metrics={}, facts={})
+    assert f"Beside it: {said}." in text
