@@ -687,8 +687,12 @@ def test_a_line_whose_budget_is_an_older_days_is_decided_on_but_not_explored():
     old, champion, explore = age > 0, arm == "champion", arm == "explore"
     assert (after != before)[old & champion].any() and (after != before)[~old & explore].any()
     assert (after == before)[old & explore].all() and after[explore].sum() == before[explore].sum()
-    perturbation, chance = (decisions[c].to_numpy(zero_copy_only=False) for c in ("perturbation", "perturbation_probability"))
-    assert (perturbation[old & explore] == 1).all() and (chance[old & explore] == 1).all(), "no slope is learned from it"
+    perturbation, chance = (
+        decisions[c].to_numpy(zero_copy_only=False) for c in ("perturbation", "perturbation_probability")
+    )
+    assert (perturbation[old & explore] == 1).all() and (chance[old & explore] == 1).all(), (
+        "no slope is learned from it"
+    )
     assert "an older day's" in decisions["reasons"][int(np.argmax(old & explore))].as_py()[0]
 
 
