@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import tempfile
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 from assets import landing
 from assets.lake import Lake, content_digest
-from assets.landing import IngestResult, discover, ingest, manifest, readers
+from assets.landing import IngestResult, discover, ingest, ingesting, manifest, readers
 from assets.workflow import Contract, Source, Workflow
 from tests.support.properties import examples
 
@@ -401,6 +402,25 @@ def test_a_crash_in_the_recovery_of_a_crash_ends_in_the_same_tables(
     for last in (4, 1, 2, 3, 5, 6, 7, 4, 2):
         with _dying(monkeypatch, last), pytest.raises(KeyboardInterrupt):
             desk.land(now=LATER)
+    desk.land(now=LATER)
+    assert desk.digests() == undisturbed
+
+
+@pytest.mark.parametrize("at", [2, 3, 4])
+def test_what_an_earlier_release_left_interrupted_is_taken_back(
+    desk: Desk, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    _stage_one(desk)
+    _stage_two(desk)
+
+    def unsaid(record: landing.FileRecord, **fields: Any) -> landing.FileRecord:
+        return dataclasses.replace(record, **fields | ({"reason": None} if fields.get("status") == "landing" else {}))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ingesting, "replace", unsaid)
+        with _dying(monkeypatch, at), pytest.raises(KeyboardInterrupt):
+            desk.land(now=LATER)
+    assert [r["reason"] for r in desk.rows("files") if r["status"] == "landing"] == [None] * 3
     desk.land(now=LATER)
     assert desk.digests() == undisturbed
 
