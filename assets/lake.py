@@ -10,7 +10,7 @@ import hashlib
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from typing import Literal
@@ -30,24 +30,107 @@ class TableMissing(LookupError):
     """A table that was asked for has never been written."""
 
 
+class TypeChanged(ValueError):
+    """A column was to be written with a type in which not every value of the table, or of the write, would stand as it
+    is; nothing was written. The message names table and column, both types and the way out."""
+
+
 def _retyped(table: pa.Table, to_disk: bool) -> pa.Table:
     """Timestamps between naive UTC (code) and zoned UTC (disk); plain strings and lists whatever Arrow flavour came in."""
     columns, fields = [], []
     for column, field_ in zip(table.columns, table.schema, strict=True):
-        kind = field_.type
-        if pa.types.is_timestamp(kind):
-            kind = _UTC if to_disk else _NAIVE
-        elif pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
-            kind = pa.string()
-        elif pa.types.is_dictionary(kind):
-            kind = kind.value_type
-        elif pa.types.is_null(kind):
-            kind = pa.string()
-        elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
-            kind = pa.list_(pa.field("element", kind.value_type, nullable=True))
+        kind = _flavour(field_.type, _UTC if to_disk else _NAIVE)
         columns.append(column if column.type == kind else column.cast(kind))
         fields.append(pa.field(field_.name, kind, nullable=True))
     return pa.table(columns, schema=pa.schema(fields))
+
+
+_SIGNED = {pa.uint8(): pa.int16(), pa.uint16(): pa.int32(), pa.uint32(): pa.int64(), pa.uint64(): pa.int64()}
+
+
+def _flavour(kind: pa.DataType, moment: pa.DataType) -> pa.DataType:
+    """The type in which a type is kept. A column without a type is text until its first value (``_common``)."""
+    if pa.types.is_timestamp(kind):
+        return moment
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or pa.types.is_null(kind):
+        return pa.string()
+    if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
+        return pa.binary()
+    if pa.types.is_dictionary(kind):
+        return _flavour(kind.value_type, moment)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return pa.list_(pa.field("element", _flavour(kind.value_type, moment), nullable=True))
+    return _SIGNED.get(kind, kind)  # Delta knows no unsigned numbers
+
+
+def _storable(table: str, data: pa.Table) -> pa.Table:
+    """The rows as they are kept, each value as it was. Raises TypeChanged where a type cannot be kept."""
+    columns = {}
+    for name in data.schema.names:
+        column = data.select([name])
+        try:
+            columns[name] = _retyped(column, to_disk=True)[name]
+            deltalake.Schema.from_arrow(pa.schema([(name, columns[name].type)]))
+        except Exception as error:  # deltalake raises bare Exceptions here
+            raise TypeChanged(
+                f"table {table!r}, column {name!r}: {data.schema.field(name).type} cannot be kept as it is "
+                f"({str(error).splitlines()[0]}); cast it in the SQL that makes it"
+            ) from error
+    return pa.table(columns)
+
+
+def _common(old: pa.DataType, new: pa.DataType) -> pa.DataType | None:
+    """The type in which values of both types stand, if there is one; whether each value does is for ``_exactly``."""
+    if old == new:
+        return old
+    if pa.types.is_list(old) and pa.types.is_list(new):
+        inner = _common(old.value_type, new.value_type)
+        return None if inner is None else pa.list_(pa.field("element", inner, nullable=True))
+    for alike in (pa.types.is_integer, pa.types.is_floating):
+        if alike(old) and alike(new):
+            return max(old, new, key=lambda kind: kind.bit_width)
+    if pa.types.is_decimal(old) and pa.types.is_decimal(new):
+        whole, scale = max(old.precision - old.scale, new.precision - new.scale), max(old.scale, new.scale)
+        return pa.decimal128(whole + scale, scale) if whole + scale <= 38 else None
+    if all(pa.types.is_integer(k) or pa.types.is_floating(k) or pa.types.is_decimal(k) for k in (old, new)):
+        return pa.float64()
+    return None
+
+
+def _inside(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """What the lists of a column hold."""
+    return pa.chunked_array([pc.list_flatten(column.combine_chunks())], column.type.value_type)
+
+
+def _joint(old: pa.ChunkedArray, new: pa.ChunkedArray) -> pa.DataType | None:
+    """``_common`` of two columns, where one without a value takes any type."""
+    if new.null_count == len(new):
+        return old.type
+    if old.null_count == len(old):
+        return new.type
+    if pa.types.is_list(old.type) and pa.types.is_list(new.type):
+        inner = _joint(_inside(old), _inside(new))
+        return None if inner is None else pa.list_(pa.field("element", inner, nullable=True))
+    return _common(old.type, new.type)
+
+
+def _exactly(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray | None:
+    """A column in another type where each value stands in it as it is, else None."""
+    if column.type == kind:
+        return column
+    if column.null_count == len(column):
+        return pa.chunked_array([pa.nulls(len(column), kind)])
+    if pa.types.is_list(column.type):
+        alike = pa.types.is_list(kind) and _exactly(_inside(column), kind.value_type) is not None
+        return column.cast(kind) if alike else None
+    try:
+        cast = column.cast(kind)
+        if pa.types.is_floating(column.type) and pa.types.is_floating(kind) and kind.bit_width > column.type.bit_width:
+            return cast  # and what is not a number stays none
+        back = cast.cast(column.type)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return None
+    return cast if back.equals(column) else None
 
 
 def content_digest(table: pa.Table, columns: Sequence[str] | None = None) -> str:
@@ -68,6 +151,16 @@ class VersionMissing(TableMissing):
 
 class Moved(RuntimeError):
     """Somebody wrote the table after the version that a write started from; nothing was written."""
+
+
+def _kept(opened: deltalake.DeltaTable) -> list[pa.Field]:
+    """The columns of a table, in the types in which they are kept."""
+    return [pa.field(f.name, _flavour(f.type, f.type)) for f in pa.schema(opened.schema().to_arrow())]
+
+
+def _some(column: pa.ChunkedArray) -> str:
+    """The first three of a column's values, for a message."""
+    return ", ".join(map(repr, column.drop_null().slice(0, 3).to_pylist())) or "no value"
 
 
 _ALONE = CommitProperties(max_commit_retries=0)
@@ -160,20 +253,32 @@ class Lake:
     ) -> int:
         """Put ``data`` in the place of the rows that meet ``predicate``, in one commit; returns that commit's version.
 
-        Every row of ``data`` must meet the predicate itself. Columns that the table did not have are added. Writers of
-        one table come one after the other, whatever they write. ``base``: the version that ``data`` was made from (None:
-        there was no table); raises Moved where the table is no longer at it.
+        Every row of ``data`` must meet the predicate itself. Columns that the table did not have are added. Where a column
+        has another type than in the table, both are kept in the type that holds them exactly (whole numbers become
+        fractions, a column without a value takes any type) and the table is rewritten in the same commit; raises
+        TypeChanged where there is no such type. Versions before it stay as they are. Writers of one table come one after
+        the other, whatever they write. ``base``: the version that ``data`` was made from (None: there was no table);
+        raises Moved where the table is no longer at it.
         """
-        rows = _retyped(data, to_disk=True)
+        rows = _storable(table, data)
         for attempt in range(_ATTEMPTS):
             at = self.version(table) if base == "newest" else base
             try:
                 if at is None:
                     return self._create(table, rows, partition_by)
                 opened = self._open(table, at)
-                deltalake.write_deltalake(
-                    opened, rows, mode="overwrite", predicate=predicate, schema_mode="merge", commit_properties=_ALONE
+                kinds = self._agreed(table, opened, rows, predicate)
+                fitted = pa.table(
+                    [_exactly(rows[n], kinds[n]) for n in rows.schema.names],
+                    schema=pa.schema([(n, kinds[n]) for n in rows.schema.names]),
                 )
+                if any(kinds[f.name] != f.type for f in _kept(opened)):
+                    self._rewrite(opened, fitted, kinds, predicate)
+                else:
+                    deltalake.write_deltalake(
+                        opened, fitted, mode="overwrite", predicate=predicate, schema_mode="merge",
+                        commit_properties=_ALONE,
+                    )  # fmt: skip
                 return at + 1
             except DeltaError as error:
                 now = self.version(table)
@@ -183,6 +288,77 @@ class Lake:
                     raise Moved(f"table {table!r} is at version {now}, and was to be written on {base}") from error
                 time.sleep(random.uniform(0, min(0.5, 0.01 * 2**attempt)))
         raise Moved(f"table {table!r}: other writers came first {_ATTEMPTS} times; run it again")
+
+    def _agreed(
+        self, table: str, opened: deltalake.DeltaTable, rows: pa.Table, predicate: str
+    ) -> dict[str, pa.DataType]:
+        """The type of each column after a replacement. Raises TypeChanged where no type holds every value."""
+        kinds = {f.name: f.type for f in _kept(opened)}
+        before = dict(kinds)
+        for name in rows.schema.names:
+            old, new = before.get(name), rows.schema.field(name).type
+            if old is None or old == new:
+                kinds[name] = new
+                continue
+            whole = rows[name].null_count == len(rows) or _common(old, new) == old
+            if whole and _exactly(rows[name], old) is not None:
+                continue  # without looking at what stands
+            stays = self._staying(opened, [name], predicate).read_all()[name].cast(old)
+            joint = _joint(stays, rows[name])
+            held = joint is not None and all(_exactly(c, joint) is not None for c in (stays, rows[name]))
+            kinds[name] = joint if held else old
+            if not held or (kinds[name] != old and name in opened.metadata().partition_columns):
+                raise TypeChanged(
+                    f"table {table!r}, column {name!r}: holds {old}, such as {_some(stays)}, and would be given {new}, such "
+                    f"as {_some(rows[name])}; no type holds both exactly, so nothing was written. Cast it to {old} where it "
+                    "is made (the workflow's SQL, the contract's type), or give the new figure a name of its own"
+                )
+        return kinds
+
+    def _staying(self, opened: deltalake.DeltaTable, columns: Sequence[str], predicate: str) -> pa.RecordBatchReader:
+        """The rows of a table that a replacement leaves, batch by batch."""
+        import duckdb
+
+        connection = duckdb.connect()
+        connection.execute("SET threads = 1; SET TimeZone = 'UTC'; SET preserve_insertion_order = true")
+        connection.register("stored", opened.to_pyarrow_dataset())
+        picked = ", ".join('"' + c.replace('"', '""') + '"' for c in columns)
+        return connection.sql(f"SELECT {picked} FROM stored WHERE NOT coalesce(({predicate}), false)").to_arrow_reader()
+
+    def _rewrite(
+        self, opened: deltalake.DeltaTable, rows: pa.Table, kinds: dict[str, pa.DataType], predicate: str
+    ) -> None:
+        """Write the whole table anew, in other types: what stays of it, and the new rows."""
+        import duckdb
+
+        connection = duckdb.connect()
+        connection.execute("SET TimeZone = 'UTC'")
+        connection.register("given", rows)
+        found = connection.sql(f"SELECT count(*) FROM given WHERE NOT coalesce(({predicate}), false)").fetchall()
+        if found != [(0,)]:
+            raise ValueError(f"{found[0][0]} rows do not meet the predicate {predicate} of what they replace")
+        schema = pa.schema(list(kinds.items()))
+        old = {f.name: f.type for f in _kept(opened)}
+        staying = self._staying(opened, list(old), predicate)  # opened here: deltalake cannot be asked while it writes
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            for batch in staying:
+                part = pa.Table.from_batches([batch])
+                columns = [
+                    _exactly(part[n].cast(old[n]), kind) if n in old else pa.chunked_array([pa.nulls(len(part), kind)])
+                    for n, kind in kinds.items()
+                ]
+                yield from pa.table(columns, schema=schema).to_batches()
+            missing = [n for n in kinds if n not in rows.schema.names]
+            whole = rows
+            for name in missing:
+                whole = whole.append_column(name, pa.nulls(rows.num_rows, kinds[name]))
+            yield from whole.select(schema.names).cast(schema).to_batches()
+
+        deltalake.write_deltalake(
+            opened, pa.RecordBatchReader.from_batches(schema, batches()), mode="overwrite", schema_mode="overwrite",
+            partition_by=list(opened.metadata().partition_columns), commit_properties=_ALONE,
+        )  # fmt: skip
 
     def _create(self, table: str, rows: pa.Table, partition_by: Sequence[str]) -> int:
         """Write the first version of a table; raises DeltaError where somebody else did."""

@@ -83,6 +83,20 @@ def _entities_once(found: pa.Table, keys: Sequence[str], where: str) -> None:
         )
 
 
+def _finite(found: pa.Table, where: str) -> None:
+    """Raise StageSqlError where a number is none: dividing by zero or ``ln(0)`` gives NaN or infinity in DuckDB."""
+    for field in found.schema:
+        if not pa.types.is_floating(field.type):
+            continue
+        odd = found.filter(pc.invert(pc.fill_null(pc.is_finite(found[field.name]), True)))
+        if odd.num_rows:
+            raise StageSqlError(
+                f"{where}: {field.name} is {odd[field.name][0].as_py()} for {odd['entity_id'][0].as_py()!r} "
+                f"({odd.num_rows} of {found.num_rows} rows); divide by nullif(..., 0), take ln of nullif(..., 0), so that "
+                "what is not known is NULL"
+            )
+
+
 def _stamped(table: pa.Table, day: date) -> pa.Table:
     column = pa.array([day] * table.num_rows, pa.date32())
     return (
@@ -98,7 +112,7 @@ def features(
     """The features of each day: entities as of its cut-off, sorted by key, with ``day`` added.
 
     ``version`` is the version of the events table to read (newest where None). Raises StageSqlError where the SQL
-    fails, yields no ``entity_id`` or names an entity twice.
+    fails, yields no ``entity_id``, names an entity twice or yields a number that is NaN or infinite.
     """
     for day, connection in _as_of(workflow, lake, days, workflow.features.lookback_days, version):
         found = _run(workflow, workflow.features.sql, connection, day, "features")
@@ -115,7 +129,9 @@ def features(
                 "or features.categorical in workflow.yaml name"
             )
         keys = keys_of(found.schema.names)
-        _entities_once(found, keys, f"{workflow.folder / workflow.features.sql}: features of {day}")
+        where = f"{workflow.folder / workflow.features.sql}: features of {day}"
+        _entities_once(found, keys, where)
+        _finite(found, where)
         yield day, _stamped(found.sort_by([(k, "ascending") for k in keys]), day)
 
 
@@ -132,7 +148,9 @@ def outcomes(
         fresh = found.filter(
             (pc.field("known_at") > pc.scalar(previous)) & (pc.field("known_at") <= pc.scalar(workflow.cutoff_of(day)))
         )
-        _entities_once(fresh, ["entity_id", "for_day"], f"{workflow.folder / workflow.outcomes.sql}: outcomes of {day}")
+        where = f"{workflow.folder / workflow.outcomes.sql}: outcomes of {day}"
+        _entities_once(fresh, ["entity_id", "for_day"], where)
+        _finite(fresh, where)
         # sorted by its key: the same outcomes give the same bytes whatever order the SQL found them in
         yield day, _stamped(fresh.sort_by([("entity_id", "ascending"), ("for_day", "ascending")]), day)
 

@@ -300,6 +300,28 @@ def test_features_sql_that_cannot_be_used_names_its_file(tiny: Any, features: st
     assert why in str(caught.value) and "features.sql" in str(caught.value)
 
 
+@pytest.mark.parametrize("number", ["amount / 0", "ln(amount - amount)", "sqrt(-amount)", "1e308 * 10 * amount"])
+def test_a_number_that_is_none_is_refused_by_file_column_and_entity(tiny: Any, number: str) -> None:
+    """DuckDB 2 answers NaN or infinity where 1.x raised or said NULL, and LightGBM would learn from it."""
+    given = [("a", 1, D, 20), ("b", 2, D, 20)]
+    for sql, told, stage in (
+        (f"SELECT id AS entity_id, amount, CASE WHEN id = 'b' THEN {number} END AS odd FROM events", TOLD, "features"),
+        (PLAIN, TOLD.replace("SELECT", f"SELECT CASE WHEN id = 'b' THEN {number} END AS odd,", 1), "outcomes"),
+    ):
+        workflow, lake = tiny(sql, told, given)
+        with pytest.raises(StageSqlError, match=rf"{stage}\.sql.*odd is (nan|inf|-inf) for 'b' \(1 of 2 rows\).*nullif"):
+            list(getattr(point_in_time, stage)(workflow, lake, [D]))
+
+
+@pytest.mark.parametrize("table", ["sorted_events", "landed", "temp.sorted_events", "temp.main.sorted_events"])
+def test_a_range_shows_a_day_no_row_of_a_later_one_under_any_name(tiny: Any, table: str) -> None:
+    before = D - timedelta(days=1)
+    peeking = f"SELECT id AS entity_id, amount FROM {table}"
+    workflow, lake = tiny(peeking, TOLD, [("a", 1, before, 1), ("b", 2, D, 1)])
+    with pytest.raises(StageSqlError, match=r"features\.sql:1: there is no table .* this SQL sees events"):
+        list(point_in_time.features(workflow, lake, [before, D]))
+
+
 def replace_numeric(workflow: Workflow) -> Workflow:
     return workflow.model_copy(update={"features": workflow.features.model_copy(update={"numeric": ()})})
 
