@@ -89,12 +89,18 @@ class Source(Strict):
     files: str = Field(
         description="Glob below landing/<workflow>/, or an fsspec URL; {day} stands for a day (YYYY-MM-DD) and makes a run read only its own days' files"
     )
-    format: Literal["csv", "parquet", "jsonl"] = Field(description="What the file holds after gzip or zip is undone")
+    format: Literal["csv", "parquet", "jsonl", "xes"] = Field(
+        description="What the file holds after gzip or zip is undone; xes: an event log (IEEE 1849), a row an event"
+    )
     sql: str = Field(description="The mapping: a SELECT over `raw`, a path below the workflow's folder")
     known_at: Literal["mapped", "landing"] = Field(
         description="mapped: the SQL yields known_at; landing: a row is known from the time its file landed"
     )
     delimiter: str = Field(default=",", min_length=1, max_length=1, description="Between the fields of a CSV file")
+    quote: Literal['"', "'", ""] = Field(
+        default='"',
+        description="Around a CSV field that holds delimiters or line ends; empty: no field does, quotes are text",
+    )
     encoding: str = Field(default="utf-8", description="Decoded strictly; a byte that does not fit refuses the file")
     null: tuple[str, ...] = Field(default=("",), description="Texts that mean null")
     columns: tuple[str, ...] | None = Field(
@@ -109,7 +115,9 @@ class Source(Strict):
     )
 
     @model_validator(mode="after")
-    def _given_needs_columns(self) -> Source:
+    def _can_be_read(self) -> Source:
+        if self.delimiter in ("\r", "\n", self.quote):
+            raise ValueError("delimiter: it cannot be a line end or the quote")
         if self.header == "given" and not self.columns:
             raise ValueError("header: given needs `columns`")
         return self

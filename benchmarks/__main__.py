@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ORDER = (
-    "daily_run", "budget_policy", "advertising_world", "priority_policy", "ledger", "verify", "push", "rollback",
+    "daily_run", "landing", "budget_policy", "advertising_world", "priority_policy", "ledger", "verify", "push", "rollback",
     "regression", "drift", "conformal", "students", "training_memory",
 )  # fmt: skip
 

@@ -116,12 +116,17 @@ def discover(root: str | Path, source: Source, days: Sequence[date] | None = Non
             if info["type"] == "directory" or (info.get("islink") and os.path.isdir(path)) or _set_aside(below):
                 continue
             name = without_secrets(f"{fixed}/{below}") if address else below
+            name = name.encode("utf-8", "backslashreplace").decode()
             found[name] = LandingFile(name=name, path=path, base=base, fs=fs)
     return [found[name] for name in sorted(found)]
 
 
 def _fingerprint(file: LandingFile) -> tuple[Any, ...]:
     """What changes when a file is replaced or written to; also refuses what is no plain file of the landing zone."""
+    try:
+        file.path.encode()
+    except UnicodeEncodeError:
+        raise FileRefused(f"{file.name}: its name is not UTF-8; rename it") from None
     if isinstance(file.fs, LocalFileSystem):
         if not Path(os.path.realpath(file.path)).is_relative_to(os.path.realpath(file.base)):
             raise FileRefused(f"{file.name}: leads out of the landing zone through a link; copy the file into it")
@@ -167,7 +172,10 @@ def _gunzipped(packed: Path, name: str) -> Iterator[bytes]:
             yield block
             data = stream.unconsumed_tail
             if stream.eof:
-                data = stream.unused_data or file.read(BLOCK)
+                # another member, or the zeros with which some programs fill up the last block
+                data = stream.unused_data.lstrip(b"\0")
+                while not data and (more := file.read(BLOCK)):
+                    data = more.lstrip(b"\0")
                 stream = zlib.decompressobj(wbits=31) if data else stream
             elif not data:
                 data = file.read(BLOCK)
@@ -197,23 +205,28 @@ def _unzipped(packed: Path, name: str) -> Iterator[bytes]:
         raise FileRefused(f"{name}: the zip is damaged ({error}); send the file again") from error
 
 
-def _unpacked(packed: Path, target: Path, name: str, max_bytes: int) -> Path:
-    """The content of a gzip or zip (known by its first bytes); any other file as it is."""
-    with packed.open("rb") as file:
+def _packing(path: Path) -> str:
+    """gzip or zip, known by the first bytes; empty for any other file."""
+    with path.open("rb") as file:
         magic = file.read(4)
-    if magic[:2] == b"\x1f\x8b":
-        blocks = _gunzipped(packed, name)
-    elif magic in (b"PK\x03\x04", b"PK\x05\x06"):
-        blocks = _unzipped(packed, name)
-    else:
+    return "gzip" if magic[:2] == b"\x1f\x8b" else "zip" if magic in (b"PK\x03\x04", b"PK\x05\x06") else ""
+
+
+def _unpacked(packed: Path, target: Path, name: str, max_bytes: int) -> Path:
+    """The content of a gzip or zip; any other file as it is."""
+    outer = _packing(packed)
+    if not outer:
         return packed
     size = 0
     with target.open("wb") as out:
-        for block in blocks:
+        for block in _gunzipped(packed, name) if outer == "gzip" else _unzipped(packed, name):
             size += len(block)
             if size > max_bytes:
                 raise FileRefused(f"{name}: unpacks to more than {max_bytes:,} bytes; split it, or raise max_bytes")
             out.write(block)
+    inner = _packing(target)
+    if inner:
+        raise FileRefused(f"{name}: is a {inner} within a {outer}; pack the file once")
     return target
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from assets.workflow import Column, EventsContract, Source, Workflow
 
 _INTEGER = r"\s*[+-]?[0-9]+(\.0*)?\s*"
+_FLOAT = r"\s*[+-]?[0-9]*(\.[0-9]+([eE][+-]?[0-9]+)?|[eE][+-]?[0-9]+)\s*"
 _NUMBER = r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*|\s*[+-]?(?i:nan|inf|infinity)\s*"
 
 QUARANTINE = pa.schema(
@@ -188,7 +189,10 @@ def judge(
         return con.sql('FROM "#out"').to_arrow_table()
 
     names = [c for c in raw.table.column_names if c != "source_row"]
-    con.register("#file", raw.table)
+    try:
+        con.register("#file", raw.table)
+    except duckdb.Error as error:
+        raise FileRefused(f"{landing.path}: a column's type cannot be read: {str(error).splitlines()[0]}") from error
     nulls = ", ".join(text_sql(text) for text in source.null)
     native = source.format == "parquet" or not nulls
     shown = [
@@ -220,6 +224,16 @@ def judge(
             f"{kept[0]} rows; take out WHERE, DISTINCT, GROUP BY and joins that drop or repeat rows"
         )
 
+    texts = [c for c, spec in columns.items() if spec.type == "VARCHAR"]
+    floating = [c for c in texts if re.fullmatch(r"FLOAT|DOUBLE|DECIMAL\(\d+,(?!0\))\d+\)", types[c])]
+    if floating:
+        raise FileRefused(
+            f"{place}: column {some(floating)} comes as {types[floating[0]]}, and contract.yaml calls it VARCHAR: a name "
+            "kept as a number with a fraction reads 12345.0 or has lost digits; send text or whole numbers, or cast it in "
+            f"the SQL: CAST(CAST({floating[0]} AS BIGINT) AS VARCHAR)"
+        )
+    written = _written_as_floats(run, [c for c in texts if types[c] == "VARCHAR"], sorted(raw.floats))
+
     known_at = f"TIMESTAMP '{landing.landed_at.isoformat(sep=' ')}'"
     typed = {c: known_at if c in supplied else _typed(c, spec.type, types[c]) for c, spec in columns.items()}
     misfits = "".join(
@@ -227,6 +241,12 @@ def judge(
         + _verdict(f"type:{c}", f"{_value(c)} || {text_sql(f' is not a {columns[c].type}')}")
         for c in columns
         if c not in supplied and columns[c].type != "VARCHAR"
+    ) + "".join(
+        f" WHEN regexp_full_match({name_sql(c)}, {text_sql(_FLOAT)}) THEN "
+        + _verdict(
+            f"type:{c}", f"{_value(c)} || ' is a number with a fraction or exponent, not a VARCHAR; send it as text'"
+        )
+        for c in written
     )
     misfit = f"CASE{misfits} END" if misfits else "NULL"
     run(
@@ -284,6 +304,25 @@ def judge(
         for f in QUARANTINE
     ]
     return Judged(events, pa.table(quarantine, schema=QUARANTINE))
+
+
+def _written_as_floats(
+    run: Callable[..., duckdb.DuckDBPyConnection], texts: Sequence[str], floats: Sequence[str]
+) -> list[str]:
+    """Text columns of the contract that are a column of the file in which numbers stand with a fraction or exponent.
+
+    A column is taken for one of the file's where it has its text in every row in which that is such a number.
+    """
+    pairs = [(c, f) for c in texts for f in floats]
+    if not pairs:
+        return []
+    same = ", ".join(
+        f"coalesce(bool_and(m.{name_sql(c)} IS NOT DISTINCT FROM f.{name_sql(f)}) "
+        f"FILTER (regexp_full_match(f.{name_sql(f)}, {text_sql(_FLOAT)})), false)"
+        for c, f in pairs
+    )
+    (found,) = run(f'SELECT {same} FROM "#mapped" m JOIN "#file" f USING (source_row)').fetchall()
+    return list(dict.fromkeys(c for (c, _), yes in zip(pairs, found, strict=True) if yes))
 
 
 def _mark_duplicates(

@@ -450,18 +450,30 @@ def test_a_file_larger_than_the_bound_is_refused(desk: Desk) -> None:
     assert "larger than 1,000 bytes" in desk.refusal("orders.csv", max_bytes=1000)
 
 
-def test_a_stray_quote_costs_its_own_line_only(desk: Desk) -> None:
-    found = desk.broken(
-        HEADER + 'a,1/5/2024,1,1\n"b,1/5/2024,1,1\n' + "".join(f"c{i},1/5/2024,1,1\n" for i in range(300))
-    )
-    assert [(row, rule) for row, rule, _ in found] == [(2, "malformed")]
-    assert len(desk.rows("events")) == 301
+def test_a_quote_that_never_closes_refuses_the_file_and_what_follows_it_is_no_row(desk: Desk) -> None:
+    rows = "".join(f"c{i},1/5/2024,1,1\n" for i in range(300))
+    desk.put("orders.csv", HEADER + 'a,1/5/2024,1,1\n"b,1/5/2024,1,1\n' + rows)
+    said = desk.refusal("orders.csv")
+    assert "line 3" in said and "never closes" in said and 'quote: ""' in said
 
 
-def test_a_stray_quote_that_closes_in_a_wrong_place_gives_up_no_good_line_between(desk: Desk) -> None:
+def test_text_after_a_closing_quote_refuses_the_file(desk: Desk) -> None:
+    text = HEADER + '"he said \\"hi\\"\nT-999,1/5/2024,1,1\nbye",1/5/2024,1,1\n'
+    desk.put("orders.csv", text)
+    said = desk.refusal("orders.csv")
+    assert "line 2" in said and "follows a closing quote" in said
+
+
+def test_a_quoted_field_that_swallows_lines_is_one_malformed_row_with_all_its_text(desk: Desk) -> None:
     found = desk.broken(HEADER + '"a,1/5/2024,1,1\nb,1/5/2024,1,1\n",1\nc,1/5/2024,1,1\n')
-    assert [(row, rule) for row, rule, _ in found] == [(1, "malformed"), (3, "malformed")]
-    assert {e["order_id"]: e["source_row"] for e in desk.rows("events")} == {"b": 2, "c": 4}
+    assert found == [(1, "malformed", "line 2: 2 fields where the header has 4")]
+    assert json.loads(desk.rows("quarantine")[0]["raw"])["line"] == '"a,1/5/2024,1,1\nb,1/5/2024,1,1\n",1'
+    assert {e["order_id"]: e["source_row"] for e in desk.rows("events")} == {"c": 2}
+
+
+def test_quotes_are_text_where_a_file_does_not_quote(desk: Desk) -> None:
+    assert desk.broken(HEADER + '"b,1/5/2024,1,1\nc",1/5/2024,1,1\n', quote="") == []
+    assert {e["order_id"] for e in desk.rows("events")} == {'"b', 'c"'}
 
 
 def test_a_quoted_line_break_is_part_of_its_field(desk: Desk) -> None:
@@ -470,9 +482,19 @@ def test_a_quoted_line_break_is_part_of_its_field(desk: Desk) -> None:
     assert found == {1: "a\nand more, of it", 2: "b"}
 
 
-def test_lines_end_in_any_way_and_blank_lines_are_no_rows(desk: Desk) -> None:
-    assert desk.broken("order,day,spend,clicks\r\na,1/5/2024,1,1\r\n\r\nb,1/5/2024,1,1\rc,1/5/2024,1,1") == []
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_end_in_any_way_and_blank_lines_are_no_rows(desk: Desk, end: str) -> None:
+    text = "order,day,spend,clicks\na,1/5/2024,1,1\n\nb,1/5/2024,1,1\nc,1/5/2024,1,1"
+    assert desk.broken(text.replace("\n", end)) == []
     assert [e["source_row"] for e in sorted(desk.rows("events"), key=lambda e: e["order_id"])] == [1, 2, 3]
+
+
+def test_a_carriage_return_outside_of_quotes_ends_no_record_of_a_file_of_line_feeds(desk: Desk) -> None:
+    text = "a,1/5/2024,1,1\nb\rT-999,1/5/2024,1,1\nc\r,1/5/2024,1,1\r\nd,1/5/2024,1,1\n"
+    found = desk.broken(HEADER + text)
+    assert [(row, rule) for row, rule, _ in found] == [(2, "malformed"), (3, "malformed")]
+    assert json.loads(desk.rows("quarantine")[0]["raw"])["line"] == "b\rT-999,1/5/2024,1,1"
+    assert {e["order_id"] for e in desk.rows("events")} == {"a", "d"}
 
 
 def test_a_bad_json_line_is_malformed_and_the_others_land(desk: Desk) -> None:
@@ -483,12 +505,13 @@ def test_a_bad_json_line_is_malformed_and_the_others_land(desk: Desk) -> None:
         '{"order": "b", "order": "c", "day": "1/5/2024", "spend": 1, "clicks": 1}',
         '{"order": "\\ud800", "day": "1/5/2024", "spend": 1, "clicks": 1}',
     ]
-    nan = '{"order": "n", "day": "1/5/2024", "spend": NaN, "clicks": null}'
-    found = desk.broken(good + "\n".join(bad) + "\n\n" + nan, format="jsonl")
+    nan = [f'{{"order": "n", "day": "1/5/2024", "spend": {v}, "clicks": null}}' for v in ("NaN", "-Infinity", "1e400")]
+    found = desk.broken(good + "\n".join(bad) + "\n\n" + "\n".join(nan), format="jsonl")
     assert [(row, rule) for row, rule, _ in found] == [
-        *((i, "malformed") for i in range(2, 6)),
-        (6, "not_finite:spend"),
+        *((i, "malformed") for i in range(2, 8)),
+        (8, "not_finite:spend"),
     ]
+    assert found[4][2] == "line 7: NaN is no JSON value; write null where there is no number"
     assert (desk.rows("events")[0]["spend"], desk.rows("events")[0]["clicks"]) == (10.5, 3)
 
 
@@ -535,3 +558,78 @@ def test_a_sql_cannot_read_other_files(desk: Desk) -> None:
 def test_a_refusal_hides_the_secrets_of_an_address() -> None:
     said = landing.without_secrets("s3://key:secret@bucket/a.csv?X-Token=abc is gone, https://h/p?sig=x")
     assert said == "s3://bucket/a.csv is gone, https://h/p"
+
+
+def test_an_id_in_floating_point_numbers_of_json_is_quarantined_by_name(desk: Desk) -> None:
+    lines = [
+        f'{{"order": {v}, "day": "1/5/2024", "spend": 1.5, "clicks": 1}}\n' for v in ("7", "12345.0", "1e20", '"8"')
+    ]
+    found = desk.broken("".join(lines), format="jsonl")
+    assert [(row, rule) for row, rule, _ in found] == [(2, "type:order_id"), (3, "type:order_id")]
+    assert found[0][2] == ("order_id = 12345.0 is a number with a fraction or exponent, not a VARCHAR; send it as text")
+    assert {e["order_id"] for e in desk.rows("events")} == {"7", "8"}
+
+
+def test_a_text_that_looks_like_a_number_with_a_fraction_is_a_text(desk: Desk) -> None:
+    lines = [
+        f'{{"order": "{v}", "day": "1/5/2024", "spend": {s}, "clicks": 1}}\n' for v, s in (("1.5", 1.5), ("2.0", 7.5))
+    ]
+    assert desk.broken("".join(lines), format="jsonl") == []
+    assert {e["order_id"] for e in desk.rows("events")} == {"1.5", "2.0"}
+
+
+@pytest.mark.parametrize("kind", [pa.float64(), pa.float32(), pa.decimal128(25, 2)])
+def test_an_id_in_floating_point_numbers_of_parquet_refuses_the_file_by_name(desk: Desk, kind: pa.DataType) -> None:
+    columns = {"day": ["1/5/2024"], "spend": [1.5], "clicks": [1]}
+    desk.put("floats.parquet", _parquet(pa.table({"order": pa.array([12345], pa.int64()).cast(kind), **columns})))
+    desk.put("whole.parquet", _parquet(pa.table({"order": pa.array([12345], pa.int64()), **columns})))
+    found = desk.land(format="parquet")
+    assert list(found.refused) == ["floats.parquet"]
+    assert "column 'order_id' comes as" in found.refused["floats.parquet"]
+    assert "CAST(CAST(order_id AS BIGINT) AS VARCHAR)" in found.refused["floats.parquet"]
+    assert [e["order_id"] for e in desk.rows("events")] == ["12345"]
+
+
+def test_nanoseconds_of_parquet_land_cut_to_microseconds(desk: Desk) -> None:
+    at = pa.array([1_714_557_600_123_456_789], pa.timestamp("ns", "Asia/Tokyo"))
+    desk.put("a.parquet", _parquet(pa.table({"order": ["a"], "day": at, "spend": [1.0], "clicks": [1]})))
+    sql = 'SELECT source_row, "order" AS order_id, day AS event_at, spend, clicks FROM raw'
+    assert desk.land(format="parquet", sql=sql).rules == {}
+    assert desk.rows("events")[0]["event_at"] == datetime(2024, 5, 1, 10, 0, 0, 123456)
+
+
+def test_a_type_that_cannot_be_read_refuses_its_file_and_no_other(desk: Desk) -> None:
+    columns = {"order": ["a"], "day": ["1/5/2024"], "clicks": [1]}
+    desk.put("a.parquet", _parquet(pa.table({**columns, "spend": pa.array([1], pa.decimal256(60, 2))})))
+    desk.put("b.parquet", _parquet(pa.table({**columns, "spend": [1.0]})))
+    found = desk.land(format="parquet")
+    assert found.new == ("b.parquet",) and "type cannot be read" in found.refused["a.parquet"]
+
+
+def test_a_name_that_is_not_utf_8_is_refused_and_no_other_file(desk: Desk) -> None:
+    desk.put("good.csv", GOOD)
+    (desk.zone / os.fsdecode(b"m\xfcller.csv")).write_text(GOOD)
+    for _ in range(2):
+        assert desk.land().refused == {"m\\udcfcller.csv": "m\\udcfcller.csv: its name is not UTF-8; rename it"}
+    assert {e["source_file"] for e in desk.rows("events")} == {"good.csv"}
+
+
+def test_an_id_with_the_character_nul_is_malformed_and_no_other_row(desk: Desk) -> None:
+    found = desk.broken(HEADER + "a\0b,1/5/2024,1,1\nfine,1/5/2024,1,1\n")
+    assert found == [(1, "malformed", "line 2: holds the character NUL, which no database keeps")]
+    assert [e["order_id"] for e in desk.rows("events")] == ["fine"]
+
+
+def test_zeros_that_fill_up_a_gzip_are_no_damage_and_anything_else_is(desk: Desk) -> None:
+    desk.put("padded.csv.gz", gzip.compress(GOOD.encode()) + b"\0" * 3_000_000)
+    desk.put("other.csv.gz", gzip.compress(GOOD.encode()) + b"\0left over")
+    found = desk.land()
+    assert found.new == ("padded.csv.gz",) and "damaged" in found.refused["other.csv.gz"]
+
+
+def test_a_gzip_within_a_zip_is_refused_by_name(desk: Desk) -> None:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("orders.csv.gz", gzip.compress(GOOD.encode()))
+    desk.put("orders.zip", packed.getvalue())
+    assert "is a gzip within a zip; pack the file once" in desk.refusal("orders.zip", encoding="latin-1")
