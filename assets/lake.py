@@ -360,6 +360,19 @@ class Lake:
             partition_by=list(opened.metadata().partition_columns), commit_properties=_ALONE,
         )  # fmt: skip
 
+    def restore(self, table: str, version: int | None) -> None:
+        """Make a table what it was at a version, in a new commit; None: before there was one, so that it ends up without rows.
+
+        For the only writer of a table, who takes back what it began: what others wrote since is taken back, too.
+        """
+        if self.version(table) == version:
+            return
+        opened = self._open(table)
+        if version is None:
+            opened.delete(commit_properties=_ALONE)
+        else:
+            opened.restore(version, commit_properties=_ALONE)
+
     def _create(self, table: str, rows: pa.Table, partition_by: Sequence[str]) -> int:
         """Write the first version of a table; raises DeltaError where somebody else did."""
         if "://" not in self.root:

@@ -161,11 +161,28 @@ class EventsContract(Strict):
     )
     rows: tuple[RowRule, ...] = Field(default=(), description="Row rules beyond those of the columns")
     max_quarantined_share: float = Field(
-        default=0.05, ge=0, le=1, description="Above this share the day's batch is stopped"
+        default=0.05,
+        ge=0,
+        le=1,
+        description="Above this share of a day's rows, or of their weight, its batch is stopped",
+    )
+    weight: str | None = Field(
+        default=None,
+        description="BIGINT or DOUBLE column that weighs the rows (money): max_quarantined_share holds for its sum, too",
     )
     expectations: tuple[ExpectationSpec, ...] = Field(
         default=(), description="Great Expectations on the day's accepted rows"
     )
+
+    @field_validator("weight")
+    @classmethod
+    def _weight_is_a_number(cls, value: str | None, info: Any) -> str | None:
+        numbers = [name for name, c in info.data.get("columns", {}).items() if c.type in ("BIGINT", "DOUBLE")]
+        if value is not None and "columns" in info.data and value not in numbers:
+            raise ValueError(
+                f"{value!r} is no BIGINT or DOUBLE column of the events; choose one of {', '.join(numbers)}"
+            )
+        return value
 
 
 class FeaturesContract(Strict):

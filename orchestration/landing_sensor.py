@@ -7,10 +7,8 @@ Belongs here: from files, and what is decided, to requests, and the sensor's mem
 from __future__ import annotations
 
 import copy
-import fnmatch
 import hashlib
 import json
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
@@ -22,7 +20,8 @@ import pyarrow.compute as pc
 
 from assets import landing as landing_zone
 from assets.lake import Lake
-from assets.workflow import Source, Workflow
+from assets.landing import day_of as day_of
+from assets.workflow import Workflow
 
 SETTLE = timedelta(seconds=60)
 """A file that changed less than this ago may still be being written."""
@@ -45,22 +44,6 @@ def closed_days(workflow: Workflow, now: datetime) -> date:
     """The newest day whose cut-off has passed."""
     day = now.date() - timedelta(days=1)
     return day if now >= workflow.cutoff_of(day) else day - timedelta(days=1)
-
-
-def day_of(source: Source, name: str) -> date | None:
-    """The day that ``{day}`` stands for in a file's name; None where the pattern has none or the name no real day."""
-    if "{day}" not in source.files:
-        return None
-    pattern = (
-        fnmatch.translate(source.files.replace("{day}", "\0"))
-        .replace("\\\0", "\0")
-        .replace("\0", r"(\d{4}-\d{2}-\d{2})", 1)
-    )
-    found = re.match(pattern, name) or re.search(r"(\d{4}-\d{2}-\d{2})", name)
-    try:
-        return date.fromisoformat(found[1]) if found else None
-    except ValueError:
-        return None  # 2026-02-31 has the form of a day and is none
 
 
 class Manifest:

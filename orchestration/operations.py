@@ -100,6 +100,7 @@ def register(app: typer.Typer) -> None:
     app.command()(retain)
     app.command()(lift)
     app.command()(power)
+    app.command()(remap)
     people = typer.Typer(no_args_is_help=True, help="Who may approve a held batch")
     people.command("add")(add_approver)
     people.command("list")(list_approvers)
@@ -653,3 +654,48 @@ def retain(
         gone = book.retention(days)
     said = f"{len(gone)} batches older than {days} days: their rows are removed, their roots and events stay."
     told({"keep_days": days, "batches": gone}, as_json, [said])
+
+
+def remap(
+    workflow: str,
+    since: Annotated[
+        date | None,
+        typer.Option(
+            parser=a_day, metavar="YYYY-MM-DD", help="Only files with rows of this day or later; default: all"
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Map files again that landed by another sources/*.sql or contract.yaml, from what still lies in the landing zone.
+
+    The new rows take the place of the old ones, known from when those were; files that are gone keep theirs. Not while
+    events of the workflow are being landed into an object store: only in a local lake each waits for the other.
+    """
+    from assets import landing
+    from assets.resources import resources
+    from orchestration.cli import workflow_named
+
+    found, given = workflow_named(workflow), resources()
+    done = landing.remap(found, given["lake"].lake, given["landing"].root, now=now(), since=since)
+    document = {
+        "workflow": found.name, "gone": list(done.gone), "refused": dict(done.refused),
+        "mapped": [
+            {"source": new.source, "path": new.path, "rows": new.rows, "accepted": new.accepted, "quarantined": new.quarantined,
+             "accepted before": old.accepted, "quarantined before": old.quarantined}
+            for old, new in done.mapped
+        ],
+        "days": [str(day) for day in done.days or ()],
+    }  # fmt: skip
+    changed = [(old, new) for old, new in done.mapped if old.accepted != new.accepted]
+    lines = [
+        f"{found.name}: {len(done.mapped)} files mapped again, {len(done.gone)} gone, {len(done.refused)} refused",
+        *(f"  {new.path}: {old.accepted} → {new.accepted} of {new.rows} rows accepted" for old, new in changed[:SHOWN]),
+        *([f"  {len(changed) - SHOWN} more, --json lists them"] if len(changed) > SHOWN else []),
+        *(f"  gone, its rows stay as they are: {path}" for path in done.gone),
+        *(f"  refused, its rows stay as they are: {reason}" for reason in done.refused.values()),
+    ]
+    if done.days:
+        lines.append(f"  make the days anew that read them: signalbox run {found.name} prepare --since {done.days[0]}")
+    told(document, as_json, lines)
+    if done.refused:
+        raise typer.Exit(1)

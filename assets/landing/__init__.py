@@ -1,8 +1,9 @@
 """Landing: files as they come become events, quarantined rows and a manifest of files.
 
-Belongs here: ``files`` (bytes), ``readers`` (rows), ``row_rules`` (the contract, row by row), ``manifest`` (each content landed
-whole and once). Does not: what a workflow's SQL and contract say (its folder does), Dagster, and what later stages make of the
-events.
+Belongs here: ``files`` (bytes), ``readers`` (rows), ``row_rules`` (the contract, row by row), ``manifest`` (which content
+stands under which path), ``ingesting`` (a run: each content landed whole and once), ``shares`` (how much stands in quarantine).
+Does not: what a workflow's SQL and contract
+say (its folder does), Dagster, and what later stages make of the events.
 
 A file is refused as a whole (FileRefused, recorded in the manifest with the reason) when it cannot be read as declared;
 a row is quarantined when it breaks a rule.
@@ -14,13 +15,16 @@ from assets.landing.files import (
     FileRefused,
     LandingFile,
     Snapshot,
+    day_of,
     discover,
     snapshot,
     without_secrets,
 )
-from assets.landing.manifest import FILES, FileRecord, IngestResult, ingest
+from assets.landing.ingesting import IngestResult, RemapResult, ingest, remap
+from assets.landing.manifest import FILES, FileRecord, standing_quarantine
 from assets.landing.readers import MAX_COLUMNS, Raw, read_rows
 from assets.landing.row_rules import QUARANTINE, Judged, Landing, event_columns, judge
+from assets.landing.shares import Share, shares
 
 __all__ = [
     "FILES",
@@ -35,12 +39,18 @@ __all__ = [
     "Landing",
     "LandingFile",
     "Raw",
+    "RemapResult",
+    "Share",
     "Snapshot",
+    "day_of",
     "discover",
     "event_columns",
     "ingest",
     "judge",
     "read_rows",
+    "remap",
+    "shares",
     "snapshot",
+    "standing_quarantine",
     "without_secrets",
 ]

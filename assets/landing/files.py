@@ -5,6 +5,7 @@ Belongs here: everything about a file as bytes. Does not: what stands in it (``a
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import hashlib
 import os
@@ -230,16 +231,28 @@ def _unpacked(packed: Path, target: Path, name: str, max_bytes: int) -> Path:
     return target
 
 
-def snapshot(file: LandingFile, folder: Path, *, max_bytes: int = MAX_BYTES) -> Snapshot:
-    """Copy a file into a private folder while hashing it, and unpack it there.
+def day_of(source: Source, name: str) -> date | None:
+    """The day that ``{day}`` stands for in a file's name; None where the pattern has none or the name no real day."""
+    if "{day}" not in source.files:
+        return None
+    pattern = (
+        fnmatch.translate(source.files.replace("{day}", "\0"))
+        .replace("\\\0", "\0")
+        .replace("\0", r"(\d{4}-\d{2}-\d{2})", 1)
+    )
+    found = re.match(pattern, name) or re.search(r"(\d{4}-\d{2}-\d{2})", name)
+    try:
+        return date.fromisoformat(found[1]) if found else None
+    except ValueError:
+        return None  # 2026-02-31 has the form of a day and is none
 
-    Raises FileChanged when the file was replaced or written to meanwhile (after a second try), and FileRefused when it
-    is empty, damaged, larger than ``max_bytes`` (also when unpacked), or leads out of the landing zone.
-    """
+
+def _settled_copy(file: LandingFile, target: Path, max_bytes: int) -> tuple[str, int]:
+    """SHA-256 and number of the bytes copied, of a file that nobody wrote to meanwhile (after a second try)."""
     for last in (False, True):
         before = _fingerprint(file)
         try:
-            digest, size = _copy(file, folder / "packed", max_bytes)
+            digest, size = _copy(file, target, max_bytes)
             same = _fingerprint(file) == before and (not isinstance(before[0], int) or size == before[0])
         except FileNotFoundError:
             same = False
@@ -251,6 +264,21 @@ def snapshot(file: LandingFile, folder: Path, *, max_bytes: int = MAX_BYTES) -> 
             raise FileChanged(
                 f"{file.name}: was replaced while it was read, twice; write it beside as .part, then rename it"
             )
+    return digest, size
+
+
+def digest(file: LandingFile, *, max_bytes: int = MAX_BYTES) -> tuple[str, int]:
+    """SHA-256 and size (bytes) of a file as it lies there. Raises FileRefused as ``snapshot`` does, but for what is inside."""
+    return _settled_copy(file, Path(os.devnull), max_bytes)
+
+
+def snapshot(file: LandingFile, folder: Path, *, max_bytes: int = MAX_BYTES) -> Snapshot:
+    """Copy a file into a private folder while hashing it, and unpack it there.
+
+    Raises FileChanged when the file was replaced or written to meanwhile (after a second try), and FileRefused when it
+    is empty, damaged, larger than ``max_bytes`` (also when unpacked), or leads out of the landing zone.
+    """
+    digest, size = _settled_copy(file, folder / "packed", max_bytes)
     if size == 0:
         raise FileRefused(f"{file.name}: empty file (0 bytes); send it again, or a file with a header and no rows")
     content = _unpacked(folder / "packed", folder / "content", file.name, max_bytes)

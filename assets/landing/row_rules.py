@@ -34,7 +34,8 @@ _NUMBER = r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*|\s*[+-]?(?i:
 QUARANTINE = pa.schema(
     [("source", pa.string()), ("source_file", pa.string()), ("source_file_id", pa.string()), ("source_row", pa.int64())]
     + [(name, pa.string()) for name in ("rule", "detail", "raw")]
-    + [("landed_at", pa.timestamp("us")), ("landed_day", pa.date32())]
+    + [("landed_at", pa.timestamp("us")), ("landed_day", pa.date32()), ("day", pa.date32())]
+    + [("weight", pa.float64()), ("event", pa.string()), ("superseded_at", pa.timestamp("us"))]
 )
 
 
@@ -123,13 +124,17 @@ class Judged:
 
 @dataclass(frozen=True)
 class Landing:
-    """Where rows come from and when they landed; ``restated`` when they replace an earlier content of the path."""
+    """Where rows come from and when they landed; ``restated`` when they replace an earlier content of the path.
+
+    ``day`` is the day that the file's name stands for, if any.
+    """
 
     source: str
     path: str
     file_id: str
     landed_at: datetime
     restated: bool = False
+    day: date | None = None
 
 
 def event_columns(contract: EventsContract) -> dict[str, Column]:
@@ -138,6 +143,33 @@ def event_columns(contract: EventsContract) -> dict[str, Column]:
 
     moment = Column(type="TIMESTAMP", required=True)
     return {**contract.columns, **{c: moment for c in ("event_at", "known_at") if c not in contract.columns}}
+
+
+def event_json(columns: Sequence[str], values: Mapping[str, str] | None = None) -> str:
+    """SQL of a row's events columns as one JSON text; ``values`` is the SQL of those that are no plain column."""
+    fields = ", ".join(f"{text_sql(c)}: {(values or {}).get(c, name_sql(c))}" for c in columns)
+    return f"CAST(to_json({{{fields}}}) AS VARCHAR)"
+
+
+def from_json(text: str, columns: Mapping[str, Column]) -> str:
+    """SQL of the struct that ``event_json`` wrote, typed; NULL where it was written for other columns."""
+    shape = json.dumps({name: column.type for name, column in columns.items()})
+    same = f"list_sort(json_keys({text})) = {_list(sorted(columns))}"
+    return f"CASE WHEN {same} THEN from_json({text}, {text_sql(shape)}) END"
+
+
+def _list(texts: Sequence[str]) -> str:
+    return f"[{', '.join(text_sql(t) for t in texts)}]"
+
+
+def _weight(contract: EventsContract) -> str:
+    """SQL of a row's weight: NULL where its column holds nothing, or nothing that the contract would take."""
+    if contract.weight is None:
+        return "CAST(NULL AS DOUBLE)"
+    value, spec = f"CAST(j.{name_sql(contract.weight)} AS DOUBLE)", contract.columns[contract.weight]
+    bounds = [f"isfinite({value})", f"{value} >= {_literal(max(0.0, spec.min or 0.0), 'DOUBLE')}"]
+    bounds += [f"{value} <= {_literal(spec.max, 'DOUBLE')}"] if spec.max is not None else []
+    return f"CASE WHEN {' AND '.join(bounds)} THEN {value} END"
 
 
 def open_engine() -> duckdb.DuckDBPyConnection:
@@ -151,7 +183,7 @@ def open_engine() -> duckdb.DuckDBPyConnection:
     return con
 
 
-def _session(engine: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
+def session(engine: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
     """A connection with temporary tables of its own: opening one costs microseconds, an engine tens of milliseconds."""
     return engine.cursor()
 
@@ -166,13 +198,15 @@ def judge(
 ) -> Judged:
     """Map a file's rows with the source's SQL and hold each against the contract.
 
-    ``keys(days)`` gives the contract's unique columns of the live rows of other files with ``source_file`` and
-    ``source_row``. Raises FileRefused when the SQL fails, or does not yield each row of ``raw`` exactly once.
+    ``keys(days)`` gives the contract's unique columns of the rows of other files with ``source_file``, ``source_row`` and
+    ``superseded_at``: a row is a duplicate of a live one, and is known from the end of those that left.
+
+    Raises FileRefused when the SQL fails, or does not yield each row of ``raw`` exactly once.
     """
     contract = workflow.contract.events
     columns = event_columns(contract)
     place = f"{landing.path}: {source.sql}"
-    con = _session(engine or open_engine())
+    con = session(engine or open_engine())
 
     mapping = sql_session.Text(workflow.sql(source.sql), source.sql)
 
@@ -272,9 +306,18 @@ def judge(
         'FROM "#judged" WHERE "#broken" IS NULL ORDER BY source_row'
     )
     fields = ", ".join(f"{text_sql(n)}: CAST(f.{name_sql(n)} AS VARCHAR)" for n in names)
+    # a file of a day comes on the next one; a time that cannot be is no day that anybody would look at
+    day = landing.day or landing.landed_at.date() - timedelta(days=1)
+    shown_as = {c: f"j.{name_sql(c)}" for c in columns}
+    if landing.restated:
+        shown_as["known_at"] = f"greatest(j.known_at, {known_at})"
     broken = table(
         'SELECT j.source_row, j."#broken".rule AS rule, j."#broken".detail AS detail, '
-        f'CAST(to_json({{{fields}}}) AS VARCHAR) AS raw FROM "#judged" j JOIN "#file" f USING (source_row) '
+        f"CAST(to_json({{{fields}}}) AS VARCHAR) AS raw, "
+        f"coalesce(CASE WHEN j.\"#broken\".rule <> 'from_the_future' THEN CAST(j.event_at AS DATE) END, DATE '{day}') AS day, "
+        f"{_weight(contract)} AS weight, "
+        f"CASE WHEN j.\"#broken\".rule = 'duplicate' THEN {event_json(list(columns), shown_as)} END AS event "
+        'FROM "#judged" j JOIN "#file" f USING (source_row) '
         'WHERE j."#broken" IS NOT NULL ORDER BY 1'
     )
     con.close()
@@ -284,6 +327,9 @@ def judge(
             "rule": pa.array(["malformed"] * len(raw.malformed), pa.string()),
             "detail": pa.array([m[2] for m in raw.malformed], pa.string()),
             "raw": pa.array([json.dumps({"line": m[1]}, ensure_ascii=False) for m in raw.malformed], pa.string()),
+            "day": pa.array([day] * len(raw.malformed), pa.date32()),
+            "weight": pa.nulls(len(raw.malformed), pa.float64()),
+            "event": pa.nulls(len(raw.malformed), pa.string()),
         }
     )
     rejected = pa.concat_tables([broken.cast(malformed.schema), malformed]).sort_by("source_row")
@@ -298,6 +344,7 @@ def judge(
         "source_file_id": landing.file_id,
         "landed_at": landing.landed_at,
         "landed_day": landing.landed_at.date(),
+        "superseded_at": None,
     }
     quarantine = [
         pa.repeat(pa.scalar(constants[f.name], f.type), rejected.num_rows) if f.name in constants else rejected[f.name]
@@ -332,21 +379,26 @@ def _mark_duplicates(
     keys: Callable[[Sequence[date]], pa.Table],
     path: str,
 ) -> None:
-    """Mark rows that share the unique columns with an earlier row of the file that stands, or a live row of another."""
+    """Mark rows that share the unique columns with an earlier row of the file that stands, or a live row of another.
+
+    Where the row of another file has left, this one is known from then on at the earliest: no point in time sees both.
+    """
     span = 'SELECT min(event_at), max(event_at) FROM "#judged" WHERE "#broken" IS NULL HAVING count(*) > 0'
     found = run(span).fetchall()
     if not found:
         return
     first, last = found[0]
     days = [first.date() + timedelta(days=n) for n in range((last.date() - first.date()).days + 1)]
-    con.register("#known", keys(days))
+    known = keys(days)
+    con.register("#known", known)
     key = ", ".join(name_sql(c) for c in unique)
     shared = " AND ".join(f"k.{name_sql(c)} IS NOT DISTINCT FROM s.{name_sql(c)}" for c in unique)
     run(
         'CREATE TEMP TABLE "#first" AS WITH s AS '
         f"(SELECT source_row, {key}, min(source_row) OVER (PARTITION BY {key}) AS first "
         'FROM "#judged" WHERE "#broken" IS NULL), k AS '
-        f"(SELECT {key}, min({{'file': source_file, 'row': source_row}}) AS place FROM \"#known\" GROUP BY ALL) "
+        f"(SELECT {key}, min({{'file': source_file, 'row': source_row}}) AS place FROM \"#known\" "
+        "WHERE superseded_at IS NULL GROUP BY ALL) "
         f"SELECT s.source_row, coalesce(k.place, {{'file': {text_sql(path)}, 'row': s.first}}) AS place "
         f"FROM s LEFT JOIN k ON {shared} WHERE k.place IS NOT NULL OR s.source_row > s.first",
         f"{path}: unique of the contract",
@@ -357,3 +409,10 @@ def _mark_duplicates(
         f"{said} || ' stands already in row ' || f.place.row || ' of ' || f.place.file}} "
         'FROM "#first" f WHERE "#judged".source_row = f.source_row'
     )
+    if known["superseded_at"].null_count < known.num_rows:
+        run(
+            'UPDATE "#judged" AS s SET known_at = greatest(s.known_at, k."#left") FROM '
+            f'(SELECT {key}, max(superseded_at) AS "#left" FROM "#known" WHERE superseded_at IS NOT NULL GROUP BY ALL) k '
+            f'WHERE s."#broken" IS NULL AND {shared}',
+            f"{path}: unique of the contract",
+        )

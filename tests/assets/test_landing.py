@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -330,6 +331,30 @@ def test_a_second_ingest_of_the_workflow_waits_for_the_first(desk: Desk) -> None
 # --- crashes
 
 
+@contextmanager
+def _dying(monkeypatch: pytest.MonkeyPatch, at: int, after: bool = False) -> Iterator[None]:
+    """The process dies at (or right after) its nth write to a table."""
+    writes = 0
+
+    def mortal(usual: Callable[..., Any]) -> Callable[..., Any]:
+        def write(self: Lake, *args: Any, **kwargs: Any) -> Any:
+            nonlocal writes
+            writes += 1
+            if writes == at and not after:
+                raise KeyboardInterrupt
+            done = usual(self, *args, **kwargs)
+            if writes == at:
+                raise KeyboardInterrupt
+            return done
+
+        return write
+
+    with monkeypatch.context() as patched:
+        for name in ("replace", "restore"):
+            patched.setattr(Lake, name, mortal(getattr(Lake, name)))
+        yield
+
+
 def _stage_one(desk: Desk) -> None:
     desk.put("a.csv", line("a"), line("b", amount=-1), line("c", at="2024-04-30"))
     desk.put("b.csv", line("d"), "torn\n")
@@ -359,23 +384,8 @@ def test_a_crash_at_any_write_ends_in_the_same_tables(
 ) -> None:
     _stage_one(desk)
     _stage_two(desk)
-    writes = 0
-    usual = Lake.replace
-
-    def dying(self: Lake, *args: Any, **kwargs: Any) -> int:
-        nonlocal writes
-        writes += 1
-        if writes == at and not after:
-            raise KeyboardInterrupt
-        version = usual(self, *args, **kwargs)
-        if writes == at:
-            raise KeyboardInterrupt
-        return version
-
-    monkeypatch.setattr(Lake, "replace", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with _dying(monkeypatch, at, after), pytest.raises(KeyboardInterrupt):
         desk.land(now=LATER)
-    monkeypatch.setattr(Lake, "replace", usual)
     # the landing time of an interrupted attempt is kept from its first write on
     desk.land(now=LATER if (at, after) == (1, False) else LATER + timedelta(hours=7))
     found = desk.digests()
@@ -388,21 +398,9 @@ def test_a_crash_in_the_recovery_of_a_crash_ends_in_the_same_tables(
 ) -> None:
     _stage_one(desk)
     _stage_two(desk)
-    usual = Lake.replace
-    for last in (4, 1, 2, 3, 4, 5, 6, 7):
-        left = last
-
-        def dying(self: Lake, *args: Any, **kwargs: Any) -> int:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                raise KeyboardInterrupt
-            return usual(self, *args, **kwargs)
-
-        monkeypatch.setattr(Lake, "replace", dying)
-        with pytest.raises(KeyboardInterrupt):
+    for last in (4, 1, 2, 3, 5, 6, 7, 4, 2):
+        with _dying(monkeypatch, last), pytest.raises(KeyboardInterrupt):
             desk.land(now=LATER)
-    monkeypatch.setattr(Lake, "replace", usual)
     desk.land(now=LATER)
     assert desk.digests() == undisturbed
 
@@ -413,18 +411,9 @@ def test_an_interrupted_file_that_changed_before_the_next_run_leaves_nothing_beh
     desk.put("a.csv", line("a"))
     desk.land()
     desk.put("a.csv", line("b"), line("c", amount=-1))
-    usual = Lake.replace
-
-    def dying(self: Lake, table: str, *args: Any, **kwargs: Any) -> int:
-        version = usual(self, table, *args, **kwargs)
-        if table.endswith("events"):
-            raise KeyboardInterrupt
-        return version
-
-    monkeypatch.setattr(Lake, "replace", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with _dying(monkeypatch, 3, after=True), pytest.raises(KeyboardInterrupt):
         desk.land(now=LATER)
-    monkeypatch.setattr(Lake, "replace", usual)
+    assert len(desk.rows("events")) == 2
     desk.put("a.csv", line("a"))
     desk.land(now=LATER)
     assert desk.live() == {"a": 1.0} and len(desk.rows("events")) == 1
