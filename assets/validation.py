@@ -38,7 +38,7 @@ _ARROW = {
     "DATE": pa.date32(),
 }  # fmt: skip
 _ENGINE_TYPES = {"day": "DATE", "source_row": "BIGINT", "superseded_at": "TIMESTAMP"}
-_OF_TEXT = ("csv", "jsonl")
+_OF_TEXT = ("csv", "jsonl", "xes")
 """Formats whose every field is a text, so that a mapping can be bound before a file is there."""
 _OUTCOME_KEYS = ("entity_id", "for_day", "known_at")
 _OBSERVED = ("day", "unit", "arm", "epoch", "washout", "n")

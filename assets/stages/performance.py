@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from assets import acting, performing
+from assets.progress import each
 from assets.resources import ClockResource, LakeResource, LedgerResource, RegistryResource, ReportsResource
 from assets.stages.common import days, folded, key, stage
 from assets.workflow import Workflow
@@ -49,7 +50,10 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         span = days(context)
         with ledger.open(clock.now) as book:
             others = acting.scored_by_others(book, workflow, lake.lake)
-        judged = {day: performing.judge(workflow, lake.lake, registry.registry, day, others) for day in span}
+        judged = {
+            day: performing.judge(workflow, lake.lake, registry.registry, day, others)
+            for day in each("performance", span, len(span))
+        }
         lake.lake.replace_days(table, pa.concat_tables(judged.values()), span)
         links: dict[str, Any] = {}
         for day, found in judged.items():
