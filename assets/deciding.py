@@ -155,14 +155,24 @@ def read_model(workflow: Workflow, registry: Registry, version: Version) -> Any:
         raise ModelUnreadable(f"model {version.name!r} version {version.number}: {error}") from error
 
 
-def standing_of(workflow: Workflow, ledger: Ledger, day: date, until: datetime) -> pa.Table:
+def standing_of(
+    workflow: Workflow, ledger: Ledger, day: date, until: datetime, features: pa.Table | None = None
+) -> pa.Table:
     """What stood downstream before the day's own batches acted, where the day's features cannot know it: STANDING by entity.
 
     It is the last value that the delivery of another day's batch, or a rollback, proved after the end of ``day`` and by
-    ``until``; else what stood just before the first delivery of the day's own batches. Other entities have no row.
+    ``until``; else what stood just before the first delivery of the day's own batches. Other entities have no row. Where
+    ``features`` know an entity's status quo of an older day only (``policy.spend_age``), what was proven since that day ended
+    counts likewise.
     """
     since = datetime.combine(day + timedelta(days=1), datetime.min.time())
     found = ledger.proven(workflow.name, since, until) if until > since else None
+    unseen = _unseen(workflow, features)
+    if found is not None and unseen.num_rows:
+        oldest = since - timedelta(days=pc.max(unseen["age"]).as_py())
+        earlier = ledger.proven(workflow.name, oldest, since).join(unseen, "entity_id", join_type="inner")
+        reached = pc.greater(earlier["verified_at"], pc.subtract(pa.scalar(since, pa.timestamp("us")), earlier["ago"]))
+        found = pa.concat_tables([earlier.filter(reached).select(found.schema.names).cast(found.schema), found])
     if found is None or not found.num_rows:
         return STANDING.empty_table()
     connection = point_in_time.connect()
@@ -180,6 +190,17 @@ def standing_of(workflow: Workflow, ledger: Ledger, day: date, until: datetime) 
     finally:
         connection.close()
     return made.cast(STANDING)
+
+
+def _unseen(workflow: Workflow, features: pa.Table | None) -> pa.Table:
+    """entity_id, age (days) and ago of the rows whose status quo is older than the day."""
+    column = getattr(workflow.policy, "spend_age", None)
+    if features is None or column is None or column not in features.schema.names:
+        return pa.table({"entity_id": pa.array([], pa.string()), "age": pa.array([], pa.int64())})
+    rows = pa.table({"entity_id": features["entity_id"].cast(pa.string()), "age": features[column].cast(pa.int64())})
+    rows = rows.filter(pc.field("age") > 0)
+    day = pa.scalar(86_400_000_000, pa.int64())
+    return rows.append_column("ago", pc.multiply(rows["age"], day).cast(pa.duration("us")))
 
 
 def with_standing(workflow: Workflow, features: pa.Table, standing: pa.Table) -> pa.Table:
@@ -275,7 +296,7 @@ def score_day(
     if standing is None:
         # a backfill sees what stood when the day would have been decided
         until = deadline if backfill else now
-        standing = standing_of(workflow, ledger, day, until) if ledger is not None else STANDING.empty_table()
+        standing = standing_of(workflow, ledger, day, until, rows) if ledger is not None else STANDING.empty_table()
     standing = standing.filter(pc.is_in(standing["entity_id"], value_set=rows["entity_id"].combine_chunks()))
     rows = with_standing(workflow, point_in_time.ordered(rows), standing)
 

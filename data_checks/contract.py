@@ -94,6 +94,7 @@ class ContractResult:
     blocking_failed: bool
     results: list[dict[str, Any]]
     html: str
+    rows: int
 
 
 def implied(events: Any) -> list[ExpectationSpec]:
@@ -269,6 +270,10 @@ def _result(
     if spec.type == "expect_table_columns_to_match_set" and not success:
         examples = _plain(details.get("mismatched", {}).get("missing", []))
         reason = reason or (f"missing: {', '.join(examples)}" if examples else None)
+    elif spec.type == "expect_table_row_count_to_be_between" and not success:
+        ends = {"at least": spec.arguments.get("min_value"), "at most": spec.arguments.get("max_value")}
+        asked = ", ".join(f"{word} {end}" for word, end in ends.items() if end is not None)
+        reason = reason or f"{observed} rows, {asked} must be there"
     elif observed is None and "observed_partition" in details:
         observed = _plain(details["observed_partition"])
     return {
@@ -355,7 +360,18 @@ def validate(
     results = [outcome[i] for i in range(len(placed))]
     success = all(r["success"] for r in results)
     blocking = any(not r["success"] and r["severity"] == "error" for r in results)
-    return ContractResult(name, success, blocking, results, _page(name, table.num_rows, results))
+    return ContractResult(name, success, blocking, results, _page(name, table.num_rows, results), table.num_rows)
+
+
+def sentences(result: ContractResult, nothing: str) -> list[str]:
+    """What a check says of a table: a sentence for each expectation that is not met.
+
+    ``nothing`` is said of a table without a row, and nothing else: what sums, means and shares of no rows are tells nobody
+    anything.
+    """
+    if result.rows == 0:
+        return [nothing if not result.success else f"{nothing}, which the contract allows"]
+    return [sentence(r) for r in result.results if not r["success"]]
 
 
 def sentence(result: Mapping[str, Any]) -> str:

@@ -53,6 +53,12 @@ class Guardrails(BaseModel):
         description="conserved: each arm decides its pool to the last unit; ceiling: at most its pool; null: no pools",
     )
     levels: tuple[int, int] | None = Field(default=None, description="Lowest and highest value that may be decided")
+    unit: int | None = Field(
+        default=None,
+        gt=0,
+        description="Changed values are whole multiples of this, because the system downstream takes no others (10000: cents "
+        "in micros)",
+    )
     keep_sign: bool = Field(
         default=False, description="A value that was not negative may not become negative, nor the reverse"
     )
@@ -201,6 +207,10 @@ def check(decisions: pa.Table, spec: Guardrails, *, pools: Mapping[str, int] | N
             hold(name, limit, largest, found) if np.isfinite(largest) else add(
                 name, "HELD", limit, "from nothing", found
             )
+    if spec.unit is not None:
+        off = rows.filter(pa.array(differs & (after % spec.unit != 0)))
+        if off.num_rows:
+            add("not in whole units", "HELD", f"multiples of {spec.unit}", off.num_rows, off)
     whole = float(np.abs(before.astype(np.float64)).sum())
     if whole:
         hold("total change", spec.max_total_change, float(change.sum()) / whole)

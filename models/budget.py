@@ -37,6 +37,11 @@ class BudgetPolicy(BaseModel):
     kind: Literal["budget_allocation"] = "budget_allocation"
     decide_on: str = Field(default="true", description="SQL predicate over the features: lines that are decided on")
     spend: str = Field(default="budget_micros", description="Feature column with a line's budget today: the status quo")
+    spend_age: str | None = Field(
+        default=None,
+        description="Feature column with how many days before the day the status quo was set (0: on it). Where it is "
+        "older, what a delivery has proved since counts, and exploring leaves the line alone; null: always of the day",
+    )
     floor: str | None = Field(
         default=None, description="Feature column with the least a line may get; null there: no floor"
     )
@@ -63,8 +68,8 @@ class BudgetPolicy(BaseModel):
     unit_micros: int = Field(
         default=1,
         gt=0,
-        description="Smallest step of money that the downstream system takes (10000: cents); an arm whose budgets are "
-        "not whole steps today is decided to the micro",
+        description="Smallest step of money that the downstream system takes (10000: cents). A line whose budget is not in "
+        "whole steps keeps it; where most of an arm's are not, each moves by whole steps",
     )
     multiplier: str | None = Field(
         default="explore_multiplier_today",
@@ -534,7 +539,8 @@ def decide(
     a coin (`models.arms.perturb`), today's multiplier taken out first. So that a line may swing from the lower to
     the upper
     side within the largest daily change c, the step is held to c / (2 + c). A line without a usable curve, or whose
-    bounds conflict, keeps its status quo, and so does an arm that has no feasible plan; the reasons say so.
+    bounds conflict, keeps its status quo, and so does an arm that has no feasible plan; the reasons say so. Lines move by
+    whole steps of `unit_micros`, so each arm's money is kept to the micro whatever a few lines hold beyond whole steps.
 
     Args:
         features: `entity_id` (each once), the columns that the spec names (micros), and `unit` where `arms` is keyed
@@ -579,6 +585,9 @@ def decide(
         # a nan compares false: what has no interval is not held to it
         trouble = np.where((trouble == 0) & (most_worth - least_worth > policy.largest_doubt * worth), _DOUBT, trouble)
 
+    grain = policy.unit_micros
+    beyond = before % grain  # a line keeps what it holds beyond whole steps: it moves by whole ones
+    age = _micros(features, policy.spend_age, ids, 0)
     after, say = before.copy(), _Reasons(len(before))
     perturbation, perturbed = np.full(len(before), np.nan), np.full(len(before), np.nan)
     certificates: dict[str, dict[str, Any]] = {}
@@ -586,31 +595,40 @@ def decide(
     for name in np.unique(arm):
         mine = arm == name
         plan: Plan | None = None
-        movable = mine & (trouble == 0)
+        odd = mine & (beyond > 0)
+        if 2 * odd.sum() > mine.sum():  # such budgets are what this source knows, such as realised costs
+            odd[:] = False
+        movable = mine & (trouble == 0) & ~odd
         if name == "holdout":
             say.add(mine, "Holdout: kept at ", now, ", so that the effect of the other arms can be measured.")
         elif name == "explore":
-            movable = mine
+            movable = mine & ~odd & (age == 0)
             if explore is None:
                 say.add(mine, "Exploring is switched off: kept at ", now, ".")
             else:
-                at = np.flatnonzero(mine)
-                grain = 1 if (before[at] % policy.unit_micros).any() else policy.unit_micros
-                limits = _limits(floor[at], cap[at], before[at], policy.largest_daily_change)
+                at, rest = np.flatnonzero(movable), beyond[movable]
+                low_, high_ = (x - rest for x in _limits(floor[at], cap[at], before[at], policy.largest_daily_change))
                 here = before[at] // grain
-                least, most = np.minimum(-(-limits[0] // grain), here), np.maximum(limits[1] // grain, here)
+                least, most = np.minimum(-(-low_ // grain), here), np.maximum(high_ // grain, here)
                 step, base = _status_quo(features, policy, explore.step, ids, here, least, most, at)
                 drawn = perturb(ids.take(pa.array(at)).to_pylist(), base, least, most, step=step, key=key)
-                after[at], perturbation[at], perturbed[at] = drawn.after * grain, drawn.multiplier, drawn.probability
-                _explain_exploring(say, mine, after, perturbation, explore.step, step, policy.largest_daily_change)
+                perturbation[mine], perturbed[mine] = 1.0, 1.0
+                after[at], perturbed[at] = drawn.after * grain + rest, drawn.probability
+                base = base * grain + rest
+                perturbation[at] = np.divide(after[at], base, out=np.ones(len(at)), where=base > 0)
+                _explain_exploring(say, movable, after, perturbation, explore.step, step, policy.largest_daily_change)
+                say.add(mine & ~odd & (age > 0), "Exploring leaves it at ", now, ": its budget is an older day's, so nothing "
+                        "says what of it was drawn.")  # fmt: skip
+                say.add(odd, "Kept at ", now, _ODD.format(_money(grain)))
         else:
             at = np.flatnonzero(movable)
             plan = allocate(
                 spends[at], values[at], total=int(before[at].sum()), floor=floor[at], cap=cap[at], before=before[at],
                 largest_change=policy.largest_daily_change, target_return=policy.target_return,
             )  # fmt: skip
-            if plan.feasible and policy.unit_micros > 1 and not (before[at] % policy.unit_micros).any():
-                whole = _in_whole_units(plan.spend, low[at], high[at], policy.unit_micros)
+            if plan.feasible and grain > 1:
+                rest = beyond[at]
+                whole = _in_whole_units(plan.spend - rest, low[at] - rest, high[at] - rest, grain) + rest
                 value = float(_at(spends[at], values[at], whole).sum())
                 left = plan.unspent + int(plan.spend.sum() - whole.sum())
                 plan = replace(plan, spend=whole, value=value, gap=max(0.0, plan.bound - value), unspent=left)
@@ -620,6 +638,7 @@ def decide(
             _explain(say, name, movable, plan, before, after, gain, (low, high), (floor, cap), policy)
             for code, why in _TROUBLE.items():
                 say.add(mine & (trouble == code), "Kept at ", now, ": ", why, ".")
+            say.add(odd & (trouble == 0), "Kept at ", now, _ODD.format(_money(grain)))
             say.add(mine & (trouble == _DOUBT), "Kept at ", now, ": what it earns is too uncertain, the interval is wider "
                     f"than {policy.largest_doubt or 0:.0%} of what is expected.")  # fmt: skip
             for level in np.unique(sure[mine & ~np.isnan(sure)]):
@@ -651,6 +670,7 @@ def decide(
 
 _NO_CAP = 2**62
 _CONFLICT, _DOUBT = 4, 5
+_ODD = ": it is not in whole steps of {}, and the system downstream takes no others."
 _TROUBLE = {
     1: "the model gave no response curve for this line",
     2: "its response curve is not usable (lengths differ, a value is not finite, or spends descend)",

@@ -165,7 +165,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
             _, page = reports.write(workflow.name, span[-1], "events-contract-range.html", whole.html)
             implied = []
             if whole.blocking_failed:
-                missed = [contract.sentence(r) for r in whole.results if not r["success"]]
+                missed = contract.sentences(whole, "no event has landed")
                 over = f"over {span[0]} to {span[-1]}: {'; '.join(missed)}"
         for day in each("events: contract", span, len(span)):
             rows = landed.filter(pc.equal(landed["day"], pa.scalar(day)))
@@ -174,7 +174,9 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
             if not page or result.blocking_failed:
                 page = url
             broken = [r for r in result.results if not r["success"]]
-            said = [over] * (bool(over) and day == span[0]) + [contract.sentence(r) for r in broken]
+            said = [over] * (bool(over) and day == span[0]) + contract.sentences(
+                result, "no event of the day has landed"
+            )
             checked[day] = (
                 not result.blocking_failed and not (over and day == span[0]),
                 "; ".join(said) or f"{len(result.results)} expectations met",

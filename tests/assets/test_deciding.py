@@ -755,6 +755,33 @@ def test_what_stood_before_a_day_is_what_others_proved_last_else_what_its_own_fi
     assert stood == {"late": (7, "y", at[1]), "taken back": (1, "x-rollback", at[6]), "own": (3, "x", at[5])}
 
 
+def test_where_the_day_shows_no_budget_what_was_proven_since_it_last_did_stands(ads: Any) -> None:
+    """A line without impressions has no row of the day that would show what was set for it meanwhile."""
+    day = ads.last
+    at = [ads.morning(day - timedelta(days=n), 5) for n in range(4)]  # deliveries of the batches of day - n
+    batch = [day - timedelta(days=n) for n in range(4)]
+    book = Said(
+        proofs(
+            ("three ago", 1, 9, "d3", "decision", batch[3], at[3]),
+            ("two ago", 2, 9, "d2", "decision", batch[2], at[2]),
+            ("three ago", 3, 1, "d2", "decision", batch[2], at[2]),
+            ("of the day", 4, 9, "d2", "decision", batch[2], at[2]),
+            ("one ago", 5, 9, "d2", "decision", batch[2], at[2]),
+            ("three ago", 6, 3, "d0-rb", "rollback", batch[1], ads.morning(day, 1)),
+        )
+    )
+    ages = {"three ago": 3, "two ago": 2, "of the day": 0, "one ago": 1, "never set": None}
+    rows = pa.table({"entity_id": list(ages), "budget_age": pa.array(ages.values(), pa.int64())})
+    until = ads.morning(day, 4)
+    found = deciding.standing_of(ads.workflow, book, day, until, rows)  # type: ignore[arg-type]
+    assert {r["entity_id"]: r["value"] for r in found.to_pylist()} == {"three ago": 6, "two ago": 2}
+    book.table = book.table.slice(0, 5)
+    found = deciding.standing_of(ads.workflow, book, day, until, rows)  # type: ignore[arg-type]
+    assert {r["entity_id"]: r["value"] for r in found.to_pylist()} == {"three ago": 3, "two ago": 2}
+    plain = deciding.standing_of(ads.workflow, book, day, until)  # type: ignore[arg-type]
+    assert not plain.num_rows, "nothing was proven since the day ended"
+
+
 def moved_since(bench: Any, registry: Registry) -> tuple[str, int, Said]:
     """An entity that the champion decides on, the value that a rollback put there at 02:00, and the ledger that says so."""
     batch = bench.decide(registry, bench.last)

@@ -309,7 +309,9 @@ def test_a_number_that_is_none_is_refused_by_file_column_and_entity(tiny: Any, n
         (PLAIN, TOLD.replace("SELECT", f"SELECT CASE WHEN id = 'b' THEN {number} END AS odd,", 1), "outcomes"),
     ):
         workflow, lake = tiny(sql, told, given)
-        with pytest.raises(StageSqlError, match=rf"{stage}\.sql.*odd is (nan|inf|-inf) for 'b' \(1 of 2 rows\).*nullif"):
+        with pytest.raises(
+            StageSqlError, match=rf"{stage}\.sql.*odd is (nan|inf|-inf) for 'b' \(1 of 2 rows\).*nullif"
+        ):
             list(getattr(point_in_time, stage)(workflow, lake, [D]))
 
 

@@ -20,6 +20,7 @@ from data_checks.contract import (
     expectation_names,
     implied,
     sentence,
+    sentences,
     validate,
 )
 
@@ -245,3 +246,21 @@ def test_judging_writes_no_file_and_calls_nobody(
     monkeypatch.setattr(tempfile, "TemporaryDirectory", refuse)
     assert judge(table, {"type": "expect_table_row_count_to_be_between", "min_value": 1}).success
     assert os.listdir(tmp_path) == []
+
+
+def test_of_a_table_without_a_row_one_sentence_is_said(table: pa.Table) -> None:
+    rows = {"type": "expect_table_row_count_to_be_between", "min_value": 1}
+    odd = [
+        {"type": "expect_column_sum_to_be_between", "column": "cost", "min_value": 0, "strict_min": True},
+        {"type": "expect_column_mean_to_be_between", "column": "priority", "min_value": 0},
+        {"type": "expect_column_values_to_not_be_null", "column": "id"},
+    ]
+    nothing = judge(table.slice(0, 0), *odd, rows)
+    assert nothing.blocking_failed and sentences(nothing, "no event has landed") == ["no event has landed"]
+    assert "0 rows, at least 1 must be there" in sentence(nothing.results[-1])
+    allowed = judge(table.slice(0, 0), odd[-1])
+    assert sentences(allowed, "no event has landed") == ["no event has landed, which the contract allows"]
+    few = judge(table.slice(0, 2), {**rows, "min_value": 5, "max_value": 9})
+    assert sentences(few, "no event has landed") == [sentence(few.results[0])]
+    assert "2 rows, at least 5, at most 9 must be there" in sentence(few.results[0])
+    assert sentences(judge(table, rows), "no event has landed") == []

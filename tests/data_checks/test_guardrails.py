@@ -194,3 +194,12 @@ def test_an_unknown_limit_and_levels_the_wrong_way_round_are_refused() -> None:
         Guardrails.model_validate({"max_row": 3})
     with pytest.raises(ValidationError, match="above the highest"):
         Guardrails(levels=(5, 1))
+
+
+def test_changed_values_off_the_declared_unit_are_held_by_name() -> None:
+    rows = batch([10_000, 20_000, 33_333, 5], [20_000, 10_000, 33_333, 4])
+    assert check(rows, Guardrails()).status == "READY"
+    (finding,) = check(rows, Guardrails(unit=10_000)).findings
+    assert (finding["name"], finding["status"], finding["observed"]) == ("not in whole units", "HELD", 1)
+    assert finding["examples"] == ["e3"], "what is kept off the grid is not this batch's doing"
+    assert "allowed multiples of 10000, such as e3" in sentence(finding)

@@ -607,12 +607,93 @@ def test_a_plan_in_whole_cents_keeps_its_pools_and_bounds(seed):
     assert 0 <= lost < 1e-4 * certificates["champion"]["value"] and certificates["champion"]["gap"] >= lost - 1e-9
 
 
-def test_budgets_that_are_no_whole_cents_are_decided_to_the_micro():
-    features, scores, arms, _ = a_day(broken=False)
-    decisions, _ = decide(features, scores, arms, SPEC | {"unit_micros": 10_000}, explore=Explore(step=0.1), key="k")
-    plain, _ = decide(features, scores, arms, SPEC, explore=Explore(step=0.1), key="k")
-    assert (features["budget_micros"].to_numpy() % 10_000).any()
-    assert decisions["after"].to_pylist() == plain["after"].to_pylist()
+CENT = 10_000
+
+
+def in_cents(seed: int, n: int, odd: list[int]) -> tuple[pa.Table, pa.Table, pa.Table, np.ndarray]:
+    """A day in whole cents but for the lines of ``odd`` (their numbers)."""
+    features, _, arms, arm = a_day(seed=seed, n=n, broken=False)
+    rng = np.random.default_rng(seed)
+    before = rng.integers(1, 50_000, n) * CENT
+    before[odd] += rng.integers(1, CENT, len(odd))
+    curves = before[:, None] * np.linspace(0.5, 1.5, 5)
+    worth = (curves / MICROS) ** rng.uniform(0.2, 0.9, (n, 1)) * rng.uniform(0.5, 3, (n, 1))
+    ids = features["entity_id"]
+    scores = pa.table({"entity_id": ids, "spends": curves.astype(np.int64).tolist(), "values": worth.tolist()})
+    return (
+        features.set_column(features.schema.get_field_index("budget_micros"), "budget_micros", pa.array(before)),
+        scores,
+        arms,
+        arm,
+    )
+
+
+@settings(max_examples=examples(60), deadline=None)
+@given(st.integers(0, 2**20), st.integers(8, 60), st.data())
+def test_a_few_lines_off_the_cent_grid_take_no_other_line_off_it(seed, n, data):
+    odd = sorted(data.draw(st.sets(st.integers(0, n - 1), max_size=n)))
+    features, scores, arms, arm = in_cents(seed, n, odd)
+    spec = SPEC | {"unit_micros": CENT}
+    decisions, certificates = decide(features, scores, arms, spec, explore=Explore(step=0.1), key="k")
+    before, after = (decisions[c].to_numpy() for c in ("before", "after"))
+    off = before % CENT > 0
+    assert not (after[~off] % CENT).any(), "a line in whole cents is decided in whole cents, whatever the others hold"
+    assert not ((after - before) % CENT).any(), "what a line holds beyond whole cents stays with it"
+    assert (np.abs(after - before) <= 0.3 * before + 1).all()
+    for name in np.unique(arm):
+        mine = arm == name
+        assert after[mine].sum() == before[mine].sum() == certificates[name]["pool"]
+        if 2 * off[mine].sum() <= mine.sum():
+            assert (after[mine & off] == before[mine & off]).all(), "the platform would refuse it: it is kept"
+    said = decisions["reasons"].to_pylist()
+    for i in np.flatnonzero(off & (after == before) & (arm != "holdout")):
+        assert said[i]
+    perturbed = decisions["perturbation"].to_pylist()
+    assert all((perturbed[i] is None) == (arm[i] != "explore") for i in range(n))
+
+
+@pytest.mark.parametrize("name", ["champion", "explore"])
+def test_the_one_odd_line_is_kept_and_says_why_while_the_others_move_in_cents(name):
+    features, scores, arms, arm = in_cents(3, 200, [])
+    line = int(np.argmax(arm == name))
+    features, scores, arms, arm = in_cents(3, 200, [line])
+    decisions, _ = decide(features, scores, arms, SPEC | {"unit_micros": CENT}, explore=Explore(step=0.1), key="k")
+    before, after, mine = decisions["before"].to_numpy(), decisions["after"].to_numpy(), arm == name
+    assert after[line] == before[line] and "not in whole steps of 0.01" in decisions["reasons"][line].as_py()[0]
+    moved = after != before
+    assert moved[mine].sum() > 0.5 * mine.sum() and not (after[moved] % CENT).any()
+
+
+def test_where_most_budgets_are_no_whole_cents_each_moves_by_whole_cents():
+    features, scores, arms, arm = a_day(broken=False)
+    decisions, _ = decide(features, scores, arms, SPEC | {"unit_micros": CENT}, explore=Explore(step=0.1), key="k")
+    before, after = (decisions[c].to_numpy() for c in ("before", "after"))
+    assert (before % CENT > 0).mean() > 0.9
+    for name in ("champion", "challenger", "explore"):
+        mine = arm == name
+        assert (after != before)[mine].mean() > 0.5 and after[mine].sum() == before[mine].sum()
+    assert not ((after - before) % CENT).any()
+
+
+def test_a_line_whose_budget_is_an_older_days_is_decided_on_but_not_explored():
+    features, scores, arms, arm = a_day(broken=False)
+    age = np.zeros(features.num_rows, dtype=np.int64)
+    age[::2] = 3
+    features = features.append_column("budget_age", pa.array(age))
+    decisions, _ = decide(
+        features, scores, arms, SPEC | {"spend_age": "budget_age"}, explore=Explore(step=0.1), key="k"
+    )
+    before, after = (decisions[c].to_numpy() for c in ("before", "after"))
+    old, champion, explore = age > 0, arm == "champion", arm == "explore"
+    assert (after != before)[old & champion].any() and (after != before)[~old & explore].any()
+    assert (after == before)[old & explore].all() and after[explore].sum() == before[explore].sum()
+    perturbation, chance = (
+        decisions[c].to_numpy(zero_copy_only=False) for c in ("perturbation", "perturbation_probability")
+    )
+    assert (perturbation[old & explore] == 1).all() and (chance[old & explore] == 1).all(), (
+        "no slope is learned from it"
+    )
+    assert "an older day's" in decisions["reasons"][int(np.argmax(old & explore))].as_py()[0]
 
 
 def with_intervals(scores, share):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Iterator
 from datetime import date, timedelta
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from assets.resources import home, resources
 from assets.workflow import FOLDER, Workflow, load
 from data_checks.contract import ExpectationSpec
-from delivery.sandbox.worlds import advertising
+from delivery.sandbox.worlds import advertising, tickets
 from orchestration import demo, runner
 
 DAYS = 8
@@ -85,3 +86,31 @@ def test_features_that_break_their_contract_are_withheld(instance: dg.DagsterIns
     assert lake.read(workflow.table("features"), days=[span[-2]]).num_rows == 24
     page = Path(resources()["reports"].root, "ad_budget", span[-1].isoformat(), "features-contract.html")
     assert "expect_column_max_to_be_between" in page.read_text()
+
+
+@pytest.mark.parametrize("left", ["the header alone", "no file"])
+@pytest.mark.parametrize("name", ["ad_budget", "ticket_priority"])
+def test_an_empty_day_goes_no_further_and_one_sentence_says_why(
+    instance: dg.DagsterInstance, name: str, left: str
+) -> None:
+    workflow = load(FOLDER / name)
+    before, last = workflow.start, workflow.start + timedelta(days=1)
+    if name == "ad_budget":
+        land(workflow, 2)
+    else:
+        world, folder = tickets.World(3, load=0.9, teams=2), home() / "landing" / name / "export"
+        for day in (before, last):
+            demo.stamp(tickets.export_day(world.step(day), folder, day), day)
+    (file,) = (home() / "landing" / name / "export").glob(f"*{last}*")
+    if left == "no file":
+        file.unlink()
+    else:
+        header = gzip.decompress(file.read_bytes()).split(b"\n")[0] + b"\n" if name == "ad_budget" else b""
+        file.write_bytes(gzip.compress(header))
+        demo.stamp(file, last)
+    assert runner.run(workflow, "prepare", before, before, now=demo.at(before, "04:00"), instance=instance).success
+    run = runner.run(workflow, "daily", last, last, now=demo.at(last, "04:00"), instance=instance)
+    found = {(r["asset"].split("/")[-1], r["check"]): r for r in runner.check_rows(run)}
+    contract = found[("events", "contract")]
+    assert (contract["result"], contract["says"]) == ("ERROR", f"{last}: no event of the day has landed")
+    assert ("features", "contract") not in found, "the day goes no further"

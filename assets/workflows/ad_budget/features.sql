@@ -1,5 +1,7 @@
 -- One row a line that was active within the 28 days up to $day. Money is summed in whole micros, so that no order of rows can change a sum.
--- The status quo is what was set for $day: its budget, or the realised cost where the source knows no budget. Trailing windows end with $day.
+-- The status quo is what was set for $day: its budget, or the realised cost where the source knows no budget. A line without impressions
+-- (no row, or a row of zeros without a budget) keeps what was last set within the week; a budget of zero switches it off. What has had no
+-- row for seven days has ended: it has no budget and is not decided on. Trailing windows end with $day.
 -- ratio: value / cost. shift: how far the newest day's ratio stands from its own last week, as a log. against: the newest day's ratio of all
 -- that compete with the line, against the line's own last week, as a log. shift_weekday: the weekday that is decided on, a week ago.
 WITH daily AS (
@@ -9,6 +11,7 @@ WITH daily AS (
         CAST(round(cost * 1e6) AS BIGINT) AS cost,
         CAST(round(value * 1e6) AS BIGINT) AS value,
         CAST(round(coalesce(budget, cost) * 1e6) AS BIGINT) AS budget,
+        budget IS NOT NULL OR cost > 0 AS is_set,
         impressions, clicks, explore_multiplier, explore_probability
     FROM events
     WHERE "day" <= CAST($day AS DATE) AND "day" > CAST($day AS DATE) - 28
@@ -19,7 +22,7 @@ line AS (
         line_id,
         arg_min(campaign, age) AS campaign, arg_min(segment, age) AS segment,
         arg_min(format, age) AS format, arg_min(placement, age) AS placement,
-        coalesce(max(budget) FILTER (age = 0), 0) AS budget_micros,
+        coalesce(arg_min(budget, age) FILTER (is_set AND age < 7), 0) AS budget_micros,
         min(age) AS days_since_active,
         count(*) FILTER (age < 7) AS active_days_7,
         count(*) AS active_days_28,
@@ -31,7 +34,8 @@ line AS (
         sum(budget) FILTER (age < 7) AS b7,
         sum(cost) FILTER (age = 6) AS c_weekday, sum(value) FILTER (age = 6) AS v_weekday,
         sum(impressions) FILTER (age < 7) AS i7, sum(clicks) FILTER (age < 7) AS k7,
-        coalesce(max(explore_multiplier) FILTER (age = 0), 1.0) AS multiplier_today,
+        min(age) FILTER (is_set AND age < 7) AS budget_age,
+        coalesce(arg_min(explore_multiplier, age) FILTER (is_set AND age < 7), 1.0) AS multiplier_today,
         count(*) FILTER (explore_probability IS NOT NULL) AS drawn_days
     FROM daily
     GROUP BY line_id
@@ -52,7 +56,7 @@ beside AS (
 SELECT
     line_id AS entity_id,
     campaign, segment, format, placement,
-    budget_micros,
+    budget_micros, budget_age,
     CAST(isodow(CAST($day AS DATE) + 1) AS BIGINT) AS weekday,
     days_since_active, active_days_7, active_days_28,
     c1 / 1e6 AS cost_1, c3 / 1e6 AS cost_3, c7 / 1e6 AS cost_7, c14 / 1e6 AS cost_14, c28 / 1e6 AS cost_28,

@@ -1,6 +1,7 @@
 -- Tickets as of a day, and the queue around them. Key: (entity_id, moment).
 -- moment 'intake': first known during the day, described by its first event, with the queue as it stood until then.
 -- moment 'open': still open at the cut-off, described by its latest event, with the queue as it stood at the cut-off.
+-- Of two updates of a ticket the one that happened later is the newer (event_at, then the count of updates), whichever came in later.
 -- The queue is counted by sweeping marks in order of time: a ticket arrives, runs late, is resolved, is judged by its
 -- service level, and each of these leaves its window again. Marks are whole numbers: no order can change their sum.
 WITH
@@ -10,8 +11,8 @@ bounds AS (
 spans AS (
     SELECT ticket_id,
         min(known_at) AS arrived,
-        max(known_at) AS changed,
-        arg_max(state, (known_at, updates, source_file_id, source_row)) AS last_state,
+        max(event_at) AS changed,
+        arg_max(state, (event_at, updates, known_at, source_file_id, source_row)) AS last_state,
         min(known_at) FILTER (state IN ('resolved', 'closed')) AS resolved,
         min(event_at) FILTER (state IN ('resolved', 'closed')) AS resolved_at,
         min(known_at) FILTER (missed IS NOT NULL) AS judged,
@@ -28,10 +29,10 @@ first_events AS (
 last_events AS (
     SELECT e.*
     FROM events AS e
-    JOIN spans AS s ON s.ticket_id = e.ticket_id AND s.changed = e.known_at
+    JOIN spans AS s ON s.ticket_id = e.ticket_id AND s.changed = e.event_at
     WHERE s.last_state IN ('open', 'waiting')
     QUALIFY row_number() OVER (
-        PARTITION BY e.ticket_id ORDER BY e.updates DESC, e.source_file_id DESC, e.source_row DESC
+        PARTITION BY e.ticket_id ORDER BY e.updates DESC, e.known_at DESC, e.source_file_id DESC, e.source_row DESC
     ) = 1
 ),
 described AS (

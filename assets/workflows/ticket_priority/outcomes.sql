@@ -3,16 +3,17 @@
 -- it is worked on. open_hours: while it is worked on, how long that has been (a lower bound on handling_hours, without
 -- which a model learns from quick tickets only), told on each of the first eight days and then weekly.
 -- late: the same as missed, and known sooner: a ticket resolved by its due time is in time before it is closed.
+-- Of two updates the one that happened later is the newer (event_at, then the count of updates), whichever came in later.
 -- settles_at: when that was decided, its due time (NULL where the source knows none).
 WITH
 latest AS (
     SELECT ticket_id,
-        arg_max(state, (known_at, updates, source_file_id, source_row)) IN ('resolved', 'closed') AS ended,
+        arg_max(state, (event_at, updates, known_at, source_file_id, source_row)) IN ('resolved', 'closed') AS ended,
         min(opened_at) AS opened_at,
         max(event_at) FILTER (state = 'resolved') AS resolved_at,
         max(event_at) FILTER (state = 'closed') AS closed_at,
         bool_or(missed) AS missed,
-        arg_max(due_at, (known_at, updates, source_file_id, source_row)) AS due_at,
+        arg_max(due_at, (event_at, updates, known_at, source_file_id, source_row)) AS due_at,
         max(effort_hours) AS effort_hours,
         min(known_at) > $previous_cutoff::TIMESTAMP AS is_new,
         max(known_at) FILTER (
