@@ -320,10 +320,11 @@ class _Run:
                 rows = rows.filter(~(content_where(source, [file_id]) & pc.field("superseded_at").is_null()))
             self.known = pa.concat_tables([self.known, rows], promote_options="default") if self.known else rows
         self.known_days |= missing
-        if self.known is None:
-            kinds = {"source_row": pa.int64(), "superseded_at": pa.timestamp("us")}
-            return pa.table({c: pa.array([], kinds.get(c, pa.string())) for c in self._key_columns()})
-        return self.known
+        return self._no_keys() if self.known is None else self.known
+
+    def _no_keys(self) -> pa.Table:
+        kinds = {"source_row": pa.int64(), "superseded_at": pa.timestamp("us")}
+        return pa.table({c: pa.array([], kinds.get(c, pa.string())) for c in self._key_columns()})
 
     def _remember(self, events: pa.Table) -> None:
         if self.workflow.contract.events.unique:
@@ -558,7 +559,7 @@ class _Run:
             if not alone:
                 return self._judge(snap, landing)
             raw = read_rows(snap, source, max_bytes=self.max_bytes)
-            judge(raw, self.workflow, source, landing, lambda days: self.keys([]).slice(0, 0), self.engine)
+            judge(raw, self.workflow, source, landing, lambda days: self._no_keys(), self.engine)
             return record
 
     def _days(self, record: FileRecord) -> pa.ChunkedArray:

@@ -270,15 +270,22 @@ def write(lake: Lake, table: str, records: Mapping[Place, list[FileRecord]]) -> 
     lake.replace(table, pa.Table.from_pylist(rows, FILES), predicate=predicate, partition_by=())
 
 
-def read_quarantine(lake: Lake, table: str, where: pc.Expression | None = None) -> pa.Table:
-    """Quarantined rows with every column of ``QUARANTINE``, null where an earlier release did not write it."""
+def read_quarantine(
+    lake: Lake, table: str, where: pc.Expression | None = None, *, without: Sequence[str] = ()
+) -> pa.Table:
+    """Quarantined rows with every column of ``QUARANTINE``, null where an earlier release did not write it.
+
+    ``where`` may speak of the columns alone that every release wrote: Delta leaves out files that lack one.
+    """
+    wanted = pa.schema([f for f in QUARANTINE if f.name not in without])
     if not lake.exists(table):
-        return QUARANTINE.empty_table()
-    rows = lake.read(table, where=where)
-    for field in QUARANTINE:
-        if field.name not in rows.column_names:
+        return wanted.empty_table()
+    written = lake.read(table, where=pc.field("landed_day").is_null()).column_names
+    rows = lake.read(table, where=where, columns=[name for name in wanted.names if name in written])
+    for field in wanted:
+        if field.name not in written:
             rows = rows.append_column(field, pa.nulls(rows.num_rows, field.type))
-    return rows.select(QUARANTINE.names).cast(QUARANTINE)
+    return rows.select(wanted.names).cast(wanted)
 
 
 def standing(records: Manifest, rows: pa.Table) -> pa.Table:
@@ -293,13 +300,8 @@ def standing(records: Manifest, rows: pa.Table) -> pa.Table:
 
 def standing_quarantine(workflow: Workflow, lake: Lake, days: Sequence[date]) -> pa.Table:
     """The quarantined rows of some days whose content stands; ``day`` is the day of landing where none was written."""
-    table, span = workflow.table("quarantine"), pa.array(list(days), pa.date32())
-    if not lake.exists(table):
-        return QUARANTINE.empty_table()
-    where = pc.field("landed_day").isin(span)
-    if "day" in lake.read(table, where=pc.field("landed_day").is_null()).column_names:
-        where = pc.field("day").isin(span) | (pc.field("day").is_null() & where)
-    rows = read_quarantine(lake, table, where)
+    rows = read_quarantine(lake, workflow.table("quarantine"), without=("raw", "detail"))
     day = pc.coalesce(rows["day"], rows["landed_day"])
     rows = rows.set_column(rows.column_names.index("day"), QUARANTINE.field("day"), day)
+    rows = rows.filter(pc.is_in(day, pa.array(list(days), pa.date32())))
     return standing(Manifest.read(lake, workflow.table("files")), rows)
