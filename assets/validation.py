@@ -38,7 +38,7 @@ _ARROW = {
     "DATE": pa.date32(),
 }  # fmt: skip
 _ENGINE_TYPES = {"day": "DATE", "source_row": "BIGINT", "superseded_at": "TIMESTAMP"}
-_OF_TEXT = ("csv", "jsonl")
+_OF_TEXT = ("csv", "jsonl", "xes")
 """Formats whose every field is a text, so that a mapping can be bound before a file is there."""
 _OUTCOME_KEYS = ("entity_id", "for_day", "known_at")
 _OBSERVED = ("day", "unit", "arm", "epoch", "washout", "n")
@@ -612,8 +612,11 @@ def _event(
             row[name] = str(value).lower() == "true"
     if event and "event_at" not in unique and "known_at" not in unique:
         other = next((n for n in reversed(unique) if len(columns[n].allowed or ()) > 1 and n not in chosen), None)
+        later = next((n for n in reversed(unique) if columns[n].type == "TIMESTAMP"), None)
         if other is not None:
             row[other] = columns[other].allowed[1]  # type: ignore[index]
+        elif later is not None:
+            row[later] += timedelta(hours=1)
     own = {
         "day": workflow.start,
         "source": next(iter(workflow.sources)),

@@ -5,10 +5,13 @@ Belongs here: reading arguments and printing. Does not: doing (``orchestration.r
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
+import time
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
@@ -104,6 +107,30 @@ def validate(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
+@contextlib.contextmanager
+def _watched(quiet: bool) -> Iterator[None]:
+    """Which stage and day a run is at, on standard error: one line that moves on a terminal, else a line every ten seconds."""
+    from assets import progress
+
+    if quiet:
+        yield
+        return
+    out = Console(stderr=True)
+    said, spoken = "", 0.0
+
+    def tell(step: progress.Step) -> None:
+        nonlocal said, spoken
+        text = f"{step.stage} {step.number}/{step.total} {step.at}"
+        if line is not None:
+            line.update(text)
+        elif time.monotonic() - spoken >= 10 or step.stage != said:
+            print(text, file=sys.stderr, flush=True)
+            said, spoken = step.stage, time.monotonic()
+
+    with out.status("starting") if out.is_terminal else contextlib.nullcontext() as line, progress.heard_by(tell):
+        yield
+
+
 @app.command()
 def run(
     workflow: str,
@@ -128,7 +155,8 @@ def run(
 
     found = workflow_named(workflow)
     last = day or closed_days(found, runner.clock_now(now))
-    result = runner.run(found, job, since or last, last, now=now, again=again)
+    with _watched(as_json):
+        result = runner.run(found, job, since or last, last, now=now, again=again)
     _shown(
         runner.check_rows(result),
         f"{workflow} {job} {since or last} – {last}: {'done' if result.success else 'FAILED'}",

@@ -19,6 +19,7 @@ import annotated_types
 import numpy as np
 import pytest
 import typer
+import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -28,8 +29,10 @@ ROOMS = ("orchestration", "assets", "models", "data_checks", "delivery", "benchm
 GENERATED = re.compile(r"<!-- generated: (?P<what>[^>]+?) -->\n(?P<table>.*?)<!-- end -->", re.S)
 NAMED_COLUMNS = re.compile(r"<!-- columns: (?P<what>\w+) -->\n\n?(?P<table>(?:\|.*\n)+)")
 EXAMPLE = re.compile(
-    r"^`assets/workflows/(?P<file>claim_order/[\w./]+)`[^\n]*\n\n```\w+\n(?P<text>.*?)^```", re.M | re.S
+    r"^`assets/workflows/(?P<file>(?P<workflow>claim_order|claims_table)/[\w./]+)`[^\n]*\n\n```\w+\n(?P<text>.*?)^```",
+    re.M | re.S,
 )
+SNIPPET = re.compile(r"<!-- example: (?P<name>\w+) -->\n\n```\w+\n(?P<text>.*?)^```", re.M | re.S)
 by_name = pytest.mark.parametrize("page", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
 
 
@@ -147,7 +150,17 @@ def stages(_: str) -> list[list[str]]:
     return rows
 
 
-MAKERS = {"fields": fields, "unattended": unattended, "jobs": jobs, "stages": stages}
+def reserved(_: str) -> list[list[str]]:
+    from assets.workflow import ENGINE_COLUMNS
+
+    where = {"events": "a column of contract.yaml", "features": "features.sql", "outcomes": "outcomes.sql"}
+    rows = [["in", "the engine's own"]]
+    return rows + [
+        [f"{where[table]} ({table})", ", ".join(f"`{n}`" for n in names)] for table, names in ENGINE_COLUMNS.items()
+    ]
+
+
+MAKERS = {"reserved": reserved, "fields": fields, "unattended": unattended, "jobs": jobs, "stages": stages}
 
 
 def made(what: str) -> str:
@@ -238,7 +251,7 @@ def test_every_path_that_is_named_exists(page: Path) -> None:
     pattern = rf"(?<![\w./-])(?:{'|'.join((*ROOMS, 'mlflow', 'tests', 'docs'))})/[\w./-]*"
     named = {p.rstrip("./") for name in names(page) for p in re.findall(pattern, name)}
     example = {
-        f"assets/workflows/{part}" for f in EXAMPLE.finditer(page.read_text()) for part in (f["file"], "claim_order")
+        f"assets/workflows/{part}" for f in EXAMPLE.finditer(page.read_text()) for part in (f["file"], f["workflow"])
     }
     gone = [p for p in named - example if not (ROOT / p).exists() and not list(ROOT.glob(p + "*"))]
     assert not gone, f"{page.name} names {gone}"
@@ -305,6 +318,115 @@ def _claims(folder: Path, start: date, days: int) -> None:
         (folder / f"claims_{start + timedelta(days=n)}.csv").write_text(header + "".join(rows))
 
 
+def _examples(folder: Path) -> Path:
+    """The workflows that the guide writes out; what claims_table does not say is claim_order's."""
+    guide = (ROOT / "docs" / "data_engineer.md").read_text()
+    for found in EXAMPLE.finditer(guide):
+        (folder / found["workflow"]).mkdir(exist_ok=True)
+        (folder / found["file"]).write_text(found["text"])
+    _said(folder, "claim_order", "claims_table", "claims_table")
+    return folder
+
+
+def _snippet(name: str) -> str:
+    (text,) = [
+        f["text"] for f in SNIPPET.finditer((ROOT / "docs" / "data_engineer.md").read_text()) if f["name"] == name
+    ]
+    return text
+
+
+def _said(folder: Path, base: str, name: str, snippet: str) -> None:
+    """Write the workflow.yaml of ``base`` to ``name`` with what a snippet says instead."""
+    whole = yaml.safe_load((folder / base / "workflow.yaml").read_text())
+    for key, value in yaml.safe_load(_snippet(snippet)).items():
+        one = value.get("export") if key == "sources" else value
+        kept = whole[key]["export"] if key == "sources" else whole.get(key)
+        merged = {**kept, **one} if isinstance(kept, dict) and isinstance(one, dict) else one
+        whole[key] = {"export": merged} if key == "sources" else merged
+    (folder / name / "workflow.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
+
+
+def test_the_workflows_that_the_guide_writes_out_read_good(tmp_path: Path) -> None:
+    from assets import validation
+    from assets.workflow import load
+
+    _examples(tmp_path)
+    for name in ("claim_order", "claims_table"):
+        assert validation.problems(load(tmp_path / name)) == []
+        assert validation.notes(load(tmp_path / name)) == []
+    folder, features = tmp_path / "claim_order", tmp_path / "claim_order" / "features.sql"
+    features.write_text(features.read_text().replace("    priority,\n", _snippet("no_status_quo")))
+    source = folder / "export.sql"
+    source.write_text(source.read_text().replace("opened AS opened_at", _snippet("local_time").strip()))
+    _said(tmp_path, "claim_order", "claim_order", "no_status_quo_delivery")
+    _said(tmp_path, "claim_order", "claim_order", "small_data")
+    assert _snippet("no_status_quo") in features.read_text() and _snippet("local_time").strip() in source.read_text()
+    workflow = load(folder)
+    assert validation.problems(workflow) == [] and workflow.training.min_rows == 100
+    assert workflow.delivery is not None
+
+
+def test_local_times_are_turned_as_the_guide_says() -> None:
+    from assets.landing.row_rules import open_engine
+
+    rows = [
+        ("02.03.2026 10:00",),
+        ("02.07.2026 10:00",),
+        ("29.03.2026 02:30",),
+        ("25.10.2026 02:30",),
+        ("soon",),
+        (None,),
+    ]
+    engine = open_engine()
+    engine.execute("CREATE TABLE raw (opened VARCHAR)")
+    engine.executemany("INSERT INTO raw VALUES (?)", rows)
+    found = [r[0] for r in engine.execute(f"SELECT {_snippet('local_time')} FROM raw").fetchall()]
+    assert found == [
+        "2026-03-02 09:00:00+00", "2026-07-02 08:00:00+00", "2026-03-29 01:30:00+00", "2026-10-25 01:30:00+00", "soon", None,
+    ]  # fmt: skip
+
+
+def test_a_table_of_cases_tells_no_day_what_came_after_it(tmp_path: Path) -> None:
+    from assets import landing, point_in_time
+    from assets.lake import Lake
+    from assets.workflow import load
+
+    workflow = load(_examples(tmp_path) / "claims_table")
+    start = datetime.combine(workflow.start, time())
+    days = [workflow.start + timedelta(days=n) for n in range(5)]
+    header = "claim,office,priority,opened,due,settled,exported\n"
+
+    def line(name: str, opened: float, settled: float | None, exported: float | None = None) -> str:
+        times = [None if d is None else start + timedelta(days=d) for d in (opened, opened + 1, settled, exported)]
+        return ",".join([name, "office 1", "3", *("" if t is None else f"{t:%Y-%m-%d %H:%M:%S}" for t in times)]) + "\n"
+
+    def made(history: list[str], live: list[str], lake: Lake, root: Path) -> dict[str, Any]:
+        (root / "claims_table").mkdir(parents=True)
+        (root / "claims_table" / "claims_history.csv").write_text(header + "".join(history))
+        (root / "claims_table" / "claims_live.csv").write_text(header + "".join(live))
+        done = landing.ingest(workflow, lake, root, now=start + timedelta(days=9))
+        assert not done.refused and done.accepted == len(history) + len(live), done
+        found = {"features": point_in_time.features, "outcomes": point_in_time.outcomes}
+        return {
+            stage: {d: t.drop_columns(["day"]).to_pylist() for d, t in of(workflow, lake, days)}
+            for stage, of in found.items()
+        }
+
+    history = [line("A", 0.2, 1.5), line("B", 0.4, 3.5), line("C", 2.5, None)]
+    # exported at 01:00 of the next day: open first, then settled
+    live = [line("D", 1.2, None, 2.04), line("D", 1.2, 3.6, 4.04)]
+    found = made(history, live, Lake(str(tmp_path / "one")), tmp_path / "first")
+    open_at = {d: sorted(r["entity_id"] for r in rows) for d, rows in found["features"].items()}
+    assert list(open_at.values()) == [["A", "B"], ["B", "D"], ["B", "C", "D"], ["C"], ["C"]]
+    told = {r["entity_id"]: (d, r["missed"]) for d, rows in found["outcomes"].items() for r in rows}
+    assert told == {"A": (days[1], True), "B": (days[3], True), "D": (days[3], True)}
+    later = [line("A", 0.2, 1.5), line("B", 0.4, 4.9), line("C", 2.5, 4.7)]
+    other = made(later, live, Lake(str(tmp_path / "two")), tmp_path / "second")
+    for stage in found:
+        for day in days[:3]:
+            assert other[stage][day] == found[stage][day], "what came later changes nothing of an earlier day"
+
+
 def test_the_workflow_that_the_guide_adds_decides(
     tmp_path: Path, empty_registry: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,11 +437,7 @@ def test_the_workflow_that_the_guide_adds_decides(
     from orchestration import runner
 
     monkeypatch.setenv("SIGNALBOX_HOME", str(tmp_path / "home"))
-    for found in EXAMPLE.finditer((ROOT / "docs" / "data_engineer.md").read_text()):
-        file = tmp_path / found["file"]
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(found["text"])
-    workflow = load(tmp_path / "claim_order")
+    workflow = load(_examples(tmp_path) / "claim_order")
     days = [workflow.start + timedelta(days=n) for n in range(4)]
     _claims(tmp_path / "home" / "landing" / "claim_order", days[0], len(days))
     now = f"{days[-1] + timedelta(days=1)}T04:00:00"

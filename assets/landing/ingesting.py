@@ -59,6 +59,7 @@ from assets.landing.row_rules import (
     open_engine,
     session,
 )
+from assets.progress import each
 
 if TYPE_CHECKING:
     from assets.workflow import Workflow
@@ -169,7 +170,7 @@ class _Run:
         source = self.workflow.sources[name]
         zone, sizes = Zone(self.root, source, self.max_bytes), dict[str, int]()
         files = {file.name: file for file in discover(self.root, source, days)}
-        for path, file in files.items():
+        for path, file in each("events: files read", files.items(), len(files)):
             try:
                 zone.contents[path], sizes[path] = digest(file, max_bytes=self.max_bytes)
             except FileRefused as error:
@@ -204,7 +205,7 @@ class _Run:
                 self._leave(old, file_id, zone, moved(file_id))
         for path in standing_:
             self.book.follow(name, zone.contents[path] or "", zone, self.now)
-        for path in coming:
+        for path in each("events: files landed", coming, len(coming)):
             if path not in former:
                 self._land((name, path), files[path], zone, sizes[path], moved)
                 if sum(judged.events.num_rows for _, judged in self.batch) >= BATCH_ROWS:

@@ -13,6 +13,7 @@ import dagster as dg
 
 from assets import deciding, delivering, facts, shadowing
 from assets.lake import Lake
+from assets.progress import each
 from assets.resources import ClockResource, LakeResource, LedgerResource, RegistryResource, ReportsResource, preview
 from assets.stages.common import DayConfig, days, folded, stage
 from assets.workflow import Workflow
@@ -49,7 +50,8 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         last: deciding.Batch | None = None
         refused, shadow, said = False, dict[str, Any](), dict[str, str]()
         with ledger.open(clock.now) as book:
-            for day in days(context):
+            span = days(context)
+            for day in each("decisions", span, len(span)):
                 if completed := deciding.complete_lake(workflow, lake.lake, book, day):
                     context.log.warning(f"{day}: a run had ended before the lake had batch {completed}: completed")
                 found = facts.today(workflow, book, day, clock.now(), again=config.again)

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from assets import acting, deciding, promoting
 from assets.lake import Lake
+from assets.progress import each
 from assets.resources import ClockResource, LakeResource, LedgerResource, RegistryResource, ReportsResource
 from assets.stages.common import days, folded, stage
 from assets.workflow import Workflow
@@ -285,7 +286,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         with ledger.open(clock.now) as book:
             champions = {day: importances(workflow, registry.registry, book, day) for day in span}
             others = acting.scored_by_others(book, workflow, lake.lake)
-        for day in span:
+        for day in each("drift", span, len(span)):
             champion, gains, unknown = champions[day]
             scores = _judge_scores(workflow, lake.lake, day, others)
             scores_page = reports.write(workflow.name, day, "drift_scores.html", scores.page)[1] if scores.page else ""

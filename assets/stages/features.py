@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from assets import point_in_time
 from assets.lake import content_digest
+from assets.progress import each
 from assets.resources import LakeResource, ReportsResource, preview
 from assets.stages.common import days, folded, stage
 from assets.workflow import Workflow
@@ -35,7 +36,10 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         tables: list[pa.Table] = []
         checked: dict[date, tuple[bool, str]] = {}
         page = ""
-        for day, table in point_in_time.features(workflow, lake.lake, days(context), version=version):
+        span = days(context)
+        for day, table in each(
+            "features", point_in_time.features(workflow, lake.lake, span, version=version), len(span)
+        ):
             result = contract.validate(
                 table, list(workflow.contract.features.expectations), name=f"{workflow.name} features {day}"
             )
@@ -57,7 +61,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
                 partition_key=day.isoformat(),
             )
         whole = pa.concat_tables(tables, promote_options="default")
-        written = lake.lake.replace_days(workflow.table("features"), whole, days(context))
+        written = lake.lake.replace_days(workflow.table("features"), whole, span)
         return dg.MaterializeResult(
             metadata={"entities": whole.num_rows, "first rows": preview(whole.slice(0, 5)), "table version": written},
             check_results=[folded("contract", checked, metadata={"page": dg.MetadataValue.url(page)})],

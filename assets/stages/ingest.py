@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from assets import landing as landing_zone
 from assets.lake import Lake
+from assets.progress import each
 from assets.resources import ClockResource, LakeResource, LandingResource, ReportsResource, preview
 from assets.stages.common import days, folded, stage
 from assets.workflow import EventsContract, Workflow
@@ -166,7 +167,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
             if whole.blocking_failed:
                 missed = contract.sentences(whole, "no event has landed")
                 over = f"over {span[0]} to {span[-1]}: {'; '.join(missed)}"
-        for day in span:
+        for day in each("events: contract", span, len(span)):
             rows = landed.filter(pc.equal(landed["day"], pa.scalar(day)))
             result = contract.validate(rows, [*implied, *promised.expectations], name=f"{workflow.name} events {day}")
             _, url = reports.write(workflow.name, day, "events-contract.html", result.html)

@@ -7,6 +7,7 @@ import dagster as dg
 import pyarrow as pa
 
 from assets import point_in_time
+from assets.progress import each
 from assets.resources import LakeResource, preview
 from assets.stages.common import days, stage
 from assets.workflow import Workflow
@@ -25,11 +26,14 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
     def outcomes(context: dg.AssetExecutionContext, lake: LakeResource) -> dg.MaterializeResult:
         version = lake.lake.version(workflow.table("events"))
         tables = []
-        for day, table in point_in_time.outcomes(workflow, lake.lake, days(context), version=version):
+        span = days(context)
+        for day, table in each(
+            "outcomes", point_in_time.outcomes(workflow, lake.lake, span, version=version), len(span)
+        ):
             tables.append(table)
             context.add_asset_metadata({"dagster/partition_row_count": table.num_rows}, partition_key=day.isoformat())
         whole = pa.concat_tables(tables, promote_options="default")
-        written = lake.lake.replace_days(workflow.table("outcomes"), whole, days(context))
+        written = lake.lake.replace_days(workflow.table("outcomes"), whole, span)
         return dg.MaterializeResult(
             metadata={
                 "outcomes": whole.num_rows,

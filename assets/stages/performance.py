@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from assets import acting, fallback, performing, promoting
+from assets.progress import each
 from assets.resources import ClockResource, LakeResource, LedgerResource, RegistryResource, ReportsResource
 from assets.stages.common import days, folded, key, stage
 from assets.workflow import Workflow
@@ -56,7 +57,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         links: dict[str, Any] = {}
         with ledger.open(clock.now) as book:
             others = acting.scored_by_others(book, workflow, lake.lake)
-            for day in span:
+            for day in each("performance", span, len(span)):
                 performing.score_by_rule(workflow, lake.lake, day, others)
                 judged[day] = performing.judge(workflow, lake.lake, registry.registry, day, others)
                 row = fallback.worse(metric, judged[day])

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from assets import guarding
+from assets.progress import each
 from assets.resources import ClockResource, LakeResource, LedgerResource, ReportsResource, preview
 from assets.stages.common import days, folded, stage
 from assets.workflow import Workflow
@@ -70,7 +71,9 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         span = days(context)
         book = ledger.open(clock.now)
         try:
-            judged = {day: guarding.judge_day(workflow, lake.lake, book, day) for day in span}
+            judged = {
+                day: guarding.judge_day(workflow, lake.lake, book, day) for day in each("regression", span, len(span))
+            }
         finally:
             book.close()
         stored = [looks(one) for found in judged.values() for one in found]

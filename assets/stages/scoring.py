@@ -11,6 +11,7 @@ import dagster as dg
 
 from assets import deciding, facts, promoting
 from assets.lake import Lake
+from assets.progress import each
 from assets.resources import ClockResource, LakeResource, LedgerResource, RegistryResource, preview
 from assets.stages.common import DayConfig, days, folded, stage
 from assets.workflow import Workflow
@@ -56,7 +57,8 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         last: deciding.Scored | None = None
         left: dict[str, str] = {}
         moves: dict[str, str] = {}
-        for day in days(context):
+        span = days(context)
+        for day in each("scores", span, len(span)):
             with ledger.open(clock.now) as book:
                 deciding.complete_lake(workflow, lake.lake, book, day)
                 found = facts.today(workflow, book, day, clock.now(), again=config.again)
