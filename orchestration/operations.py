@@ -197,8 +197,8 @@ def show(
                 f"  {row['entity_id']}: {say(row['before'])} → {say(row['after'])}{other}  {' '.join(row['reasons'])}"
             )
     for d in off[:limit]:
-        there = "not read" if d.stands is None else f"there {say(d.stands)}"
-        lines.append(f"  {d.state} {d.entity}: {say(d.before)} → {say(d.after)}, {there}. {d.says or ''}".rstrip())
+        there_now = "not read" if d.stands is None else f"there {say(d.stands)}"
+        lines.append(f"  {d.state} {d.entity}: {say(d.before)} → {say(d.after)}, {there_now}. {d.says or ''}".rstrip())
     if beside:
         lines.append(f"  watched fields of {len(beside)} changed with the value; a rollback does not restore them:")
     lines += [f"    {d.entity}: {d.says}" for d in beside[:limit]]

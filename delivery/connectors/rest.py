@@ -93,7 +93,7 @@ class RestConnector:
         self.system = spec.system
         self.mapping = _mapping(spec)
         self._spec, self._clock = spec, clock
-        headers, secrets = _credentials(spec, environ)
+        headers, secrets, self._in_bodies = _credentials(spec, environ)
         self._http = Http(
             spec.base_url,
             headers={**spec.headers, **headers},
@@ -566,7 +566,7 @@ class RestConnector:
                 call.method,
                 fill_path(call.path, values) if url is None else url,
                 params=params if url is None else None,
-                json=fill(call.body, values) if call.body is not None else None,
+                json=fill(call.body, {**self._in_bodies, **values}) if call.body is not None else None,
                 headers=headers,
             )
         except (NotSent, NoAnswer) as error:
@@ -627,8 +627,9 @@ class RestConnector:
         raise Misconfigured(self._http.clean(says))
 
     def _denied(self, answer: Answer) -> str:
-        auth = self._spec.auth
-        names = [str(v) for k, v in auth if k.endswith("_env")]
+        spec = self._spec
+        names = [str(v) for k, v in spec.auth if k.endswith("_env")]
+        names += [*spec.secret_headers.values(), *spec.body_secrets.values()]
         way_out = f"set {' and '.join(names)} to what is valid" if names else "`auth` sends no secret"
         return self._http.clean(f"{self.system}: answered {answer.status} {self._words(answer)}; {way_out}")
 
@@ -664,7 +665,8 @@ class RestConnector:
         """
         for pointer in (*pointers, *_USUAL):
             if pointer and (said := words(at(document, pointer))):
-                return self._http.clean(said, 250)
+                details = words(at(document, "/errors"))
+                return self._http.clean(said if details in said else f"{said} ({details})", 250)
         return self._http.clean(words(document) or json.dumps(document, ensure_ascii=False), 200)
 
 
@@ -763,29 +765,32 @@ def _moment(found: Any) -> datetime | None:
     return None
 
 
-def _credentials(spec: RestSystem, environ: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """The header that proves who we are, and every text that must never be shown."""
+def _credentials(spec: RestSystem, environ: Mapping[str, str]) -> tuple[dict[str, str], list[str], dict[str, str]]:
+    """The headers that prove who we are, every text that must never be shown, and what stands for secrets in bodies."""
 
-    def secret(name: str) -> str:
+    def secret(name: str, key: str, header: bool = True) -> str:
         value = environ.get(name, "").strip()
         if not value:
-            raise Misconfigured(f"{spec.system}: the environment variable {name} is not set; `auth` names it")
-        if not value.isascii() or not value.isprintable():
+            raise Misconfigured(f"{spec.system}: the environment variable {name} is not set; `{key}` names it")
+        if header and (not value.isascii() or not value.isprintable()):
             raise Misconfigured(f"{spec.system}: the environment variable {name} holds a character that no header may")
         return value
 
+    more = {header: secret(name, "secret_headers") for header, name in spec.secret_headers.items()}
+    bodies = {f"secret_{n}": secret(name, "body_secrets", header=False) for n, name in spec.body_secrets.items()}
+    hidden = [*more.values(), *bodies.values()]
     auth = spec.auth
     if isinstance(auth, Bearer):
-        token = secret(auth.token_env)
-        return {"authorization": f"Bearer {token}"}, [token]
+        token = secret(auth.token_env, "auth")
+        return {**more, "authorization": f"Bearer {token}"}, [token, *hidden], bodies
     if isinstance(auth, Basic):
-        user, password = secret(auth.user_env), secret(auth.password_env)
+        user, password = secret(auth.user_env, "auth"), secret(auth.password_env, "auth")
         both = base64.b64encode(f"{user}:{password}".encode()).decode()
-        return {"authorization": f"Basic {both}"}, [password, both]
+        return {**more, "authorization": f"Basic {both}"}, [password, both, *hidden], bodies
     if isinstance(auth, KeyHeader):
-        key = secret(auth.value_env)
-        return {auth.name: auth.prefix + key}, [key]
-    return {}, []
+        key = secret(auth.value_env, "auth")
+        return {**more, auth.name: auth.prefix + key}, [key, *hidden], bodies
+    return more, hidden, bodies
 
 
 def mapping(settings: RestSettings, folder: Path) -> str:

@@ -504,6 +504,15 @@ class RestSystem(Strict):
     )
     largest_body: int = Field(default=16 << 20, ge=1024, description="Bytes of an answer, unpacked; more is an error")
     auth: Auth = Field(description="How the connector proves who it is; secrets only by a variable's name")
+    secret_headers: dict[str, Name] = Field(
+        default={},
+        description="Further headers that hold secrets: header → environment variable, such as App-Token: GLPI_APP_TOKEN",
+    )
+    body_secrets: dict[Annotated[str, Field(pattern=r"^[a-z_]+$")], Name] = Field(
+        default={},
+        description="Secrets that a system wants in the body: name → environment variable; `{secret_NAME}` stands for it "
+        "there, and nowhere else",
+    )
     headers: dict[str, str] = Field(default={}, description="Headers of every call, as they are; never a secret")
     entity: str = Field(
         default=r"[A-Za-z0-9][A-Za-z0-9._:@-]*",
@@ -525,19 +534,32 @@ class RestSystem(Strict):
             raise ValueError(f"entity is no regular expression: {error}") from None
         try:
             origin_of(self.base_url, allow_plain_http=self.allow_plain_http)
-            check_headers(self.headers)
+            check_headers({**self.headers, **dict.fromkeys(self.secret_headers, "")})
         except Misconfigured as error:
             raise ValueError(str(error)) from None
         secret = [
             n for n in self.headers if re.search("authorization|cookie|api-?key|secret|password", n, re.IGNORECASE)
         ]
         if secret:
-            raise ValueError(f"headers: {secret[0]} holds a secret, which never stands in a file; use `auth`")
+            raise ValueError(
+                f"headers: {secret[0]} holds a secret, which never stands in a file; use `auth` or `secret_headers`"
+            )
         read, write = self.read, self.write
-        _only(read.one, "read.one", {"entity"})
-        _only(read.many, "read.many", {"entities", "rows"}, {"entity"})
-        _only(write.one, "write.one", PER_WRITE)
-        _only(write.many, "write.many", {"rows", "batch_id", "run_id"}, PER_WRITE)
+        hidden = {f"secret_{name}" for name in self.body_secrets}
+        for where, call in (
+            ("read.one", read.one),
+            ("read.many", read.many),
+            ("write.one", write.one),
+            ("write.many", write.many),
+        ):
+            if call is not None and (shown := placeholders([call.path, call.query, call.headers]) & hidden):
+                raise ValueError(
+                    f"{where}: {{{min(shown)}}} stands in a body only: paths, queries and headers are logged"
+                )
+        _only(read.one, "read.one", {"entity"} | hidden)
+        _only(read.many, "read.many", {"entities", "rows"} | hidden, {"entity"})
+        _only(write.one, "write.one", PER_WRITE | hidden)
+        _only(write.many, "write.many", {"rows", "batch_id", "run_id"} | hidden, PER_WRITE)
         _only(self.history, "history", {"entity", "target"})
         if read.one and "entity" not in used_in(read.one):
             raise ValueError("read.one: must hold {entity}, or every entity would read the same")

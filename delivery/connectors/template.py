@@ -184,7 +184,8 @@ def words(found: Any, depth: int = 6) -> str:
         return "; ".join(dict.fromkeys(w for one in found[:20] if (w := words(one, depth - 1))))
     for name in _SAID:
         if said := words(found.get(name), depth - 1):
-            return said
+            about = found.get("field")
+            return f"{about}: {said}" if isinstance(about, str) and about else said
     return "; ".join(f"{name}: {w}" for name, one in list(found.items())[:20] if (w := words(one, depth - 1)))
 
 

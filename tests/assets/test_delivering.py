@@ -15,6 +15,8 @@ from assets import deciding, delivering, point_in_time
 from assets.stages import delivery as stage
 from assets.workflow import Workflow
 from delivery import push as pushing
+from delivery.connectors.base import Misconfigured
+from delivery.connectors.sql_table import SqlTableSettings
 from delivery.guards import Finding
 from delivery.ledger import BatchRow, Ledger
 from delivery.rollback import RollbackError
@@ -272,6 +274,23 @@ def test_an_address_from_the_environment_replaces_the_workflows(ads: Bench, monk
     silent = ads.workflow.model_copy(update={"delivery": None})
     with pytest.raises(delivering.NothingToDeliver, match="no section `delivery`"):
         delivering.connect(silent, datetime.now)
+
+
+def test_an_address_from_the_environment_replaces_a_databases_url(
+    ads: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The variable that holds it is another one; its password stands nowhere else."""
+    table = SqlTableSettings(kind="sql_table", url_env="CRM_URL", table="lines", key="id", value="budget")
+    assert ads.workflow.delivery is not None
+    said = ads.workflow.delivery.model_copy(update={"connector": table, "address_env": "STAGING_URL"})
+    workflow = ads.workflow.model_copy(update={"delivery": said})
+    for name, url in (("CRM_URL", "production"), ("STAGING_URL", "staging")):
+        monkeypatch.setenv(name, f"sqlite:///{tmp_path}/{url}.db")
+        assert f"{url}.db" in delivering.connect(workflow, datetime.now).system
+    monkeypatch.setenv("STAGING_URL", "postgresql//marked-secret@host")
+    with pytest.raises(Misconfigured, match="STAGING_URL holds no database URL") as error:
+        delivering.connect(workflow, datetime.now)
+    assert "marked-secret" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -5,23 +5,37 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from delivery.connectors.base import Misconfigured
-from delivery.connectors.rest import _another, load, mapping
+from delivery.connectors.base import Misconfigured, Unavailable
+from delivery.connectors.rest import _another, connect, load, mapping
 from delivery.connectors.rest_spec import RestSettings, Values
 from delivery.ledger import Delivery, Ledger
 from delivery.push import PushSettings, Report, push
 from delivery.rollback import Batch, roll_back
-from tests.delivery.test_rest import KEYED, LISTED, MANY, NOW, a_write, against, always, changed, items, written_to
+from tests.delivery.test_rest import (
+    KEYED,
+    LISTED,
+    MANY,
+    NOW,
+    TOKEN,
+    a_write,
+    against,
+    always,
+    changed,
+    items,
+    written_to,
+)
 from tests.support.ledgers import KEY, new_batch, some_decisions
 from tests.support.properties import examples
-from tests.support.rest_servers import Reply, Request
+from tests.support.rest_servers import Reply, Request, Scripted, serving
 
 # --------------------------------------------------------------------------- values
 
@@ -199,6 +213,10 @@ def test_a_history_may_hold_ids_where_the_item_shows_names(tmp_path: Path) -> No
         ({"ok": False, "status": 0, "reason": "closed"}, "400 reason: closed"),
         ({"error": True, "code": 17}, '400 {"error": true, "code": 17}'),
         (["Denied", "Try later"], "400 Denied; Try later"),
+        (
+            {"description": "Validation failed", "errors": [{"field": "priority", "message": "is 1 to 4", "code": "bad"}]},
+            "400 Validation failed (priority: is 1 to 4)",
+        ),
     ],
 )  # fmt: skip
 def test_only_text_counts_as_a_systems_words(tmp_path: Path, body: Any, says: str) -> None:
@@ -402,3 +420,308 @@ def test_another_version_is_another_of_the_same_shape(token: str) -> None:
     other = _another(token)
     assert other != token and len(other) == len(token)
     assert [c.isdigit() for c in other] == [c.isdigit() for c in token]
+
+
+# --------------------------------------------------------------------------- systems by YAML alone
+
+
+ODOO = """
+system: odoo
+base_url: https://replaced.example
+auth: {kind: none}
+body_secrets: {password: ODOO_PASSWORD}
+read:
+  one:
+    method: POST
+    path: /jsonrpc
+    body:
+      jsonrpc: "2.0"
+      method: call
+      params:
+        service: object
+        method: execute_kw
+        args: [acme, 2, "{secret_password}", helpdesk.ticket, read, [["{entity:integer}"]], {fields: [priority]}]
+    item: /result
+  many:
+    method: POST
+    path: /jsonrpc
+    body:
+      jsonrpc: "2.0"
+      method: call
+      params:
+        service: object
+        method: execute_kw
+        args: [acme, 2, "{secret_password}", helpdesk.ticket, read, ["{rows}"], {fields: [priority]}]
+    row: "{entity:integer}"
+    at_most: 100
+    items: /result
+  key: /id
+  value: /priority
+  errors: [{at: /error, present: true}]
+values: {kind: names, names: {"3": 1, "2": 2, "1": 3, "0": 4}}
+write:
+  one:
+    method: POST
+    path: /jsonrpc
+    body:
+      jsonrpc: "2.0"
+      method: call
+      params:
+        service: object
+        method: execute_kw
+        args: [acme, 2, "{secret_password}", helpdesk.ticket, write, [["{entity:integer}"], {priority: "{value}"}]]
+  errors: [{at: /error, present: true, outcome: refused, says: /error/data}, {at: /result, none_of: [true]}]
+"""
+
+
+def odoo(request: Request) -> Reply:
+    """JSON-RPC: 200 to everything, errors inside, the password in every body."""
+    _, _, password, model, method, args, *_ = request.body["params"]["args"]
+    assert model == "helpdesk.ticket"
+    if password != "odoo-secret-8":
+        wrong = {"code": 200, "message": "Odoo Server Error", "data": {"message": f"Access Denied ({password})"}}
+        return 200, {"jsonrpc": "2.0", "error": wrong}, {}
+    if method == "write":
+        ids, said = args
+        if ids == [9]:
+            return (
+                200,
+                {"error": {"message": "Odoo Server Error", "data": {"message": "You are not allowed to modify"}}},
+                {},
+            )
+        ODOO_ROWS[ids[0]] = said["priority"]
+        return 200, {"jsonrpc": "2.0", "result": True}, {}
+    return 200, {"result": [{"id": i, "priority": ODOO_ROWS[i], "name": "?"} for i in args[0] if i in ODOO_ROWS]}, {}
+
+
+ODOO_ROWS: dict[int, str] = {}
+
+
+def by_yaml(folder: Path, said: str, url: str, **environ: str) -> Any:
+    (folder / "system.yaml").write_text(said)
+    which = RestSettings(kind="rest", file="system.yaml", base_url=url)
+    return connect(which, environ=environ, folder=folder, clock=lambda: NOW)
+
+
+def test_a_system_that_wants_its_password_in_the_body_is_connected_and_never_shows_it(
+    tmp_path: Path, ledger: Ledger
+) -> None:
+    ODOO_ROWS.update({1: "1", 2: "2", 9: "1"})
+    ledger.record_batch(
+        new_batch("b1", pools=None), some_decisions("b1", ["1", "2", "9"], before=[3, 3, 3], after=[1, 1, 1])
+    )
+    with serving(Scripted(odoo)) as url:
+        connector = by_yaml(tmp_path, ODOO, url, ODOO_PASSWORD="odoo-secret-8")
+        report = push(ledger, connector, "b1", settings=FAST, rng=random.Random(1))
+        wrong = by_yaml(tmp_path, ODOO, url, ODOO_PASSWORD="wrong-secret-9")
+        with pytest.raises(Unavailable, match="Odoo Server Error") as caught:
+            wrong.read(["1"])
+    told = {d.entity: (d.state, d.says) for d in ledger.deliveries("b1")}
+    assert (
+        told["1"][0] == "ACKED"
+        and told["2"][0] == "CONFLICT"
+        and told["9"] == ("REJECTED", "You are not allowed to modify")
+    )
+    assert ODOO_ROWS == {1: "3", 2: "2", 9: "1"}
+    files = b"".join(p.read_bytes() for p in tmp_path.glob("ledger.db*"))
+    assert b"odoo-secret" not in files and "secret-" not in repr(report) + str(caught.value) + repr(
+        wrong.apply([a_write()])
+    )
+
+
+def test_a_second_secret_goes_in_a_header_of_its_own(tmp_path: Path) -> None:
+    said = yaml.safe_dump(changed(secret_headers={"App-Token": "APP"}))
+    script = always(401, {"message": "no session for app-secret-1"})
+    with serving(api := Scripted(script)) as url:
+        connector = by_yaml(tmp_path, said, url, T_TOKEN=TOKEN, APP="app-secret-1")
+        with pytest.raises(Misconfigured, match="set T_TOKEN and APP to what is valid") as caught:
+            connector.read(["1"])
+        assert "app-secret" not in str(caught.value)
+        sent = api.requests[0].headers
+        assert (sent["app-token"], sent["authorization"]) == ("app-secret-1", f"Bearer {TOKEN}")
+        with pytest.raises(Misconfigured, match="APP is not set; `secret_headers` names it"):
+            by_yaml(tmp_path, said, url, T_TOKEN=TOKEN)
+
+
+@pytest.mark.parametrize("where", ["path", "query", "headers"])
+def test_a_secret_of_the_body_stands_nowhere_else(tmp_path: Path, where: str) -> None:
+    place: dict[str, Any] = {
+        "path": "/t/{entity}/{secret_key}",
+        "query": {"k": "{secret_key}"},
+        "headers": {"K": "{secret_key}"},
+    }
+    with pytest.raises(Misconfigured, match=r"\{secret_key\} stands in a body only"):
+        load(written_to(tmp_path, changed(body_secrets={"key": "KEY"}, **{f"read__one__{where}": place[where]})))
+    with pytest.raises(Misconfigured, match=r"unknown placeholder \{secret_other\}"):
+        load(
+            written_to(
+                tmp_path, changed(body_secrets={"key": "KEY"}, write__one__body={"v": "{value}", "k": "{secret_other}"})
+            )
+        )
+
+
+@dataclass(frozen=True)
+class System:
+    """One system as its public documentation shows it: how it shows one value, and where a write brings the new one."""
+
+    said: str
+    entity: str
+    shows: Callable[[Any], Any]
+    """The answer to a read of this value."""
+    takes: Callable[[Request], Any]
+    """The value in a write."""
+    before: Any
+    after: Any
+    """How the decision's 100 and 120 stand there."""
+    yes: Reply = (200, {}, {})
+    no: Reply = (400, {"message": "not in the list"}, {})
+
+
+SYSTEMS = {
+    "freshdesk": System(
+        """
+read: {one: {path: "/api/v2/tickets/{entity}"}, key: /id, value: /priority, closed: [{at: /status, one_of: [5]}]}
+values: {kind: names, names: {4: 120, 3: 100, 2: 80, 1: 60}}
+write: {one: {method: PUT, path: "/api/v2/tickets/{entity}", body: {priority: "{value}"}}}
+""",
+        "7", lambda v: {"id": 7, "status": 2, "priority": v}, lambda r: r.body["priority"], 3, 4,
+        no=(400, {"description": "Validation failed", "errors": [{"field": "priority", "message": "not in the list"}]}, {}),
+    ),
+    "zammad": System(
+        """
+read: {one: {path: "/api/v1/tickets/{entity}", query: {expand: true}}, key: /id, value: /priority}
+values: {kind: names, names: {"3 high": 120, "2 normal": 100}, written: {120: 3, 100: 2}}
+write: {one: {method: PUT, path: "/api/v1/tickets/{entity}", body: {priority_id: "{value}"}}}
+""",
+        "7", lambda v: {"id": 7, "priority_id": v, "priority": {3: "3 high", 2: "2 normal"}[v]}, lambda r: r.body["priority_id"], 2, 3,
+    ),
+    "meta": System(
+        """
+read: {one: {path: "/v21.0/{entity}", query: {fields: "id,daily_budget,effective_status"}}, key: /id, value: /daily_budget}
+values: {kind: text}  # cents, as text; decided in cents
+write:
+  one: {method: POST, path: "/v21.0/{entity}", body: {daily_budget: "{value}"}}
+  errors: [{at: /success, none_of: [true]}]
+""",
+        "238", lambda v: {"id": "238", "daily_budget": v}, lambda r: r.body["daily_budget"], "100", "120",
+        yes=(200, {"success": True}, {}),
+        no=(400, {"error": {"message": "not in the list", "type": "OAuthException", "code": 100}}, {}),
+    ),
+    "tiktok": System(
+        """
+read:
+  one:
+    path: /open_api/v1.3/campaign/get/
+    query: {advertiser_id: "42", filtering: '{{"campaign_ids":["{entity}"]}}'}
+    item: /data/list
+  key: /campaign_id
+  value: /budget
+  errors: [{at: /code, none_of: [0]}]
+values: {kind: decimal, decimals: 2}
+write:
+  one:
+    method: POST
+    path: /open_api/v1.3/campaign/update/
+    body: {advertiser_id: "42", campaign_id: "{entity}", budget: "{value}"}
+  errors: [{at: /code, none_of: [0], outcome: refused}]
+""",
+        "1790", lambda v: {"code": 0, "message": "OK", "data": {"list": [{"campaign_id": "1790", "budget": v}]}},
+        lambda r: r.body["budget"], 1.0, 1.2, yes=(200, {"code": 0, "message": "OK"}, {}),
+        no=(200, {"code": 40002, "message": "not in the list"}, {}),
+    ),
+    "linkedin": System(
+        """
+headers: {LinkedIn-Version: "202504", X-Restli-Protocol-Version: 2.0.0}
+read: {one: {path: "/rest/adAccounts/42/adCampaigns/{entity}"}, key: /id, value: /dailyBudget/amount}
+values: {kind: text, decimals: 2, places: 2}
+write:
+  one:
+    method: POST
+    path: /rest/adAccounts/42/adCampaigns/{entity}
+    headers: {X-RestLi-Method: PARTIAL_UPDATE}
+    body: {patch: {$set: {dailyBudget: {amount: "{value}", currencyCode: EUR}}}}
+""",
+        "7", lambda v: {"id": 7, "dailyBudget": {"amount": v, "currencyCode": "EUR"}},
+        lambda r: r.body["patch"]["$set"]["dailyBudget"]["amount"], "1.00", "1.20", yes=(204, None, {}),
+    ),
+    "salesforce": System(
+        """
+read:
+  one: {path: /services/data/v62.0/query, query: {q: "SELECT Id, Priority FROM Case WHERE Id = '{entity}'"}, item: /records}
+  key: /Id
+  value: /Priority
+values: {kind: names, names: {High: 120, Medium: 100}}
+write: {one: {method: PATCH, path: "/services/data/v62.0/sobjects/Case/{entity}", body: {Priority: "{value}"}}}
+""",
+        "500xx1", lambda v: {"totalSize": 1, "done": True, "records": [{"Id": "500xx1", "Priority": v}]},
+        lambda r: r.body["Priority"], "Medium", "High", yes=(204, None, {}),
+        no=(400, [{"message": "not in the list", "errorCode": "INVALID_OR_NULL_FOR_RESTRICTED_PICKLIST"}], {}),
+    ),
+    "znuny": System(
+        """
+body_secrets: {user: T_USER, password: T_PASSWORD}
+read:
+  one: {method: POST, path: "/Get/{entity}", body: {UserLogin: "{secret_user}", Password: "{secret_password}"}, item: /Ticket}
+  key: /TicketID
+  value: /PriorityID
+  errors: [{at: /Error, present: true}]
+values: {kind: names, names: {5: 120, 4: 100}}
+write:
+  one:
+    method: PATCH
+    path: /Ticket/{entity}
+    body: {UserLogin: "{secret_user}", Password: "{secret_password}", Ticket: {PriorityID: "{value}"}}
+  errors: [{at: /Error, present: true, outcome: refused}]
+""",
+        "7", lambda v: {"Ticket": [{"TicketID": 7, "PriorityID": str(v)}]}, lambda r: r.body["Ticket"]["PriorityID"], 4, 5,
+        no=(200, {"Error": {"ErrorCode": "TicketUpdate.AccessDenied", "ErrorMessage": "not in the list"}}, {}),
+    ),
+    "microsoft ads": System(
+        """
+secret_headers: {DeveloperToken: T_DEVELOPER}
+headers: {CustomerAccountId: "42"}
+read:
+  one: {method: POST, path: /Campaigns/QueryByIds, body: {AccountId: 42, CampaignIds: ["{entity:integer}"]}, item: /Campaigns}
+  key: /Id
+  value: /DailyBudget
+values: {kind: decimal, decimals: 2}
+write:
+  one: {method: PUT, path: /Campaigns, body: {AccountId: 42, Campaigns: [{Id: "{entity:integer}", DailyBudget: "{value}"}]}}
+  errors: [{at: /PartialErrors, not_empty: true, outcome: refused}]
+""",
+        "7", lambda v: {"Campaigns": [{"Id": 7, "DailyBudget": v}], "PartialErrors": []},
+        lambda r: r.body["Campaigns"][0]["DailyBudget"], 1, 1.2, yes=(200, {"PartialErrors": []}, {}),
+        no=(200, {"PartialErrors": [{"Index": 0, "Code": 1139, "Message": "not in the list"}]}, {}),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("takes", [True, False])
+def test_systems_are_connected_by_yaml_alone(tmp_path: Path, ledger: Ledger, name: str, takes: bool) -> None:
+    """Each reads, writes, and says no in its own manner; what it says and what it holds both come out right."""
+    one = SYSTEMS[name]
+    held = [one.before]
+
+    def script(request: Request) -> Reply:
+        try:
+            value = one.takes(request)
+        except (KeyError, TypeError):
+            return 200, one.shows(held[0]), {}
+        assert (type(value), value) == (type(one.after), one.after)
+        if not takes:
+            return one.no
+        held[0] = value
+        return one.yes
+
+    auth = "auth: {kind: bearer, token_env: T_TOKEN}"
+    said = f"system: by-yaml\nbase_url: https://replaced.example\n{auth}\n{one.said}"
+    with serving(Scripted(script)) as url:
+        secrets = {"T_TOKEN": TOKEN, "T_USER": "u", "T_PASSWORD": "secret-pass-1", "T_DEVELOPER": "secret-dev-2"}
+        report, told = pushed(ledger, by_yaml(tmp_path, said, url, **secrets), [one.entity])
+    delivery = told[one.entity]
+    assert held == [one.after if takes else one.before] and report.complete
+    if takes:
+        assert (delivery.state, delivery.observed, delivery.says) == ("ACKED", 120, None)
+    else:
+        assert delivery.state == "REJECTED" and "not in the list" in (delivery.says or "")

@@ -112,6 +112,35 @@ def test_a_batch_is_looked_at_tried_dry_delivered_and_explained(office: Office) 
     assert again["complete"] and again["sends"] == 0
 
 
+def test_show_prints_the_value_that_stands(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours where it has replaced somebody's, what the system made of ours, and what the pool had money for."""
+    row = office.decide()
+    office.json("deliver", row.batch_id, "--late")
+    largest = [one for one in office.json("show", row.batch_id)["largest changes"] if one["before"] != one["after"]][:3]
+    assert all(one["stands"] == one["after"] for one in largest)
+    names = [one["entity_id"] for one in largest]
+    became: dict[str, dict[str, Any]] = {
+        names[0]: {"state": "OVERWRITTEN", "observed": 5_110_000, "says": "kim set 5110000"},
+        names[1]: {"state": "REJECTED", "observed": 5_220_000, "says": "stored 5220000"},
+        names[2]: {"sent": 5_330_000, "observed": 5_330_000},
+    }
+    real = Ledger.deliveries
+
+    def other(self: Ledger, *asked: Any) -> list[Any]:
+        return [replace(d, **became.get(d.entity or "", {})) for d in real(self, *asked)]
+
+    monkeypatch.setattr(Ledger, "deliveries", other)
+    shown = office.json("show", row.batch_id)
+    assert [one["stands"] for one in shown["largest changes"][:3]] == [largest[0]["after"], 5_220_000, 5_330_000]
+    assert {d["entity"]: d["stands"] for d in shown["not as intended"]} == {
+        names[0]: largest[0]["after"],
+        names[1]: 5_220_000,
+    }
+    said = " ".join(office("show", row.batch_id).output.split())
+    assert f"there {largest[0]['after'] / 1e6:,.2f}. kim set 5110000" in said
+    assert "there 5.22. stored 5220000" in said and "there 5.33" in said and "5.11" not in said
+
+
 def test_a_batch_whose_day_is_over_is_not_sent_unasked(office: Office) -> None:
     row = office.decide()
     result = office("deliver", row.batch_id)
