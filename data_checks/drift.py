@@ -5,7 +5,8 @@ day, the report and its place in an Evidently workspace. Does not: what chance a
 choosing the windows (``assets.stages.drift``) or what follows from drift (``assets.retraining``).
 
 Distances only, never p-values of the usual tests: with enough rows every difference is significant. A column is judged by the
-Wasserstein distance in standard deviations of the reference (numbers) or the Jensen-Shannon distance (categories). It has
+Wasserstein distance in standard deviations of the reference (numbers, winsorised: a few ratios to nearly nothing would be both
+the deviation and the distance) or the Jensen-Shannon distance (categories). It has
 drifted when the distance passes an effect floor *and* is not what resampled reference days give, corrected over all columns.
 """
 
@@ -113,6 +114,12 @@ class DriftSpec(BaseModel):
     categorical_threshold: float = Field(
         default=0.15, gt=0, le=1, description="Effect floor: Jensen-Shannon distance (natural logarithm, at most 0.83)"
     )
+    winsorise: float | None = Field(
+        default=2.0,
+        ge=1,
+        description="A number counts at most so many times as far from the reference's median as its 1st or 99th percentile lies, "
+        "on that side; null: as it is. A ratio to nearly nothing would outweigh all others",
+    )
     null_share_change: float = Field(
         default=0.2, gt=0, le=1, description="Effect floor: change of a column's share of nulls"
     )
@@ -171,7 +178,8 @@ class DriftReport:
     """What was found.
 
     ``columns``: name → distance, method, threshold (floor and chance together), chance (of going as far with nothing changed),
-    drifted, grave, importance (share of the champion's gain), null_share_current, null_share_reference, new_categories,
+    drifted, grave, importance (share of the champion's gain), winsorised (share of the window's numbers that were drawn to the
+    bounds), null_share_current, null_share_reference, new_categories,
     vanished_categories, rare_moved (categories rarer than 1 in 10,000 whose raw counts moved), judged (a distance was measured),
     reason (why it drifted or was not measured), all JSON-ready. ``drifted``: the day's own verdict (what it says before k of
     m days are asked). ``grave``: findings that need not wait. ``volume``: rows of a mean day beside a mean day of the
@@ -294,6 +302,24 @@ def _each(judge: Callable[[_Asked], _Made], asked: Iterable[_Asked], rows: int) 
         return list(pool.map(judge, asked))
 
 
+def _bounds(ordered: Floats, reach: float | None) -> tuple[float, float]:
+    """From where to where a number counts as it is (``DriftSpec.winsorise``); a side on which 99% are the median has no bound."""
+    if reach is None or not len(ordered):
+        return -math.inf, math.inf
+    low, middle, high = (float(ordered[round(q * (len(ordered) - 1))]) for q in (0.01, 0.5, 0.99))
+    return (
+        middle - reach * (middle - low) if low < middle else -math.inf,
+        middle + reach * (high - middle) if high > middle else math.inf,
+    )
+
+
+def _winsorised(ordered: Floats, bounds: tuple[float, float]) -> int:
+    """Draws what lies beyond the bounds to them, in place (``ordered`` ascending); returns how many values."""
+    first, last = (int(np.searchsorted(ordered, bounds[0], "left")), int(np.searchsorted(ordered, bounds[1], "right")))
+    ordered[:first], ordered[last:] = bounds
+    return int(first + len(ordered) - last)
+
+
 def _sorted(side: _Side, name: str, *, by_day: bool) -> tuple[Floats, list[Floats], Counts]:
     """A column's values in order, those of each day in order (only ``by_day``), and how many are missing on each day."""
     values = _numbers(side.column(name), name)
@@ -374,19 +400,23 @@ class _Reference:
     counted: Counted | None
     nulls: Counted
     norm: float = 1.0
+    bounds: tuple[float, float] = (-math.inf, math.inf)
     kept: int = 0
     unseen: Tail | None = None
 
 
-def _numeric_reference(side: _Side, name: str) -> _Reference:
+def _numeric_reference(side: _Side, name: str, winsorise: float | None) -> _Reference:
     ordered, slices, nulls = _sorted(side, name, by_day=True)
+    bounds = _bounds(ordered, winsorise)
+    for one in (ordered, *slices):
+        _winsorised(one, bounds)
     found = _Numbers.of(side, ordered, nulls)
     counted, norm = None, 1.0
     if found.count:
         norm = max(found.deviation, LEAST_DEVIATION)
-        bounds = cells(ordered)
-        counted = Counted(name, counts_in(slices, bounds), np.diff(means_of(ordered, bounds)) / norm)
-    return _Reference("numeric", found, counted, _null_counts(name, side, nulls), norm)
+        inner = cells(ordered)
+        counted = Counted(name, counts_in(slices, inner), np.diff(means_of(ordered, inner)) / norm)
+    return _Reference("numeric", found, counted, _null_counts(name, side, nulls), norm, bounds)
 
 
 def _null_counts(name: str, side: _Side, nulls: Counts) -> Counted:
@@ -406,13 +436,14 @@ def _categorical_reference(side: _Side, name: str, block: int) -> _Reference:
         moving = sums[block:] - sums[:-block]
         alone = np.where(moving == found.total(), moving, 0).sum(axis=1)
         unseen = Tail(alone / np.maximum(moving.sum(axis=1), 1))
-    return _Reference("categorical", found, counted, _null_counts(name, side, found.nulls), 1.0, kept, unseen)
+    return _Reference("categorical", found, counted, _null_counts(name, side, found.nulls), kept=kept, unseen=unseen)
 
 
 class Baseline:
     """A reference, compressed once and used for any number of days: its columns, its days' volume, and what chance does.
 
-    Its size does not depend on its rows. ``said`` says which days and versions it was, for the record.
+    Its size does not depend on its rows. ``said`` says which days and versions it was, for the record. ``winsorise`` as in
+    DriftSpec: what is judged beside it is drawn to the same bounds.
     """
 
     def __init__(
@@ -423,6 +454,7 @@ class Baseline:
         categorical: Sequence[str],
         block: int = 1,
         said: Mapping[str, Any] | None = None,
+        winsorise: float | None = DriftSpec.model_fields["winsorise"].default,
     ) -> None:
         if table.num_rows == 0:
             raise DriftImpossible("the reference window has no rows; materialise the features of its days first")
@@ -434,7 +466,11 @@ class Baseline:
         here = [*numbers, *(n for n in categorical if n in self.names)]
 
         def compressed(name: str) -> _Reference:
-            return _numeric_reference(side, name) if name in numbers else _categorical_reference(side, name, block)
+            return (
+                _numeric_reference(side, name, winsorise)
+                if name in numbers
+                else _categorical_reference(side, name, block)
+            )
 
         self.columns = dict(zip(here, _each(compressed, here, side.rows), strict=True))
 
@@ -607,7 +643,7 @@ def _beside(side: _Side, baseline: Baseline, names: Mapping[str, str], block: in
         entry: dict[str, Any] = {
             "distance": None, "method": _METHODS[kind], "threshold": None, "chance": None, "drifted": False, "grave": False,
             "importance": None, "null_share_current": None, "null_share_reference": None, "new_categories": [],
-            "vanished_categories": [], "rare_moved": [], "judged": False, "reason": None,
+            "vanished_categories": [], "rare_moved": [], "judged": False, "reason": None, "winsorised": None,
         }  # fmt: skip
         if not here and before is None:
             raise DriftImpossible(
@@ -619,6 +655,7 @@ def _beside(side: _Side, baseline: Baseline, names: Mapping[str, str], block: in
         now: _Numbers | _Texts
         if kind == "numeric":
             ordered, _, nulls = _sorted(side, name, by_day=False)
+            entry["winsorised"] = _winsorised(ordered, before.bounds) / max(len(ordered), 1) if before else 0.0
             now = _Numbers.of(side, ordered, nulls)
         else:
             now = _Texts.of(side, name)
@@ -881,7 +918,9 @@ def drift(
         if rows == 0:
             raise DriftImpossible(f"the {side} window has no rows; materialise the features of its days first")
     if not isinstance(reference, Baseline):
-        reference = Baseline(reference, numeric=numeric, categorical=categorical, block=spec.window_days)
+        reference = Baseline(
+            reference, numeric=numeric, categorical=categorical, block=spec.window_days, winsorise=spec.winsorise
+        )
     found = measure(current, reference, numeric=numeric, categorical=categorical, spec=spec, importances=importances)
     columns = found.entries
     measured = {

@@ -8,7 +8,6 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
-from functools import lru_cache
 from typing import Any
 
 import dagster as dg
@@ -98,24 +97,6 @@ def reference(workflow: Workflow, lake: Lake, champion: Version | None, day: dat
     return Reference(kept, said)
 
 
-@lru_cache(maxsize=8)
-def _gains(registry: Registry, version: Version) -> tuple[tuple[str, float], ...]:
-    """Each feature's share of the gain in a version's Boosters (the mean over them)."""
-    import lightgbm
-
-    files = registry.load(version)
-    summed: dict[str, float] = {}
-    boosters = [lightgbm.Booster(model_str=files[f].decode()) for f in sorted(files) if f.endswith(".txt")]
-    for booster in boosters:
-        gains = booster.feature_importance("gain")
-        whole = float(gains.sum())
-        if not whole:
-            continue
-        for name, gain in zip(booster.feature_name(), gains, strict=True):
-            summed[name] = summed.get(name, 0.0) + float(gain) / whole / len(boosters)
-    return tuple(summed.items())
-
-
 def importances(
     workflow: Workflow, registry: Registry, ledger: Ledger, day: date
 ) -> tuple[Version | None, dict[str, float] | None, str]:
@@ -133,7 +114,7 @@ def importances(
         champion = next((version for _, version, _ in line if version is not None), None)
         if champion is None:
             return None, None, f"columns weigh alike: no champion for {day}"
-        return champion, dict(_gains(registry, champion)), ""
+        return champion, deciding.read_model(workflow, registry, champion).gains(), ""
     except (
         ModelMissing,
         ModelUnreadable,
@@ -224,7 +205,9 @@ def _judge_scores(workflow: Workflow, lake: Lake, day: date, others: Collection[
         "name": f"days scored by {why}", "scores_version": version, "first_day": str(min(before)),
         "last_day": str(max(before)), "days": len(before),
     }  # fmt: skip
-    baseline = drift.Baseline(past, numeric=numeric, categorical=(), block=len(window), said=said)
+    baseline = drift.Baseline(
+        past, numeric=numeric, categorical=(), block=len(window), said=said, winsorise=workflow.drift.winsorise
+    )
     try:
         report = drift.drift(
             current,
@@ -314,8 +297,9 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
                 known.clear()  # a trailing reference is never met again
                 if past.num_rows:
                     known[beside.days] = drifts.Baseline(
-                        past, numeric=numeric, categorical=categorical, block=spec.window_days, said=beside.said
-                    )
+                        past, numeric=numeric, categorical=categorical, block=spec.window_days, said=beside.said,
+                        winsorise=spec.winsorise,
+                    )  # fmt: skip
             baseline = known.get(beside.days)
             past_rows = baseline.rows if baseline else 0
             if baseline is None or min(current.num_rows, past_rows) < spec.min_rows:
