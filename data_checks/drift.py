@@ -67,6 +67,8 @@ LEAST_MOVED = 5
 GRAVE_LEVEL = 0.001
 GRAVE_SHARE = 0.5
 GRAVE_VOLUME = 3.0
+# The same for a volume that is judged by itself, and must speak on k of m days.
+VOLUME_LEVEL = 0.01
 _NAMESPACE = UUID("6f1c1f0e-6b8e-5a53-9f0e-2f5d1a0c7b11")
 _METHODS = {"numeric": "wasserstein", "categorical": "jensenshannon"}
 _SHOWN = 20
@@ -133,6 +135,11 @@ class DriftSpec(BaseModel):
         default=0.5,
         gt=0,
         description="Effect floor: change of the rows of a mean day, as a share (0.5: half as much again)",
+    )
+    unjudged_days: int = Field(
+        default=7,
+        gt=0,
+        description="Days in a row that could not be judged, from which people are told: nobody looks meanwhile",
     )
     false_alarms: float = Field(
         default=0.05, gt=0, lt=1, description="Share of the columns found drifted that may be so by chance, in the mean"
@@ -686,6 +693,32 @@ def _beside(side: _Side, baseline: Baseline, names: Mapping[str, str], block: in
         if now is not None:
             judged.sides[name] = now
     return judged
+
+
+@dataclass(frozen=True)
+class Volume:
+    """The rows of a mean day of a window beside a mean day of the reference."""
+
+    ratio: float
+    unlike: bool
+    """Whether it is beyond its floor and what the reference's own days do."""
+    text: str
+
+
+def volume(rows: int, baseline: Baseline, spec: DriftSpec) -> Volume | None:
+    """Judge how many rows came, by itself: none at all is a finding, and no reason to say nothing.
+
+    ``rows``: those of the window's ``window_days``. None where the reference has too few days to know how they vary.
+    """
+    null = volume_null(baseline.by_day, spec.window_days) if baseline.dated else None
+    if null is None:
+        return None
+    size, usual = rows / spec.window_days, baseline.rows / baseline.days
+    moved = abs(math.log((size + 1) / (usual + 1)))
+    unlike = moved >= math.log1p(spec.volume_change) and float(null.chance(moved)) <= VOLUME_LEVEL
+    kind = "collapsed to" if size < usual else "grew to"
+    text = f"{size:.3g} rows a day, {usual:.3g} in the reference"
+    return Volume(size / usual, unlike, f"the volume {kind} {size / usual:.2f}×: {text}" if unlike else text)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from assets import acting, deciding, promoting
 from assets.lake import Lake
 from assets.resources import ClockResource, LakeResource, LedgerResource, RegistryResource, ReportsResource
-from assets.stages.common import days, folded, stage
+from assets.stages.common import days, folded, stage, unjudged
 from assets.workflow import Workflow
 from delivery.ledger import Ledger
 from models.booster import is_number
@@ -36,6 +36,8 @@ SCHEMA = pa.schema(
         "share": pa.float64(),
         "importance_share": pa.float64(),
         "volume": pa.float64(),
+        "volume_spoke": pa.bool_(),
+        "volume_drifted": pa.bool_(),
         "columns": pa.string(),
         "scores": pa.string(),
         "reference": pa.string(),
@@ -244,7 +246,11 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         description=f"The features of the last {spec.window_days} days beside {against}, and the scores beside the same "
         f"version's before; found when {spec.k} of {spec.m} days speak, or at once when it cannot wait.",
         kinds={"evidently"},
-        checks={"stable": (False, "No drift has been found: neither of the features nor of the scores")},
+        checks={
+            "stable": (False, "No drift has been found: neither of the features nor of the scores"),
+            "volume": (False, "As many rows come as the reference's days have, a collapse and a surge alike"),
+            "judged": (False, f"The features could be judged within the last {spec.unjudged_days} days"),
+        },
     )
     def drift(
         context: dg.AssetExecutionContext,
@@ -257,6 +263,8 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         from data_checks import drift as drifts
 
         judged: dict[date, tuple[bool, str]] = {}
+        volumes: dict[date, tuple[bool, str]] = {}
+        whys: dict[date, str] = {}
         stored: dict[date, dict[str, Any]] = {}
         links: dict[str, Any] = {}
         span = days(context)
@@ -279,13 +287,15 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
             row: dict[str, Any] = {
                 "day": day, "judged": False, "drifted": False, "spoke": False, "scores_drifted": scores_drifted,
                 "scores_spoke": scores.spoke, "share": None, "importance_share": None, "volume": None, "columns": "{}",
-                "scores": scores.found, "reference": "{}", "page": "",
+                "scores": scores.found, "reference": "{}", "page": "", "volume_spoke": None, "volume_drifted": None,
             }  # fmt: skip
             stored[day] = row
+            volumes[day] = (True, "not judged: no reference whose days vary")
             window, _ = windows(workflow, day)
             try:
                 beside = reference(workflow, lake.lake, champion, day, version)
             except ReferenceMissing as error:
+                whys[day] = str(error)
                 row["text"] = f"not judged: {error}; {scores.text}"
                 judged[day] = (not scores_drifted, row["text"])
                 continue
@@ -302,6 +312,12 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
                     )  # fmt: skip
             baseline = known.get(beside.days)
             past_rows = baseline.rows if baseline else 0
+            arrived = drifts.volume(current.num_rows, baseline, spec) if baseline is not None else None
+            if arrived is not None:
+                told = [*_earlier(lake.lake, verdicts, day, spec.m, stored, "volume_spoke"), arrived.unlike]
+                unlike = drifts.settled(told, False, spec)
+                row |= {"volume": arrived.ratio, "volume_spoke": arrived.unlike, "volume_drifted": unlike}
+                volumes[day] = (not unlike, arrived.text)
             if baseline is None or min(current.num_rows, past_rows) < spec.min_rows:
                 few = f"{current.num_rows} rows beside {past_rows}, {spec.min_rows} of each are needed"
             elif baseline.days < spec.least_days:
@@ -309,6 +325,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
             else:
                 few = ""
             if few or baseline is None:
+                whys[day] = few
                 row["text"] = f"not judged: {few}; {scores.text}"
                 judged[day] = (not scores_drifted, row["text"])
                 continue
@@ -352,10 +369,26 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         lake.lake.replace_days(verdicts, pa.Table.from_pylist(list(stored.values()), schema=SCHEMA), span)
         return dg.MaterializeResult(
             metadata={"days judged": sum(s["judged"] is True for s in stored.values()), **links},
-            check_results=[folded("stable", judged, warn=True)],
+            check_results=[
+                folded("stable", judged, warn=True),
+                folded("volume", volumes, warn=True),
+                folded("judged", _unjudged(workflow, lake.lake, span, whys), warn=True),
+            ],
         )
 
     return drift
+
+
+def _unjudged(
+    workflow: Workflow, lake: Lake, span: Sequence[date], whys: Mapping[date, str]
+) -> dict[date, tuple[bool, str]]:
+    """Whether the features were judged lately, for each day; ``whys``: why a day could not be."""
+    spec = workflow.drift
+    near = (pc.field("day") > pc.scalar(span[0] - timedelta(days=spec.unjudged_days))) & pc.field("judged")
+    known = lake.read(workflow.table("drift"), where=near & (pc.field("day") <= pc.scalar(span[-1])), columns=["day"])
+    since = workflow.start + timedelta(days=spec.window_days + spec.least_days)
+    done = set(known["day"].to_pylist())
+    return {day: unjudged(day, done, since, spec.unjudged_days, whys.get(day, "")) for day in span}
 
 
 def _said(text: str, own: bool, drifted: bool, spoke: Sequence[bool], unknown: str, scores: _Scores) -> str:
