@@ -82,6 +82,8 @@ class Scored:
     """The challenger, where there is one and the day is no backfill."""
     moved: str = ""
     """Aliases that stand elsewhere than the ledger says, and so decide nothing."""
+    unread: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Column → entities without a score, because it is missing there and never was in the model's training."""
     standing: pa.Table = field(default_factory=STANDING.empty_table)
     """Status quo of entities that were moved after the day that its features describe, as STANDING."""
 
@@ -317,7 +319,9 @@ def score_day(
         made = _by_models(workflow, registry, ledger, day, rows, reasons, until, beside=not backfill)
     try:
         if made is not None and made.version is not None:
-            return scored(made.table, made.step, made.version, beside=made.challenger, moved=made.moved)
+            return scored(
+                made.table, made.step, made.version, beside=made.challenger, moved=made.moved, unread=made.unread
+            )
         rule = fit_rule(workflow, lake, day, features_version, outcomes_version)
         table = _usable(workflow, rows, rule.score(rows))
         return scored(table, "rule", beside=made.challenger if made else None, moved=made.moved if made else "")
@@ -336,6 +340,7 @@ class _Made:
     version: Version | None
     challenger: Beside | None
     moved: str
+    unread: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def _by_models(
@@ -373,7 +378,9 @@ def _by_models(
             reasons.append(behind)
             return _Made(pa.table({}), "rule", None, _challenger(workflow, registry, rows, found, beside), found.moved)
         try:
-            table = _usable(workflow, rows, read_model(workflow, registry, version).score(rows))
+            learner = read_model(workflow, registry, version)
+            table = _usable(workflow, rows, learner.score(rows))
+            unread = learner.unread(rows)
         except unusable as error:
             reasons.append(f"{step} (version {version.number}) cannot be used: {promoting.first_line(error)}")
         except (KeyError, TypeError, ValueError, LightGBMError) as error:
@@ -382,7 +389,13 @@ def _by_models(
             )
         else:
             challenger = _challenger(workflow, registry, rows, found, beside)
-            return _Made(table, step, version, challenger, found.moved)
+            # without names: reasons are kept in the ledger
+            reasons.extend(
+                f"{len(names)} rows have no score: {column} is missing there, and never was in the training of version "
+                f"{version.number}"
+                for column, names in unread.items()
+            )
+            return _Made(table, step, version, challenger, found.moved, unread)
     return None
 
 

@@ -85,6 +85,8 @@ def scored(workflow: Workflow, lake: Lake, day: date, without: Collection[date] 
         ).to_arrow_table()
     finally:
         connection.close()
+    if "spends" in rows.schema.names:  # a row without a score is judged by nobody
+        rows = rows.filter(pc.is_valid(rows["spends"]))
     read = {name: pa.array(column) for name, column in _READ[workflow.model.kind](rows).items()}
     rule = _rule_predicted(workflow, lake, days, rows, keys)
     read |= {} if rule is None else {performance.RULE: pa.array(rule)}

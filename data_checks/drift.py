@@ -5,7 +5,8 @@ day, the report and its place in an Evidently workspace. Does not: what chance a
 choosing the windows (``assets.stages.drift``) or what follows from drift (``assets.retraining``).
 
 Distances only, never p-values of the usual tests: with enough rows every difference is significant. A column is judged by the
-Wasserstein distance in standard deviations of the reference (numbers) or the Jensen-Shannon distance (categories). It has
+Wasserstein distance in standard deviations of the reference (numbers, winsorised: a few ratios to nearly nothing would be both
+the deviation and the distance) or the Jensen-Shannon distance (categories). It has
 drifted when the distance passes an effect floor *and* is not what resampled reference days give, corrected over all columns.
 """
 
@@ -66,6 +67,8 @@ LEAST_MOVED = 5
 GRAVE_LEVEL = 0.001
 GRAVE_SHARE = 0.5
 GRAVE_VOLUME = 3.0
+# The same for a volume that is judged by itself, and must speak on k of m days.
+VOLUME_LEVEL = 0.01
 _NAMESPACE = UUID("6f1c1f0e-6b8e-5a53-9f0e-2f5d1a0c7b11")
 _METHODS = {"numeric": "wasserstein", "categorical": "jensenshannon"}
 _SHOWN = 20
@@ -113,6 +116,12 @@ class DriftSpec(BaseModel):
     categorical_threshold: float = Field(
         default=0.15, gt=0, le=1, description="Effect floor: Jensen-Shannon distance (natural logarithm, at most 0.83)"
     )
+    winsorise: float | None = Field(
+        default=2.0,
+        ge=1,
+        description="A number counts at most so many times as far from the reference's median as its 1st or 99th percentile lies, "
+        "on that side; null: as it is. A ratio to nearly nothing would outweigh all others",
+    )
     null_share_change: float = Field(
         default=0.2, gt=0, le=1, description="Effect floor: change of a column's share of nulls"
     )
@@ -126,6 +135,11 @@ class DriftSpec(BaseModel):
         default=0.5,
         gt=0,
         description="Effect floor: change of the rows of a mean day, as a share (0.5: half as much again)",
+    )
+    unjudged_days: int = Field(
+        default=7,
+        gt=0,
+        description="Days in a row that could not be judged, from which people are told: nobody looks meanwhile",
     )
     false_alarms: float = Field(
         default=0.05, gt=0, lt=1, description="Share of the columns found drifted that may be so by chance, in the mean"
@@ -171,7 +185,8 @@ class DriftReport:
     """What was found.
 
     ``columns``: name → distance, method, threshold (floor and chance together), chance (of going as far with nothing changed),
-    drifted, grave, importance (share of the champion's gain), null_share_current, null_share_reference, new_categories,
+    drifted, grave, importance (share of the champion's gain), winsorised (share of the window's numbers that were drawn to the
+    bounds), null_share_current, null_share_reference, new_categories,
     vanished_categories, rare_moved (categories rarer than 1 in 10,000 whose raw counts moved), judged (a distance was measured),
     reason (why it drifted or was not measured), all JSON-ready. ``drifted``: the day's own verdict (what it says before k of
     m days are asked). ``grave``: findings that need not wait. ``volume``: rows of a mean day beside a mean day of the
@@ -294,6 +309,24 @@ def _each(judge: Callable[[_Asked], _Made], asked: Iterable[_Asked], rows: int) 
         return list(pool.map(judge, asked))
 
 
+def _bounds(ordered: Floats, reach: float | None) -> tuple[float, float]:
+    """From where to where a number counts as it is (``DriftSpec.winsorise``); a side on which 99% are the median has no bound."""
+    if reach is None or not len(ordered):
+        return -math.inf, math.inf
+    low, middle, high = (float(ordered[round(q * (len(ordered) - 1))]) for q in (0.01, 0.5, 0.99))
+    return (
+        middle - reach * (middle - low) if low < middle else -math.inf,
+        middle + reach * (high - middle) if high > middle else math.inf,
+    )
+
+
+def _winsorised(ordered: Floats, bounds: tuple[float, float]) -> int:
+    """Draws what lies beyond the bounds to them, in place (``ordered`` ascending); returns how many values."""
+    first, last = (int(np.searchsorted(ordered, bounds[0], "left")), int(np.searchsorted(ordered, bounds[1], "right")))
+    ordered[:first], ordered[last:] = bounds
+    return int(first + len(ordered) - last)
+
+
 def _sorted(side: _Side, name: str, *, by_day: bool) -> tuple[Floats, list[Floats], Counts]:
     """A column's values in order, those of each day in order (only ``by_day``), and how many are missing on each day."""
     values = _numbers(side.column(name), name)
@@ -374,19 +407,23 @@ class _Reference:
     counted: Counted | None
     nulls: Counted
     norm: float = 1.0
+    bounds: tuple[float, float] = (-math.inf, math.inf)
     kept: int = 0
     unseen: Tail | None = None
 
 
-def _numeric_reference(side: _Side, name: str) -> _Reference:
+def _numeric_reference(side: _Side, name: str, winsorise: float | None) -> _Reference:
     ordered, slices, nulls = _sorted(side, name, by_day=True)
+    bounds = _bounds(ordered, winsorise)
+    for one in (ordered, *slices):
+        _winsorised(one, bounds)
     found = _Numbers.of(side, ordered, nulls)
     counted, norm = None, 1.0
     if found.count:
         norm = max(found.deviation, LEAST_DEVIATION)
-        bounds = cells(ordered)
-        counted = Counted(name, counts_in(slices, bounds), np.diff(means_of(ordered, bounds)) / norm)
-    return _Reference("numeric", found, counted, _null_counts(name, side, nulls), norm)
+        inner = cells(ordered)
+        counted = Counted(name, counts_in(slices, inner), np.diff(means_of(ordered, inner)) / norm)
+    return _Reference("numeric", found, counted, _null_counts(name, side, nulls), norm, bounds)
 
 
 def _null_counts(name: str, side: _Side, nulls: Counts) -> Counted:
@@ -406,13 +443,14 @@ def _categorical_reference(side: _Side, name: str, block: int) -> _Reference:
         moving = sums[block:] - sums[:-block]
         alone = np.where(moving == found.total(), moving, 0).sum(axis=1)
         unseen = Tail(alone / np.maximum(moving.sum(axis=1), 1))
-    return _Reference("categorical", found, counted, _null_counts(name, side, found.nulls), 1.0, kept, unseen)
+    return _Reference("categorical", found, counted, _null_counts(name, side, found.nulls), kept=kept, unseen=unseen)
 
 
 class Baseline:
     """A reference, compressed once and used for any number of days: its columns, its days' volume, and what chance does.
 
-    Its size does not depend on its rows. ``said`` says which days and versions it was, for the record.
+    Its size does not depend on its rows. ``said`` says which days and versions it was, for the record. ``winsorise`` as in
+    DriftSpec: what is judged beside it is drawn to the same bounds.
     """
 
     def __init__(
@@ -423,6 +461,7 @@ class Baseline:
         categorical: Sequence[str],
         block: int = 1,
         said: Mapping[str, Any] | None = None,
+        winsorise: float | None = DriftSpec.model_fields["winsorise"].default,
     ) -> None:
         if table.num_rows == 0:
             raise DriftImpossible("the reference window has no rows; materialise the features of its days first")
@@ -434,7 +473,11 @@ class Baseline:
         here = [*numbers, *(n for n in categorical if n in self.names)]
 
         def compressed(name: str) -> _Reference:
-            return _numeric_reference(side, name) if name in numbers else _categorical_reference(side, name, block)
+            return (
+                _numeric_reference(side, name, winsorise)
+                if name in numbers
+                else _categorical_reference(side, name, block)
+            )
 
         self.columns = dict(zip(here, _each(compressed, here, side.rows), strict=True))
 
@@ -607,7 +650,7 @@ def _beside(side: _Side, baseline: Baseline, names: Mapping[str, str], block: in
         entry: dict[str, Any] = {
             "distance": None, "method": _METHODS[kind], "threshold": None, "chance": None, "drifted": False, "grave": False,
             "importance": None, "null_share_current": None, "null_share_reference": None, "new_categories": [],
-            "vanished_categories": [], "rare_moved": [], "judged": False, "reason": None,
+            "vanished_categories": [], "rare_moved": [], "judged": False, "reason": None, "winsorised": None,
         }  # fmt: skip
         if not here and before is None:
             raise DriftImpossible(
@@ -619,6 +662,7 @@ def _beside(side: _Side, baseline: Baseline, names: Mapping[str, str], block: in
         now: _Numbers | _Texts
         if kind == "numeric":
             ordered, _, nulls = _sorted(side, name, by_day=False)
+            entry["winsorised"] = _winsorised(ordered, before.bounds) / max(len(ordered), 1) if before else 0.0
             now = _Numbers.of(side, ordered, nulls)
         else:
             now = _Texts.of(side, name)
@@ -649,6 +693,32 @@ def _beside(side: _Side, baseline: Baseline, names: Mapping[str, str], block: in
         if now is not None:
             judged.sides[name] = now
     return judged
+
+
+@dataclass(frozen=True)
+class Volume:
+    """The rows of a mean day of a window beside a mean day of the reference."""
+
+    ratio: float
+    unlike: bool
+    """Whether it is beyond its floor and what the reference's own days do."""
+    text: str
+
+
+def volume(rows: int, baseline: Baseline, spec: DriftSpec) -> Volume | None:
+    """Judge how many rows came, by itself: none at all is a finding, and no reason to say nothing.
+
+    ``rows``: those of the window's ``window_days``. None where the reference has too few days to know how they vary.
+    """
+    null = volume_null(baseline.by_day, spec.window_days) if baseline.dated else None
+    if null is None:
+        return None
+    size, usual = rows / spec.window_days, baseline.rows / baseline.days
+    moved = abs(math.log((size + 1) / (usual + 1)))
+    unlike = moved >= math.log1p(spec.volume_change) and float(null.chance(moved)) <= VOLUME_LEVEL
+    kind = "collapsed to" if size < usual else "grew to"
+    text = f"{size:.3g} rows a day, {usual:.3g} in the reference"
+    return Volume(size / usual, unlike, f"the volume {kind} {size / usual:.2f}×: {text}" if unlike else text)
 
 
 @dataclass(frozen=True)
@@ -881,7 +951,9 @@ def drift(
         if rows == 0:
             raise DriftImpossible(f"the {side} window has no rows; materialise the features of its days first")
     if not isinstance(reference, Baseline):
-        reference = Baseline(reference, numeric=numeric, categorical=categorical, block=spec.window_days)
+        reference = Baseline(
+            reference, numeric=numeric, categorical=categorical, block=spec.window_days, winsorise=spec.winsorise
+        )
     found = measure(current, reference, numeric=numeric, categorical=categorical, spec=spec, importances=importances)
     columns = found.entries
     measured = {

@@ -73,6 +73,11 @@ class PerformanceSpec(BaseModel):
     )
     min_days: int = Field(default=3, ge=2, description="A window of fewer days by one version is not judged")
     min_rows: int = Field(default=200, gt=0, description="A window of fewer rows is not judged")
+    unjudged_days: int = Field(
+        default=14,
+        gt=0,
+        description="Days in a row on which no window of the metric could be judged, from which people are told",
+    )
     min_known_share: float = Field(
         default=0.5, gt=0, le=1, description="A day is mature when its maturity_days are over and this share is known"
     )

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,10 +52,12 @@ class Encoding:
 
     numeric: names of numeric or boolean columns, in the order of the matrix.
     categorical: name -> known categories; code i stands for the i-th. These columns follow the numeric ones.
+    nulls: the numeric columns that had missing values in training; None: not known (an encoding from before it was kept).
     """
 
     numeric: tuple[str, ...]
     categorical: dict[str, tuple[str, ...]]
+    nulls: tuple[str, ...] | None = None
 
     @classmethod
     def learn(
@@ -124,13 +126,61 @@ class Encoding:
         known = pa.array(self.categorical[name], pa.string())
         return pc.index_in(_column(table, name).cast(pa.string()), value_set=known)
 
+    def trained_on(self, x: pa.Table) -> Encoding:
+        """The same encoding, which knows where ``x`` (of ``arrow``, as it is trained on) had missing values."""
+        return replace(self, nulls=tuple(n for n in self.numeric if _missing(x.column(n)).any()))
+
+    def unread(self, table: pa.Table) -> dict[str, np.ndarray]:
+        """Columns that had no missing value in training and have one here, each with the rows (bool) in which it has.
+
+        LightGBM would read such a value as 0 and say nothing.
+        """
+        found = {}
+        for name in self.numeric if self.nulls is not None else ():
+            if name not in self.nulls:  # type: ignore[operator]
+                missing = _missing(_number(table, name))
+                if missing.any():
+                    found[name] = missing
+        return found
+
     def to_json(self) -> str:
-        return json.dumps({"numeric": self.numeric, "categorical": self.categorical}, ensure_ascii=False)
+        said: dict[str, Any] = {"numeric": self.numeric, "categorical": self.categorical}
+        if self.nulls is not None:  # what was written before it was kept stays the same text
+            said["nulls"] = self.nulls
+        return json.dumps(said, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Encoding:
         raw = json.loads(text)
-        return cls(tuple(raw["numeric"]), {name: tuple(known) for name, known in raw["categorical"].items()})
+        nulls = raw.get("nulls")
+        return cls(
+            tuple(raw["numeric"]),
+            {name: tuple(known) for name, known in raw["categorical"].items()},
+            None if nulls is None else tuple(nulls),
+        )
+
+
+def _missing(column: pa.ChunkedArray) -> np.ndarray:
+    """Where a column has no number: NULL or NaN."""
+    nothing = pc.is_null(column, nan_is_null=pa.types.is_floating(column.type))
+    return np.asarray(nothing.to_numpy(zero_copy_only=False) if isinstance(nothing, pa.Array) else nothing.to_numpy())
+
+
+def without(
+    scores: pa.Table, unread: Mapping[str, np.ndarray], keys: Sequence[str] = ("entity_id", "moment")
+) -> pa.Table:
+    """Scores that are null, but for their keys, in the rows that ``Encoding.unread`` found."""
+    if not unread:
+        return scores
+    place = pa.array(np.arange(scores.num_rows), mask=np.logical_or.reduce(list(unread.values())))
+    names = scores.schema.names
+    return pa.table({n: scores[n] if n in keys else scores[n].take(place) for n in names}, schema=scores.schema)
+
+
+def named(unread: Mapping[str, np.ndarray], table: pa.Table) -> dict[str, list[str]]:
+    """The entities of the rows that ``Encoding.unread`` found, by column."""
+    names = table.column("entity_id")
+    return {column: names.filter(pa.array(rows)).to_pylist() for column, rows in unread.items()}
 
 
 def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
@@ -375,6 +425,21 @@ def top_contributions(
             "effects": pa.ListArray.from_arrays(offsets, pa.array(moved.ravel(), pa.float64())),
         }
     )
+
+
+def gains(boosters: Sequence[lightgbm.Booster], encoding: Encoding) -> dict[str, float]:
+    """Each column's share of the gain in its Booster, the mean over the Boosters; they add up to 1 where any has a tree.
+
+    By the encoding's names: LightGBM keeps another spelling of those with a blank in them.
+    """
+    summed = np.zeros(len(encoding.names))
+    grown = 0
+    for one in boosters:
+        gain = np.asarray(one.feature_importance("gain"), dtype=np.float64)
+        if gain.sum() > 0:
+            summed += gain / gain.sum()
+            grown += 1
+    return dict(zip(encoding.names, (summed / max(grown, 1)).tolist(), strict=True))
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,14 @@ class Learner(Scorer, Protocol):
         """The features that moved each score most."""
         ...
 
+    def unread(self, features: pa.Table) -> dict[str, list[str]]:
+        """Columns that are missing in some rows and never were in training, with those rows' entities: they get no score."""
+        ...
+
+    def gains(self) -> dict[str, float]:
+        """Each feature column's share of what the Boosters learned; a column made by the learner counts for those it is made from."""
+        ...
+
 
 _LEARNERS = {
     "duration": ("models.learners.duration", "DurationLearner", "DurationRule"),

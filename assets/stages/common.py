@@ -4,8 +4,8 @@ Belongs here: Dagster idiom used by more than one stage. Does not: anything that
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from datetime import date
+from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import date, timedelta
 from typing import Any
 
 import dagster as dg
@@ -69,6 +69,20 @@ def stage(
         **more,
     )
     return made
+
+
+def unjudged(day: date, judged: Collection[date], since: date, most: int, why: str) -> tuple[bool, str]:
+    """Whether a judgement has been missing for less than ``most`` days in a row, and that in words.
+
+    ``judged``: days that were judged. ``since``: the first day that could be; before it nobody waits for one. ``why``: what
+    the day itself says.
+    """
+    newest = max((d for d in judged if d <= day), default=None)
+    waited = (day - max(newest or date.min, since - timedelta(days=1))).days
+    if newest == day or waited < most:
+        return True, "judged" if newest == day else f"not judged: {why}"
+    told = f"the last day that was is {newest}" if newest else "none ever was"
+    return False, f"not judged for {waited} days, {most} are the limit ({told}): {why}"
 
 
 def folded(

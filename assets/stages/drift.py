@@ -8,7 +8,6 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
-from functools import lru_cache
 from typing import Any
 
 import dagster as dg
@@ -19,7 +18,7 @@ from assets import acting, deciding, promoting
 from assets.lake import Lake
 from assets.progress import each
 from assets.resources import ClockResource, LakeResource, LedgerResource, RegistryResource, ReportsResource
-from assets.stages.common import days, folded, stage
+from assets.stages.common import days, folded, stage, unjudged
 from assets.workflow import Workflow
 from delivery.ledger import Ledger
 from models.booster import is_number
@@ -38,6 +37,8 @@ SCHEMA = pa.schema(
         "share": pa.float64(),
         "importance_share": pa.float64(),
         "volume": pa.float64(),
+        "volume_spoke": pa.bool_(),
+        "volume_drifted": pa.bool_(),
         "columns": pa.string(),
         "scores": pa.string(),
         "reference": pa.string(),
@@ -99,24 +100,6 @@ def reference(workflow: Workflow, lake: Lake, champion: Version | None, day: dat
     return Reference(kept, said)
 
 
-@lru_cache(maxsize=8)
-def _gains(registry: Registry, version: Version) -> tuple[tuple[str, float], ...]:
-    """Each feature's share of the gain in a version's Boosters (the mean over them)."""
-    import lightgbm
-
-    files = registry.load(version)
-    summed: dict[str, float] = {}
-    boosters = [lightgbm.Booster(model_str=files[f].decode()) for f in sorted(files) if f.endswith(".txt")]
-    for booster in boosters:
-        gains = booster.feature_importance("gain")
-        whole = float(gains.sum())
-        if not whole:
-            continue
-        for name, gain in zip(booster.feature_name(), gains, strict=True):
-            summed[name] = summed.get(name, 0.0) + float(gain) / whole / len(boosters)
-    return tuple(summed.items())
-
-
 def importances(
     workflow: Workflow, registry: Registry, ledger: Ledger, day: date
 ) -> tuple[Version | None, dict[str, float] | None, str]:
@@ -134,7 +117,7 @@ def importances(
         champion = next((version for _, version, _ in line if version is not None), None)
         if champion is None:
             return None, None, f"columns weigh alike: no champion for {day}"
-        return champion, dict(_gains(registry, champion)), ""
+        return champion, deciding.read_model(workflow, registry, champion).gains(), ""
     except (
         ModelMissing,
         ModelUnreadable,
@@ -225,7 +208,9 @@ def _judge_scores(workflow: Workflow, lake: Lake, day: date, others: Collection[
         "name": f"days scored by {why}", "scores_version": version, "first_day": str(min(before)),
         "last_day": str(max(before)), "days": len(before),
     }  # fmt: skip
-    baseline = drift.Baseline(past, numeric=numeric, categorical=(), block=len(window), said=said)
+    baseline = drift.Baseline(
+        past, numeric=numeric, categorical=(), block=len(window), said=said, winsorise=workflow.drift.winsorise
+    )
     try:
         report = drift.drift(
             current,
@@ -262,7 +247,11 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         description=f"The features of the last {spec.window_days} days beside {against}, and the scores beside the same "
         f"version's before; found when {spec.k} of {spec.m} days speak, or at once when it cannot wait.",
         kinds={"evidently"},
-        checks={"stable": (False, "No drift has been found: neither of the features nor of the scores")},
+        checks={
+            "stable": (False, "No drift has been found: neither of the features nor of the scores"),
+            "volume": (False, "As many rows come as the reference's days have, a collapse and a surge alike"),
+            "judged": (False, f"The features could be judged within the last {spec.unjudged_days} days"),
+        },
     )
     def drift(
         context: dg.AssetExecutionContext,
@@ -275,6 +264,8 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         from data_checks import drift as drifts
 
         judged: dict[date, tuple[bool, str]] = {}
+        volumes: dict[date, tuple[bool, str]] = {}
+        whys: dict[date, str] = {}
         stored: dict[date, dict[str, Any]] = {}
         links: dict[str, Any] = {}
         span = days(context)
@@ -297,13 +288,15 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
             row: dict[str, Any] = {
                 "day": day, "judged": False, "drifted": False, "spoke": False, "scores_drifted": scores_drifted,
                 "scores_spoke": scores.spoke, "share": None, "importance_share": None, "volume": None, "columns": "{}",
-                "scores": scores.found, "reference": "{}", "page": "",
+                "scores": scores.found, "reference": "{}", "page": "", "volume_spoke": None, "volume_drifted": None,
             }  # fmt: skip
             stored[day] = row
+            volumes[day] = (True, "not judged: no reference whose days vary")
             window, _ = windows(workflow, day)
             try:
                 beside = reference(workflow, lake.lake, champion, day, version)
             except ReferenceMissing as error:
+                whys[day] = str(error)
                 row["text"] = f"not judged: {error}; {scores.text}"
                 judged[day] = (not scores_drifted, row["text"])
                 continue
@@ -315,10 +308,17 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
                 known.clear()  # a trailing reference is never met again
                 if past.num_rows:
                     known[beside.days] = drifts.Baseline(
-                        past, numeric=numeric, categorical=categorical, block=spec.window_days, said=beside.said
-                    )
+                        past, numeric=numeric, categorical=categorical, block=spec.window_days, said=beside.said,
+                        winsorise=spec.winsorise,
+                    )  # fmt: skip
             baseline = known.get(beside.days)
             past_rows = baseline.rows if baseline else 0
+            arrived = drifts.volume(current.num_rows, baseline, spec) if baseline is not None else None
+            if arrived is not None:
+                told = [*_earlier(lake.lake, verdicts, day, spec.m, stored, "volume_spoke"), arrived.unlike]
+                unlike = drifts.settled(told, False, spec)
+                row |= {"volume": arrived.ratio, "volume_spoke": arrived.unlike, "volume_drifted": unlike}
+                volumes[day] = (not unlike, arrived.text)
             if baseline is None or min(current.num_rows, past_rows) < spec.min_rows:
                 few = f"{current.num_rows} rows beside {past_rows}, {spec.min_rows} of each are needed"
             elif baseline.days < spec.least_days:
@@ -326,6 +326,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
             else:
                 few = ""
             if few or baseline is None:
+                whys[day] = few
                 row["text"] = f"not judged: {few}; {scores.text}"
                 judged[day] = (not scores_drifted, row["text"])
                 continue
@@ -369,10 +370,26 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         lake.lake.replace_days(verdicts, pa.Table.from_pylist(list(stored.values()), schema=SCHEMA), span)
         return dg.MaterializeResult(
             metadata={"days judged": sum(s["judged"] is True for s in stored.values()), **links},
-            check_results=[folded("stable", judged, warn=True)],
+            check_results=[
+                folded("stable", judged, warn=True),
+                folded("volume", volumes, warn=True),
+                folded("judged", _unjudged(workflow, lake.lake, span, whys), warn=True),
+            ],
         )
 
     return drift
+
+
+def _unjudged(
+    workflow: Workflow, lake: Lake, span: Sequence[date], whys: Mapping[date, str]
+) -> dict[date, tuple[bool, str]]:
+    """Whether the features were judged lately, for each day; ``whys``: why a day could not be."""
+    spec = workflow.drift
+    near = (pc.field("day") > pc.scalar(span[0] - timedelta(days=spec.unjudged_days))) & pc.field("judged")
+    known = lake.read(workflow.table("drift"), where=near & (pc.field("day") <= pc.scalar(span[-1])), columns=["day"])
+    since = workflow.start + timedelta(days=spec.window_days + spec.least_days)
+    done = set(known["day"].to_pylist())
+    return {day: unjudged(day, done, since, spec.unjudged_days, whys.get(day, "")) for day in span}
 
 
 def _said(text: str, own: bool, drifted: bool, spoke: Sequence[bool], unknown: str, scores: _Scores) -> str:

@@ -4,6 +4,7 @@ Belongs here: the asset. Does not: the figures (``data_checks.performance``), wh
 (``assets.performing``), or what a fall starts (``assets.retraining``, which reads what is stored here; ``assets.fallback``).
 """
 
+from collections.abc import Sequence
 from datetime import date, timedelta
 from typing import Any
 
@@ -12,9 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from assets import acting, fallback, performing, promoting
+from assets.lake import Lake
 from assets.progress import each
 from assets.resources import ClockResource, LakeResource, LedgerResource, RegistryResource, ReportsResource
-from assets.stages.common import days, folded, key, stage
+from assets.stages.common import days, folded, key, stage, unjudged
 from assets.workflow import Workflow
 from data_checks import performance as figures
 
@@ -41,7 +43,8 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
             "performance": (
                 False,
                 f"{metric} is not worse than its baseline by more than its limit, nor than the rule's",
-            )
+            ),
+            "judged": (False, f"{metric} could be judged within the last {spec.unjudged_days} days"),
         },
     )
     def performance(
@@ -80,9 +83,10 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
             _, page = reports.write(workflow.name, last, "performance.html", text)
             links["report"] = dg.MetadataValue.url(page)
         spoken = {day: verdict(workflow, found) for day, found in judged.items()}
+        waits = _unjudged(workflow, lake.lake, span)
         return dg.MaterializeResult(
             metadata={"figures": sum(f.num_rows for f in judged.values()), **links},
-            check_results=[folded("performance", spoken, warn=True)],
+            check_results=[folded("performance", spoken, warn=True), folded("judged", waits, warn=True)],
         )
 
     return performance
@@ -98,6 +102,18 @@ def verdict(workflow: Workflow, found: pa.Table) -> tuple[bool, str]:
         return True, f"{metric} is not judged: too few days or rows of the version that scores"
     fell = [r for r in told if r["worse_low"] is not None and r["worse_low"] > limits[r["kind"]]]
     return not fell, "; ".join(r["text"] for r in fell or told)
+
+
+def _unjudged(workflow: Workflow, lake: Lake, span: Sequence[date]) -> dict[date, tuple[bool, str]]:
+    """Whether the metric was judged lately, for each day."""
+    spec, training = workflow.retraining, workflow.training
+    metric, back = performing.metric_of(workflow), timedelta(days=spec.unjudged_days)
+    near = (pc.field("day") > pc.scalar(span[0] - back)) & (pc.field("day") <= pc.scalar(span[-1]))
+    told = lake.read(workflow.table("performance"), where=near & (pc.field("metric") == metric))
+    judged = set(figures.windows(told)["day"].to_pylist())
+    since = workflow.start + timedelta(days=training.maturity_days + spec.window_days)
+    why = f"fewer than {spec.min_rows} outcomes or {spec.min_days} days of the version that scores"
+    return {day: unjudged(day, judged, since, spec.unjudged_days, why) for day in span}
 
 
 def _numbers(found: pa.Table, day: date) -> dict[str, float]:

@@ -33,6 +33,11 @@ def moved_on(
         return "waits", f"{type(error).__name__}: {promoting.first_line(error)}"
 
 
+def _unread(scored: deciding.Scored) -> dict[str, Any]:
+    """Columns that are missing where they never were in training: in how many rows, and whose."""
+    return {column: {"rows": len(names), "such as": list(names[:5])} for column, names in scored.unread.items()}
+
+
 def build(workflow: Workflow) -> dg.AssetsDefinition:
     """The asset [workflow, scores]."""
 
@@ -80,6 +85,9 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
             if move != "none":
                 moves[str(day)] = f"{move}: {why}"
                 context.log.info(f"challenger, {day}: {move}: {why}")
+            for column, names in scored.unread.items():
+                shown = f"{', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
+                context.log.warning(f"{day}: {column} is missing in {len(names)} rows, which get no score: {shown}")
             beside = scored.beside
             if beside is not None and beside.reason:
                 context.log.warning(f"challenger version {beside.version.number} did not score {day}: {beside.reason}")
@@ -97,6 +105,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
                 "first rows": preview(last.table.slice(0, 5)),
                 **({"challenger": dg.MetadataValue.json(moves)} if moves else {}),
                 **({"moved in MLflow": last.moved} if last.moved else {}),
+                **({"rows without a score": dg.MetadataValue.json(_unread(last))} if last.unread else {}),
             }
             if last.model:
                 url = registry.version_url(last.model.name, last.model.number)

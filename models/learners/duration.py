@@ -26,11 +26,14 @@ from models.booster import (
     by_rounds,
     chosen,
     digest,
+    gains,
     head,
+    named,
     predict,
     read_booster,
     top_contributions,
     train,
+    without,
 )
 from models.conformal import Bands, Sets, coarser, coverage, halves
 from models.priority import coverage_curve
@@ -430,6 +433,7 @@ class DurationLearner:
             min_count=settings.min_category_count,
         )
         x = encoding.arrow(rows)
+        encoding = encoding.trained_on(x)
         labels = settle(rows, settings.group)
         weight = _recency(rows, settings.half_life_days)
         age = np.nan_to_num(_floats(rows, "age_hours"))
@@ -520,7 +524,8 @@ class DurationLearner:
     def score(self, features: pa.Table) -> pa.Table:
         """Key columns with p_miss, p_miss_now, p_miss_later, effort_hours and uncertainty, in the given order; then what
         holds with the probability ``confidence``: may_miss and may_hit (the outcomes that are possible), and hours_low to
-        hours_high (until it is resolved). Null where too few days calibrated it."""
+        hours_high (until it is resolved). Null where too few days calibrated it; all null in a row with a missing value that
+        the model never met (``unread``)."""
         x = self.encoding.matrix(features)
         settings = _settings(self.spec)
         effort = (
@@ -528,7 +533,7 @@ class DurationLearner:
             if self.effort is None
             else np.expm1(np.maximum(predict(self.effort, x, threads=self.threads), 0.0))
         )
-        return _scored(
+        scores = _scored(
             features,
             self.p_miss(features),
             predict(self.duration, x, threads=self.threads),
@@ -539,11 +544,20 @@ class DurationLearner:
             self.sets,
             self.hours,
         )
+        return without(scores, self.encoding.unread(features))
+
+    def unread(self, features: pa.Table) -> dict[str, list[str]]:
+        """Columns that are missing in some rows and never were in training, with the entities of those rows."""
+        return named(self.encoding.unread(features), features)
 
     def contributions(self, features: pa.Table) -> pa.Table:
         """Key columns with the three ``features`` that moved P(missed) most, and their ``effects`` in log odds."""
         top = top_contributions(self.miss[0], self.encoding, features, threads=self.threads)
         return pa.table({**_keys(features), **{name: top.column(name) for name in top.column_names}})
+
+    def gains(self) -> dict[str, float]:
+        """Each column's share of the Boosters' gain."""
+        return gains([*self.miss, self.duration, *([] if self.effort is None else [self.effort])], self.encoding)
 
     def because(self, row: pa.Table) -> Because:
         """Why one ticket's score is what it is, and which heads its index rests on.

@@ -44,6 +44,10 @@ SPEND_SHIFTS = (
     "spend_shift_1",
     "spend_shift_7",
 )  # the learner's own columns: the day's spend against the line's trailing ones, as logs
+_MADE_FROM = {
+    "spend_shift_1": ("budget_micros", "delivered_7", "cost_1"),
+    "spend_shift_7": ("budget_micros", "delivered_7", "cost_7"),
+}
 _LEVEL_READS = (
     *(f"{what}_{w}" for w in WINDOWS for what in ("cost", "value")),
     *(f"active_days_{w}" for w in WINDOWS[1:]),
@@ -164,6 +168,7 @@ class ResponseLearner:
         encoding = Encoding.learn(rows, [*numeric], categorical)
         encoding = Encoding((*encoding.numeric, *SPEND_SHIFTS), encoding.categorical)
         known = boosters.chosen(encoding.arrow(_with_shifts(rows, undrawn)), told)
+        encoding = encoding.trained_on(known)
         weight = level[told] / level[told].mean()
         ratio = np.clip(value[told] / level[told], 0, FARTHEST)
 
@@ -227,9 +232,18 @@ class ResponseLearner:
     def score(self, features: pa.Table) -> pa.Table:
         """entity_id, spends LIST<BIGINT> (micros, the grid around budget_micros), values LIST<DOUBLE> (expected value
         at each, currency), level (at the status quo), elasticity and its sd; and value_low to value_high, which hold the
-        day's value at the status quo with the probability confidence (null where too few days calibrated them)."""
+        day's value at the status quo with the probability confidence (null where too few days calibrated them). All null in
+        a row with a missing value that the model never met (``unread``)."""
         level, mean, sd = self._level_of(features)
-        return _curves(features, self.spec.grid, level, mean, sd, self.bands)
+        scores = _curves(features, self.spec.grid, level, mean, sd, self.bands)
+        return boosters.without(scores, self._unread(features))
+
+    def unread(self, features: pa.Table) -> dict[str, list[str]]:
+        """Columns that are missing in some rows and never were in training, with the entities of those rows."""
+        return boosters.named(self._unread(features), features)
+
+    def _unread(self, features: pa.Table) -> dict[str, np.ndarray[Any, Any]]:
+        return self.encoding.unread(_with_shifts(features, _usual_spend(features)))
 
     def _level_of(self, features: pa.Table) -> tuple[Floats, Floats, Floats]:
         """Expected value at the status quo, elasticity and its sd, each (n,)."""
@@ -380,6 +394,15 @@ class ResponseLearner:
         table = _with_shifts(features, _usual_spend(features))
         top = boosters.top_contributions(self.booster, self.encoding, table, threads=self.threads)
         return top.add_column(0, "entity_id", features.column("entity_id"))
+
+    def gains(self) -> dict[str, float]:
+        """Each feature's share of the Booster's gain; that of SPEND_SHIFTS is shared by what they are made from."""
+        found = boosters.gains([self.booster], self.encoding)
+        for name in SPEND_SHIFTS:
+            share = found.pop(name, 0.0)
+            for column in _MADE_FROM[name]:
+                found[column] = found.get(column, 0.0) + share / len(_MADE_FROM[name])
+        return found
 
     def because(self, row: pa.Table) -> Because:
         """Why one line's curve is what it is: base x spend x correction is its level, the elasticity its slope."""

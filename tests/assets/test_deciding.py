@@ -899,3 +899,32 @@ def test_a_newer_generation_of_a_batch_names_its_decisions_as_the_ledger_does(be
     )
     ids = [one["decision_id"].to_pylist() for one in (first, second)]
     assert ids[1] == [f"{i}.2" for i in ids[0]] and second["batch_id"][0].as_py().endswith(".2")
+
+
+# --- values that are missing for the first time -----------------------------------------------------------------------
+
+
+def test_a_row_with_a_value_that_was_never_missing_keeps_what_stands_and_is_named(
+    queue: Any, tmp_path: Path, registry: Registry
+) -> None:
+    """LightGBM would read it as 0; the rest of the day is decided as ever, and the row is replayed as it was."""
+    bench = queue.copy(tmp_path / "queue")
+    table, name = bench.workflow.table("features"), bench.workflow.name
+    assert "updates" not in deciding.read_model(bench.workflow, registry, registry.by_number(name, 2)).encoding.nulls
+    bench.decide(registry, bench.last)
+    moved = [d["entity_id"] for d in bench.decided(bench.last) if d["changed"]]
+    gone, rows = moved[:3], bench.lake.read(table, days=[bench.last])
+    here = pc.and_(pc.is_in(rows["entity_id"], value_set=pa.array(gone)), pc.equal(rows["moment"], "open"))
+    empty = pc.if_else(here, pa.scalar(None, rows["updates"].type), rows["updates"])
+    place = rows.schema.get_field_index("updates")
+    bench.lake.replace_days(table, rows.set_column(place, "updates", empty), [bench.last])
+    scored = deciding.score_day(bench.workflow, bench.lake, registry, bench.last, now=bench.morning(bench.last))
+    assert scored.step == "champion" and {c: sorted(n) for c, n in scored.unread.items()} == {"updates": sorted(gone)}
+    said = "3 rows have no score: updates is missing there, and never was in the training of version 2"
+    assert scored.reasons == (said,)
+    batch = bench.decide(registry, bench.last)
+    decided = {d["entity_id"]: d for d in bench.decided(bench.last)}
+    assert batch.step == "champion" and batch.changed and batch.reasons == (said,)
+    assert all(decided[e]["before"] == decided[e]["after"] and decided[e]["expected_gain"] is None for e in gone)
+    for one in (gone[0], next(d["entity_id"] for d in decided.values() if d["changed"])):
+        assert replay(name, bench.lake, registry, decided[one]["decision_id"]).equal

@@ -62,6 +62,10 @@ def test_the_gain_of_the_champion_s_boosters_is_shared_among_its_features(
     champion, gains, why = stage.importances(ads.workflow, registry, book, ads.last)
     assert champion is not None and gains is not None and not why
     assert sum(gains.values()) == pytest.approx(1.0) and max(gains.values()) <= 1
+    # nothing of what the model learned goes unjudged: what it makes itself counts for what that is made from
+    judged = {name for columns in ads.workflow.drift_columns for name in columns}
+    assert set(ads.workflow.features.numeric) <= judged
+    assert sum(gain for name, gain in gains.items() if name in judged) == pytest.approx(1.0)
     nobody, none, said = stage.importances(ads.workflow, registry, book, ads.days[0] - timedelta(days=400))
     assert nobody is None and none is None and "no champion" in said
 

@@ -73,9 +73,9 @@ def trained(*days: date) -> Runs:
 
 
 def test_each_evidence_beats_the_next_and_all_of_it_is_kept() -> None:
-    rows = [fell("estimated", 0.25), fell("realised", 0.15)]
+    rows = [fell("estimated", 0.25), fell("realised", 0.15), fell("rule", 0.01)]
     everything = (*evidence(SPEC, "brier", rows, drifted(True, True), back=7), retraining.calendar(DAY))
-    assert [e.cause for e in everything] == ["realised", "estimated", "scores", "features", "calendar"]
+    assert [e.cause for e in everything] == ["rule", "realised", "estimated", "scores", "features", "calendar"]
     assert list(ORDER) == [*(e.cause for e in everything), "person"]
     for n, strongest in enumerate(everything):
         trigger = only(ask({DAY: list(reversed(everything[n:]))}))

@@ -327,3 +327,55 @@ def test_judging_writes_no_file_and_calls_nobody(tmp_path: Path, monkeypatch: py
     report = drift(window(100, 2), window(100, 1), numeric=["x"], categorical=[], spec=SPEC)
     save(str(tmp_path / "workspace"), "w", report, timestamp=datetime(2016, 5, 1))
     assert os.listdir(tmp_path) == ["workspace"] and os.environ["DO_NOT_TRACK"] == "1"
+
+
+# --- ratios to nearly nothing -----------------------------------------------------------------------------------------
+
+
+def _ratios(rows: int, seed: int, tiny: float, days: int) -> pa.Table:
+    """Value over cost; a share of the lines cost 0.0002 or so, and their ratios go to hundreds."""
+    draw = np.random.default_rng(seed)
+    ratio = draw.lognormal(0.5, 0.6, rows)
+    ratio = np.where(draw.random(rows) < tiny, draw.uniform(100, 540, rows), ratio)
+    return pa.table({"day": [date(2026, 3, 1) + timedelta(days=n * days // rows) for n in range(rows)], "ratio": ratio})
+
+
+def _ratio_drift(reference: pa.Table, current: pa.Table, winsorise: float | None) -> dict[str, Any]:
+    spec = DriftSpec(window_days=2, reference_days=14, min_rows=40, numeric_threshold=0.05, winsorise=winsorise)
+    base = subject.Baseline(reference, numeric=["ratio"], categorical=[], block=2, winsorise=winsorise)
+    found = subject.measure(current, base, numeric=["ratio"], categorical=[], spec=spec)
+    return found.entries["ratio"]
+
+
+def test_a_few_ratios_to_nearly_nothing_neither_hide_a_shift_nor_are_one() -> None:
+    before = _ratios(5600, 1, 0.004, 14)
+    shifted = _ratios(800, 2, 0.004, 2)
+    shifted = shifted.set_column(1, "ratio", pa.array(shifted["ratio"].to_numpy() * 1.3))
+    kept, drawn = (_ratio_drift(before, shifted, w) for w in (None, 2.0))
+    print(f"every ratio 30% higher: distance {kept['distance']:.3f} as it is, {drawn['distance']:.3f} winsorised")
+    assert drawn["drifted"] and drawn["distance"] > 0.3 > 3 * kept["distance"]
+    # a few more of them are no drift of the others
+    clean, some = _ratios(5600, 3, 0.0, 14), _ratios(800, 4, 0.01, 2)
+    kept, drawn = (_ratio_drift(clean, some, w) for w in (None, 2.0))
+    print(f"8 of 800 lines near nothing: distance {kept['distance']:.3f} as it is, {drawn['distance']:.3f} winsorised")
+    assert kept["distance"] > 1 and drawn["distance"] < 0.15 and 0 < drawn["winsorised"] < 0.02
+
+
+def test_what_is_drawn_to_the_bounds_is_measured_as_scipy_measures_it() -> None:
+    before, now = _ratios(5600, 5, 0.004, 14), _ratios(800, 6, 0.02, 2)
+    low, middle, high = np.quantile(before["ratio"].to_numpy(), [0.01, 0.5, 0.99], method="nearest")
+    a, b = (np.clip(t["ratio"].to_numpy(), middle - 2 * (middle - low), middle + 2 * (high - middle)) for t in (now, before))  # fmt: skip
+    found = _ratio_drift(before, now, 2.0)
+    assert found["distance"] == pytest.approx(wasserstein_distance(a, b) / b.std(), abs=0.002)
+
+
+def test_a_side_without_a_spread_has_no_bound() -> None:
+    """99.5% zeros: what the few others do, and that all of them change, is still seen."""
+    values = np.zeros(4000)
+    values[::200] = 7.0
+    assert subject._bounds(np.sort(values), 2.0) == (-np.inf, np.inf)
+    base = subject.Baseline(pa.table({"x": values}), numeric=["x"], categorical=[])
+    found = subject.measure(
+        pa.table({"x": np.full(400, 5.0)}), base, numeric=["x"], categorical=[], spec=DriftSpec(min_rows=40)
+    )
+    assert found.entries["x"]["drifted"]

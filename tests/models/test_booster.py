@@ -311,3 +311,23 @@ def test_a_checkpoint_and_early_stopping_do_not_go_together(table, encoding, tar
     x = encoding.matrix(table)
     with pytest.raises(ValueError, match="do not go together"):
         train(table, encoding, target, checkpoint=tmp_path / "c", valid=(x, target), early_stopping=3)
+
+
+def test_gains_go_by_the_names_of_the_table_whatever_lightgbm_makes_of_them() -> None:
+    """LightGBM keeps `cost per click` as `cost_per_click`: under that name no column of the table would find its weight."""
+    rng = np.random.default_rng(1)
+    rows = pa.table({"cost per click": rng.normal(size=400), "other": rng.normal(size=400)})
+    encoding = Encoding.learn(rows, ["cost per click", "other"], [])
+    how: dict[str, Any] = {
+        "encoding": encoding,
+        "params": {"objective": "regression"},
+        "rounds": 10,
+        "seed": 1,
+        "device": "cpu",
+    }
+    one = booster.train(encoding.matrix(rows), 10 * rows["cost per click"].to_numpy(), **how)
+    flat = booster.train(encoding.matrix(rows), np.zeros(400), **how)
+    found = booster.gains([one, flat], encoding)
+    assert one.feature_name()[0] == "cost_per_click" and found["cost per click"] > 0.9
+    assert sum(found.values()) == pytest.approx(1.0)
+    assert booster.gains([flat], encoding) == {"cost per click": 0.0, "other": 0.0}
