@@ -279,9 +279,9 @@ def _both_ways(
     by_files = examined(mine.model, other, recorded=recorded).told(note.strip())
     if twin is None:
         return by_files.told(f"no twins were judged: {mine.name} has none, {why}")
-    if its_twin is not None and comparing.same(twin, its_twin, held.rows):
-        return by_files.told("no twins were judged: by recipe and day they are one model, and only the files differ")
     other, note = fitting.opponent(twin, champion, its_twin, its_why, held.rows)
+    if any(one is not None and comparing.same(twin, one, held.rows) for one in (its_twin, other)):
+        return by_files.told("no twins were judged: by recipe and day they are one model, and only the files differ")
     apart = fitting.disagreement(kind, mine.model, twin, champion, its_twin, its_why, held.newest)
     by_twins = examined(twin, other, apart=apart).told(note.strip())
     passed = by_files.passed and by_twins.passed

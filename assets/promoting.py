@@ -706,7 +706,7 @@ def _judged(
 
 def _waits(ledger: Ledger, name: str, version: Version) -> bool:
     """Whether a version waits for a person since its gate held it, with the files that it had then."""
-    mine = [p for p in ledger.promotions(name) if p.version == version.number]
+    mine = [p for p in ledger.promotions(name) if p.version == version.number and p.action != "put back"]
     return bool(mine) and mine[-1].action == "held" and mine[-1].evidence.get("digest") == version.digest
 
 

@@ -276,7 +276,7 @@ def _before(
     other = opponent.model if opponent.clean else learner.fit(held.early, its, **how)
     if comparing.same(twin, other, judged):
         figures = [one.evaluate(judged)[training.metric] for one in (twin, simple)]
-        return figures[0] < figures[1]
+        return bool(figures[0] < figures[1])
     verdict, _ = examining.examine(
         twin, simple, other, judged, metric=training.metric, better=training.better, margin=training.margin,
         terms=gating.terms(place.workflow), decided=held.decided,

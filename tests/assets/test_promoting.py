@@ -85,9 +85,10 @@ class Firm:
     def version(self, number: int) -> Version:
         return self.registry.by_number(self.workflow.name, number)
 
-    def admit(self, number: int) -> str:
+    def admit(self, number: int, held: bool = False) -> str:
         version = self.version(number)
-        return admit(self.workflow, self.registry, self.ledger, version, evidence={"auc": 0.7}, actor="run x")
+        evidence = {"auc": 0.7}
+        return admit(self.workflow, self.registry, self.ledger, version, evidence=evidence, actor="run x", held=held)
 
     def advance(self, day: date | None = None, **more: Any) -> str:
         day = day or self.day + timedelta(days=1)
@@ -431,6 +432,39 @@ def test_an_alias_moved_by_hand_to_a_version_that_passes_is_recorded_with_who_di
     assert (request["from"], request["to"], request["answer"]) == (2, 5, "recorded")
     assert firm.version(5).passed, "its gate has spoken by now"
     assert firm.reconcile() == [] and len(firm.requests()) == 1
+
+
+def test_a_held_version_takes_no_place_and_is_recorded_once(firm: Firm) -> None:
+    assert firm.admit(5, held=True) == firm.admit(5, held=True) == "held"
+    assert firm.actions()[2:] == [(5, "held")] and firm.in_line() and firm.live() == (2, 1, None)
+    tags = firm.registry.client.get_model_version(firm.workflow.name, "5").tags
+    assert tags["signalbox.gate"] == "held" and not firm.version(5).passed
+
+
+@pytest.mark.parametrize(
+    ("figures", "answer"),
+    [
+        ({"harm": {}, "has_seen_them": True}, "recorded"),
+        ({"harm": {}, "has_seen_them": False}, "put back"),  # by now there are days that it has not seen
+        ({"contract": ["column"], "has_seen_them": True}, "put back"),
+        ({}, "put back"),
+    ],
+)
+def test_a_held_version_is_promoted_by_whoever_asks_until_days_that_it_has_not_seen_refuse_it(
+    firm: Firm, figures: dict[str, Any], answer: str
+) -> None:
+    firm.admit(5, held=True)
+    firm.person(CHAMPION, 5)
+    (found,) = firm.reconcile(judge=lambda version, against: Verdict(False, ("worse",), figures))
+    assert found.answer == answer and "worse" in found.reason and firm.in_line()
+    assert firm.live()[0] == (5 if answer == "recorded" else 2)
+    assert found.reason.startswith(promoting.WAITED) is (answer == "recorded")
+
+
+def test_what_the_gate_itself_holds_a_person_may_ask_for(firm: Firm) -> None:
+    firm.person(CHAMPION, 3)
+    (found,) = firm.reconcile(judge=lambda version, against: Verdict(False, ("spoilt?",), held=True))
+    assert found.answer == "recorded" and firm.live()[0] == 3
 
 
 def test_an_alias_moved_by_hand_to_a_version_that_fails_goes_back_with_the_reason(firm: Firm) -> None:
