@@ -158,7 +158,7 @@ def connect(workflow: Workflow, clock: Callable[[], datetime]) -> Connector:
         # url_env: the address holds the password, too, and the settings go on naming only where it stands
         said = {next((f for f in ("base_url", "url", "endpoint", "path") if f in fields), "url_env"): address}
         if "url_env" in said:
-            said = {"url_env": spec.address_env}
+            said = {"url_env": spec.address_env or ""}
         settings = type(settings).model_validate({**settings.model_dump(), **said})
     return catalog.connect(settings, environ=os.environ, folder=workflow.folder, clock=clock)
 
