@@ -258,10 +258,8 @@ class _Records:
                 used = start + reader.line_num
             except csv.Error as error:
                 self.row += 1
-                used, why = (
-                    self._damaged(buffer, at, start + reader.line_num, error),
-                    "a carriage return outside of quotes",
-                )
+                used = self._damaged(buffer, at, start + reader.line_num, error)
+                why = "a carriage return outside of quotes"
             if why:
                 bad.append((self.row, "".join(buffer[at:used]).rstrip("\r\n"), f"line {self.line + at + 1}: {why}"))
             at = used
