@@ -258,10 +258,8 @@ class _Records:
                 used = start + reader.line_num
             except csv.Error as error:
                 self.row += 1
-                used, why = (
-                    self._damaged(buffer, at, start + reader.line_num, error),
-                    "a carriage return outside of quotes",
-                )
+                used = self._damaged(buffer, at, start + reader.line_num, error)
+                why = "a carriage return outside of quotes"
             if why:
                 bad.append((self.row, "".join(buffer[at:used]).rstrip("\r\n"), f"line {self.line + at + 1}: {why}"))
             at = used
@@ -452,6 +450,10 @@ def _read_xes(snap: Snapshot, source: Source) -> Raw:
     return rows.raw()
 
 
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
 def _decoded(kind: pa.DataType) -> pa.DataType:
     """A type without the dictionaries in it."""
     if pa.types.is_dictionary(kind):
@@ -462,8 +464,11 @@ def _decoded(kind: pa.DataType) -> pa.DataType:
         return pa.map_(
             kind.key_field.with_type(_decoded(kind.key_type)), kind.item_field.with_type(_decoded(kind.item_type))
         )
-    if pa.types.is_list(kind):
-        return pa.list_(kind.value_field.with_type(_decoded(kind.value_type)))
+    if _is_list(kind):
+        inner = kind.value_field.with_type(_decoded(kind.value_type))
+        if pa.types.is_large_list(kind):
+            return pa.large_list(inner)
+        return pa.list_(inner, kind.list_size) if pa.types.is_fixed_size_list(kind) else pa.list_(inner)
     return kind
 
 
@@ -477,7 +482,7 @@ def _unpacked_bytes(column: pa.Array) -> int:
         return sum(_unpacked_bytes(c) for c in column.flatten())
     if pa.types.is_map(kind):
         return 4 * len(column) + _unpacked_bytes(column.keys) + _unpacked_bytes(column.items)
-    if pa.types.is_list(kind):
+    if _is_list(kind):
         return 4 * len(column) + _unpacked_bytes(column.flatten())
     return int(column.nbytes)
 

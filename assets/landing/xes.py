@@ -10,7 +10,8 @@ Belongs here: how a log's XML becomes rows. Does not: columns and types (``asset
   say that it was so. Classifiers, extensions and the attributes of the log itself name no events and are not read.
 - An event with a key twice, without key or value, or with an element that is no attribute is malformed, alone; so are all
   events of a case whose own attributes are.
-- A document type is refused whole: an event log has none, and entities can grow without bound.
+- A document type is refused whole: an event log has none, and entities can grow without bound. So is an event in a place where
+  none belongs. The file declares its own encoding; the source's ``encoding`` is not asked.
 
 There is no library for it: the field's own (pm4py) is under the AGPL and wants eleven others.
 """
@@ -106,6 +107,9 @@ class _Log:
         tag = name.rpartition(" ")[2]
         around = self.path[-1] if self.path else ""
         self.path.append(tag)
+        due = {"trace": ("log",), "event": ("log", "trace")}.get(tag, (around,))
+        if around and around not in due and self.event is None:
+            raise self.refuse(f"a <{tag}> stands in <{around}>, where none belongs; nothing of the file is read")
         if self.skipped:
             self.skipped += 1
         elif not around:

@@ -355,6 +355,8 @@ def test_every_kind_of_parquet_column_keeps_its_values() -> None:
             "large": pa.array(["a", "b", None], pa.large_string()),
             "nested": [{"x": 1}, None, {"x": 2}],
             "lists": [["a", None], [], None],
+            "large lists": pa.array([["a"], None, []], pa.large_list(pa.string())),
+            "pairs": pa.array([["a", "b"], ["a", None], ["c", "d"]], pa.list_(pa.string(), 2)),
             "maps": pa.array([[("k", "v")], None, []], pa.map_(pa.string(), pa.string())),
             "structs": [[{"z": "a"}], None, [{"z": None}]],
             "json": pa.array(['{"a": 1}', None, "{}"], pa.json_()),
