@@ -45,6 +45,7 @@ def refused(sql: str) -> str:
         "-- nothing", "SELECT 1; DROP TABLE events", "PIVOT events ON line_id USING sum(cost)",
         "SELECT now()", "SELECT current_date", "SELECT random()", "SELECT uuid()", "SELECT getvariable('x')",
         "SELECT nextval('s')", "SELECT current_setting('home_directory')", "SELECT $other", "SELECT * FROM local_table",
+        "SELECT * FROM events USING SAMPLE 2", "SELECT * FROM events TABLESAMPLE 10%",
     ],
 )  # fmt: skip
 def test_what_is_no_plain_select_over_the_events_is_refused_with_its_place(sql: str, tmp_path: Path) -> None:
