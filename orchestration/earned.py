@@ -28,10 +28,14 @@ def against_holdout(lake: Lake, workflow: Workflow, days: Sequence[date], before
     """
     arm = {r["entity_id"]: r["arm"] for r in lake.read(workflow.table("decisions"), days=[drawn]).to_pylist()}
     earned: dict[tuple[str, bool], float] = defaultdict(float)
-    for row in lake.read(workflow.table("outcomes"), columns=["entity_id", "for_day", "value"]).to_pylist():
+    told = lake.read(workflow.table("outcomes"), columns=["entity_id", "for_day", "value", "known_at"]).sort_by(
+        "known_at"
+    )
+    newest = {(r["entity_id"], r["for_day"]): r["value"] for r in told.to_pylist()}  # a restated day counts once
+    for (entity, day), value in newest.items():
         for late, chosen in ((True, days), (False, before)):
-            if row["for_day"] in chosen:
-                earned[arm.get(row["entity_id"], ""), late] += row["value"] / len(chosen)
+            if day in chosen:
+                earned[arm.get(entity, ""), late] += value / len(chosen)
     champion = earned["champion", True] / earned["champion", False]
     return champion / (earned["holdout", True] / earned["holdout", False]) - 1
 

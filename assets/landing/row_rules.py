@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import duckdb
@@ -107,11 +108,28 @@ def _rules(
             rules.append((f"not_allowed:{name}", f"{name_sql(name)} NOT IN ({options})", other))
     times = f"{_value('event_at')} || ' is later than ' || {_value('known_at')}"
     rules.append(("from_the_future", '"event_at" > "known_at"', times))
-    for rule in contract.rows:
+    for at, rule in enumerate(contract.rows):
+        _usable(
+            rule.breaks_when, f"events.rows[{at}].breaks_when", tuple((c, spec.type) for c, spec in columns.items())
+        )
         named = [c for c in columns if re.search(rf"\b{re.escape(c)}\b", rule.breaks_when, re.IGNORECASE)]
         shown = " || ', ' || ".join(_value(c) for c in named) or "''"
         rules.append((rule.name, f"({rule.breaks_when})", f"{text_sql(rule.breaks_when + ': ')} || {shown}"))
     return rules
+
+
+_ARROW = {"VARCHAR": pa.string(), "BIGINT": pa.int64(), "DOUBLE": pa.float64(), "BOOLEAN": pa.bool_(),
+          "TIMESTAMP": pa.timestamp("us"), "DATE": pa.date32()}  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _usable(predicate: str, key: str, columns: tuple[tuple[str, str], ...]) -> None:
+    """Raise FileRefused, with contract.yaml and the key, unless a row rule is a predicate over the typed columns."""
+    row = pa.schema([(name, _ARROW[kind]) for name, kind in columns])
+    try:
+        sql_session.bind(sql_session.Text(predicate, "contract.yaml", key), {"row": row})
+    except sql_session.StageSqlError as error:
+        raise FileRefused(str(error)) from error
 
 
 @dataclass(frozen=True)

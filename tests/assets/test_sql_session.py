@@ -12,8 +12,10 @@ import pyarrow as pa
 import pytest
 
 from assets import sql_session
+from assets.landing import row_rules
+from assets.landing.files import FileRefused
 from assets.sql_session import StageSqlError, Text
-from assets.workflow import FOLDER, load_all
+from assets.workflow import FOLDER, RowRule, load, load_all
 
 EVENTS = pa.schema([("line_id", pa.string()), ("day", pa.date32()), ("cost", pa.float64())])
 GIVEN = {"day": date(2026, 4, 3), "cutoff": datetime(2026, 4, 4, 3)}
@@ -43,6 +45,7 @@ def refused(sql: str) -> str:
         "-- nothing", "SELECT 1; DROP TABLE events", "PIVOT events ON line_id USING sum(cost)",
         "SELECT now()", "SELECT current_date", "SELECT random()", "SELECT uuid()", "SELECT getvariable('x')",
         "SELECT nextval('s')", "SELECT current_setting('home_directory')", "SELECT $other", "SELECT * FROM local_table",
+        "SELECT * FROM events USING SAMPLE 2", "SELECT * FROM events TABLESAMPLE 10%",
     ],
 )  # fmt: skip
 def test_what_is_no_plain_select_over_the_events_is_refused_with_its_place(sql: str, tmp_path: Path) -> None:
@@ -152,3 +155,16 @@ def test_every_shipped_statement_and_predicate_binds_on_empty_tables() -> None:
         ).append(pa.field("day", pa.date32()))
         for predicate in (workflow.training.train_on, workflow.training.evaluate_on, workflow.policy.decide_on):
             sql_session.bind(Text(predicate, "workflow.yaml", "key"), {"features": features})
+
+
+@pytest.mark.parametrize(
+    ("predicate", "word"),
+    [("nope > 1", "nope"), ("cost", "true or false"), ("cost > 1; DROP TABLE raw", "syntax"), ("known_at < now()", "now"),
+     ("line_id IN (SELECT line_id FROM raw)", "no table 'raw'")],
+)  # fmt: skip
+def test_a_row_rule_that_cannot_be_used_is_named_by_its_place_in_the_contract(predicate: str, word: str) -> None:
+    promised = load(FOLDER / "ad_budget").contract.events
+    rules = promised.model_copy(update={"rows": (promised.rows[0], RowRule(name="wrong", breaks_when=predicate))})
+    with pytest.raises(FileRefused, match=word) as caught:
+        row_rules._rules(row_rules.event_columns(rules), [], rules)
+    assert str(caught.value).startswith("contract.yaml: events.rows[1].breaks_when: ")
