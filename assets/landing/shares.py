@@ -56,20 +56,34 @@ class Share:
 def shares(workflow: Workflow, lake: Lake, days: Sequence[date], events: pa.Table) -> dict[date, Share]:
     """The share of each day; ``events`` are the live events of the days."""
     rejected = standing_quarantine(workflow, lake, days)
-    rejected = rejected.append_column("#repeated", _repeated(workflow.contract.events, rejected, events))
+    repeated = _repeated(workflow.contract.events, rejected, events)
+    missing, again = rejected.filter(pc.invert(repeated)), rejected.filter(repeated)
     weight = workflow.contract.events.weight
-    found = {}
-    for day in days:
-        rows = rejected.filter(pc.field("day") == pc.scalar(day))
-        missing = rows.filter(~pc.field("#repeated"))
-        accepted = events.filter(pc.field("day") == pc.scalar(day))
-        weights: tuple[float | None, float | None, int] = (None, None, 0)
-        if weight is not None:
-            own = pc.max_element_wise(pc.cast(accepted[weight], pa.float64()), 0.0, skip_nulls=False)
-            sums = [pc.sum(c, min_count=0).as_py() for c in (own, missing["weight"])]
-            weights = (sums[0], sums[1], missing["weight"].null_count)
-        found[day] = Share(accepted.num_rows, missing.num_rows, rows.num_rows - missing.num_rows, *weights)
-    return found
+    own = pa.nulls(events.num_rows, pa.float64())
+    if weight is not None:
+        own = pc.max_element_wise(pc.cast(events[weight], pa.float64()), 0.0, skip_nulls=False)
+    live = _by_day(pa.table({"day": events["day"], "weight": own}))
+    absent, double = _by_day(missing), _by_day(again)
+    return {
+        day: Share(
+            accepted=live.get(day, _NOTHING)[0],
+            quarantined=absent.get(day, _NOTHING)[0],
+            repeated=double.get(day, _NOTHING)[0],
+            accepted_weight=None if weight is None else live.get(day, _NOTHING)[1],
+            quarantined_weight=None if weight is None else absent.get(day, _NOTHING)[1],
+            unweighed=0 if weight is None else absent.get(day, _NOTHING)[2],
+        )
+        for day in days
+    }
+
+
+_NOTHING = (0, 0.0, 0)
+
+
+def _by_day(rows: pa.Table) -> dict[date, tuple[int, float, int]]:
+    """Of each day: rows, the sum of their known weights, and rows without one."""
+    sums = rows.group_by("day").aggregate([([], "count_all"), ("weight", "sum"), ("weight", "count")]).to_pylist()
+    return {r["day"]: (r["count_all"], r["weight_sum"] or 0.0, r["count_all"] - r["weight_count"]) for r in sums}
 
 
 def _repeated(contract: EventsContract, rejected: pa.Table, events: pa.Table) -> pa.Array:

@@ -32,7 +32,9 @@ class Office:
 
     def __init__(self, root: Path, **events: Any) -> None:
         said = load(FOLDER / "ad_budget")
-        promised = said.contract.model_copy(update={"events": said.contract.events.model_copy(update=events)})
+        promised = said.contract.model_copy(
+            update={"events": said.contract.events.model_copy(update={"weight": None, **events})}
+        )
         self.workflow: Workflow = said.model_copy(update={"contract": promised})
         self.root, self.lake = root, Lake(str(root / "lake"))
         self.exports = root / "landing" / "ad_budget" / "export"
