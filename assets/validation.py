@@ -384,7 +384,7 @@ def _features(workflow: Workflow, schema: pa.Schema) -> list[str]:
         )
     whole, others = {
         "priority_queue": (("priority",), ("team", "due", "cost_by", "capacity")),
-        "budget_allocation": (("spend", "floor", "cap"), ("multiplier",)),
+        "budget_allocation": (("spend", "spend_age", "floor", "cap"), ("multiplier",)),
     }[policy.kind]
     for field in (*whole, *others):
         name = getattr(policy, field)
@@ -392,7 +392,13 @@ def _features(workflow: Workflow, schema: pa.Schema) -> list[str]:
             continue
         wrong += _absent(workflow, f"policy.{field}", [name], schema, path)
         if field in whole and name in schema.names and not _is_whole(schema.field(name).type):
-            unit = "micros of money" if isinstance(policy, BudgetPolicy) else "priorities"
+            unit = (
+                "days"
+                if field == "spend_age"
+                else "micros of money"
+                if isinstance(policy, BudgetPolicy)
+                else "priorities"
+            )
             wrong.append(
                 f"{at}: {name} is {_sql_name(schema.field(name).type)}, but policy.{field} needs whole {unit}; cast it to BIGINT"
             )

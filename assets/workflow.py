@@ -720,6 +720,12 @@ def _of_limits(workflow: Workflow) -> list[str]:
         for kept in policy.keep:
             if not levels[0] <= kept <= levels[1]:
                 wrong.append(f"policy.keep: {kept} never stands: {within}")
+    unit = workflow.guardrails.unit
+    if unit is not None and isinstance(policy, BudgetPolicy) and policy.unit_micros % unit:
+        wrong.append(
+            f"guardrails.unit: policy.unit_micros {policy.unit_micros} is no multiple of {unit}, so that every batch would be held; write "
+            f"the same in both"
+        )
     if sends is None:
         return wrong
     if sends.guards.max_spend_over_pool is not None and sends.spend is None:

@@ -103,7 +103,6 @@ REST = {"kind": "rest", "file": "system.yaml"}
 W, C, F, OUT = "workflow.yaml", "contract.yaml", "features.sql", "outcomes.sql"
 AGAIN = "UNION ALL BY NAME SELECT d.ticket_id AS entity_id, d.moment FROM described AS d"
 COMMA = swap(F, "AS shift_1", 'AS "shift, 1 day"')
-SAME_DAY = swap(C, "unique: [line_id, event_at]", "unique: [line_id, event_at, known_at]")
 MISTAKES = [
     # --- the contract
     ads("a column named as the engine's", contract("events.columns.source", TEXT), C, "source", "engine"),
@@ -158,8 +157,8 @@ MISTAKES = [
     ads("features yield the model's own column", swap(F, "drawn_days\nFROM beside", "drawn_days, 1 AS spend_shift_1\nFROM beside"), F, "spend_shift_1"),
     ads("an entity that is a number", swap(F, "line_id AS entity_id", "hash(line_id) AS entity_id"), F, "entity_id", "VARCHAR"),
     tickets("an entity that stands twice", swap(F, "ORDER BY entity_id, moment", AGAIN), F, "entity_id", "more than once"),
-    ads("features without the spend column", swap(F, "    budget_micros,\n", ""), F, "budget_micros", "policy.spend"),
-    ads("money that is no whole number", swap(F, "    budget_micros,\n", "    budget_micros / 1e6 AS budget_micros,\n"), F, "budget_micros", "BIGINT"),
+    ads("features without the spend column", swap(F, "    budget_micros, budget_age,\n", "    budget_age,\n"), F, "budget_micros", "policy.spend"),
+    ads("money that is no whole number", swap(F, "    budget_micros,", "    budget_micros / 1e6 AS budget_micros,"), F, "budget_micros", "BIGINT"),
     ads("features without what the model reads", swap(F, "AS delivered_7", "AS delivered"), F, "delivered_7", "response"),
     ads("features from a table that is not there", swap(F, "FROM events", "FROM quarantine"), F, "quarantine", "events"),
     ads("lookback of nothing", put("features.lookback_days", 0), W, "lookback_days"),
@@ -171,7 +170,7 @@ MISTAKES = [
     ads("outcomes yield the training set's column", swap(OUT, "    value,\n", "    value, 1 AS outcome_known_at,\n"), OUT, "outcome_known_at", "engine"),
     ads("outcomes named as a feature", swap(OUT, "    value,\n", "    value, 1 AS Campaign,\n"), OUT, "Campaign", "features"),
     ads("outcomes named as a decision's column", swap(OUT, "    value,\n", "    value, 1 AS arm,\n"), OUT, "arm", "engine"),
-    ads("outcomes known twice", both(swap(OUT, "QUALIFY", "-- QUALIFY"), SAME_DAY), OUT, "more than once", "QUALIFY"),
+    ads("outcomes known twice", swap(OUT, "QUALIFY", "-- QUALIFY"), OUT, "more than once", "QUALIFY"),
     ads("for_day as a time", swap(OUT, '"day" - 1 AS for_day', "event_at AS for_day"), OUT, "for_day", "DATE"),
     # --- model, training, policy
     tickets("rule_by names no feature", put("model.rule_by", ["priority", "kategory"]), W, "model.rule_by", "kategory", "category"),
@@ -181,6 +180,8 @@ MISTAKES = [
     tickets("cost_by is no feature", put("policy.cost_by", "impakt"), W, "policy.cost_by", "impakt", "impact"),
     tickets("team is no feature", put("policy.team", "crew"), W, "policy.team", "crew"),
     tickets("the capacity's column is no feature", put("policy.capacity", "hours"), W, "policy.capacity", "hours"),
+    ads("the budget's age is no feature", put("policy.spend_age", "age"), W, "policy.spend_age", "age", "budget_age"),
+    ads("units that no batch has", put("guardrails.unit", 25000), W, "guardrails.unit", "25000", "policy.unit_micros"),
     ads("a floor that is no feature", put("policy.floor", "least"), W, "policy.floor", "least"),
     ads("a policy for another model", put("policy", {"kind": "priority_queue"}), W, "policy.kind", "budget_allocation"),
     ads("better the wrong way", put("training.better", "higher"), W, "training.better", "mae", "lower"),
