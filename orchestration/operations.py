@@ -169,7 +169,9 @@ def show(
         "step": found.step, "digest": found.digest, "rows": found.rows, "changed": found.changed, "delivery": found.delivery,
         "states": found.counts, "findings": found.findings, "approval": stands.text, "totals": sums,
         "largest changes": largest, "stopped": bool(stopped),
-        "not as intended": [{"entity": d.entity, "state": d.state, "before": d.before, "after": d.after, "stands": d.stands, "observed": d.observed, "says": d.says} for d in off],
+        "not as intended": [
+            {name: getattr(d, name) for name in ("entity", "state", "before", "after", "stands", "observed", "says")} for d in off
+        ],
         "changed besides": [{"entity": d.entity, "says": d.says} for d in beside],
     }  # fmt: skip
     say: Callable[[int | None], str] = functools.partial(money_or_level, workflow)
