@@ -155,10 +155,9 @@ def connect(workflow: Workflow, clock: Callable[[], datetime]) -> Connector:
     address = os.environ.get(spec.address_env or "")
     if address:
         fields = type(settings).model_fields
-        # url_env: the address holds the password, too, and the settings go on naming only where it stands
-        said = {next((f for f in ("base_url", "url", "endpoint", "path") if f in fields), "url_env"): address}
-        if "url_env" in said:
-            said = {"url_env": spec.address_env or ""}
+        field = next(f for f in ("base_url", "url", "endpoint", "path", "url_env") if f in fields)
+        # a database's URL holds its password: the settings go on naming only the variable in which it stands
+        said = {field: spec.address_env if field == "url_env" else address}
         settings = type(settings).model_validate({**settings.model_dump(), **said})
     return catalog.connect(settings, environ=os.environ, folder=workflow.folder, clock=clock)
 

@@ -169,9 +169,7 @@ def show(
         "states": found.counts, "findings": found.findings, "approval": stands.text, "totals": sums,
         "largest changes": largest, "stopped": bool(stopped),
         "not as intended": [
-            {"entity": d.entity, "state": d.state, "before": d.before, "after": d.after, "stands": d.stands,
-             "observed": d.observed, "says": d.says}
-            for d in off
+            {name: getattr(d, name) for name in ("entity", "state", "before", "after", "stands", "observed", "says")} for d in off
         ],
         "changed besides": [{"entity": d.entity, "says": d.says} for d in beside],
     }  # fmt: skip

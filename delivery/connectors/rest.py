@@ -8,6 +8,7 @@ part of a path, a header or a text as they are.
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import re
 import typing
@@ -32,6 +33,7 @@ from delivery.connectors.base import (
     meaning,
 )
 from delivery.connectors.http import Answer, BadAnswer, Http, NoAnswer, NotSent, check_headers, outcome_of, retry_after
+from delivery.connectors.oauth import Tokens
 from delivery.connectors.rest_spec import (
     Basic,
     Bearer,
@@ -41,6 +43,7 @@ from delivery.connectors.rest_spec import (
     KeyHeader,
     LinkPages,
     NumberedPages,
+    OAuth,
     OffsetPages,
     Pages,
     ReadMany,
@@ -103,6 +106,7 @@ class RestConnector:
             allow_plain_http=spec.allow_plain_http,
             ca_file=ca_file,
         )
+        self._tokens = _tokens(spec, environ, self._http.hide, ca_file)
         self._entity = re.compile(spec.entity)
         self._heeds = False
         read, write = spec.read, spec.write
@@ -126,6 +130,8 @@ class RestConnector:
     def close(self) -> None:
         """Let go of connections."""
         self._http.close()
+        if self._tokens is not None:
+            self._tokens.close()
 
     # ------------------------------------------------------------------ read
 
@@ -561,14 +567,23 @@ class RestConnector:
             check_headers(headers)
         except Misconfigured as error:
             raise Unfit(str(error)) from None
-        try:
+        where = fill_path(call.path, values) if url is None else url
+        body = fill(call.body, {**self._in_bodies, **values}) if call.body is not None else None
+
+        def once(proof: Mapping[str, str]) -> Answer:
             return self._http.request(
-                call.method,
-                fill_path(call.path, values) if url is None else url,
-                params=params if url is None else None,
-                json=fill(call.body, {**self._in_bodies, **values}) if call.body is not None else None,
-                headers=headers,
+                call.method, where, params=params if url is None else None, json=body, headers={**headers, **proof}
             )
+
+        try:
+            if self._tokens is None:
+                return once({})
+            token = self._tokens.token()
+            answer = once({"authorization": f"Bearer {token}"})
+            if answer.status != 401:
+                return answer
+            # It has run out before its time, or was taken back: nothing was done with the call
+            return once({"authorization": f"Bearer {self._tokens.token(refused=token)}"})
         except (NotSent, NoAnswer) as error:
             raise Unavailable(f"{self.system}: {self._http.clean(str(error))}") from error
 
@@ -765,17 +780,19 @@ def _moment(found: Any) -> datetime | None:
     return None
 
 
+def _secret(spec: RestSystem, environ: Mapping[str, str], name: str, key: str, header: bool = True) -> str:
+    value = environ.get(name, "").strip()
+    if not value:
+        raise Misconfigured(f"{spec.system}: the environment variable {name} is not set; `{key}` names it")
+    if header and (not value.isascii() or not value.isprintable()):
+        raise Misconfigured(f"{spec.system}: the environment variable {name} holds a character that no header may")
+    return value
+
+
 def _credentials(spec: RestSystem, environ: Mapping[str, str]) -> tuple[dict[str, str], list[str], dict[str, str]]:
     """The headers that prove who we are, every text that must never be shown, and what stands for secrets in bodies."""
 
-    def secret(name: str, key: str, header: bool = True) -> str:
-        value = environ.get(name, "").strip()
-        if not value:
-            raise Misconfigured(f"{spec.system}: the environment variable {name} is not set; `{key}` names it")
-        if header and (not value.isascii() or not value.isprintable()):
-            raise Misconfigured(f"{spec.system}: the environment variable {name} holds a character that no header may")
-        return value
-
+    secret = functools.partial(_secret, spec, environ)
     more = {header: secret(name, "secret_headers") for header, name in spec.secret_headers.items()}
     bodies = {f"secret_{n}": secret(name, "body_secrets", header=False) for n, name in spec.body_secrets.items()}
     hidden = [*more.values(), *bodies.values()]
@@ -791,6 +808,22 @@ def _credentials(spec: RestSystem, environ: Mapping[str, str]) -> tuple[dict[str
         key = secret(auth.value_env, "auth")
         return {**more, auth.name: auth.prefix + key}, [key, *hidden], bodies
     return more, hidden, bodies
+
+
+def _tokens(
+    spec: RestSystem, environ: Mapping[str, str], hide: Callable[[str], None], ca_file: Path | None
+) -> Tokens | None:
+    auth = spec.auth
+    if not isinstance(auth, OAuth):
+        return None
+    names = {"client_id": auth.client_id_env, "client_secret": auth.client_secret_env}
+    if auth.refresh_token_env is not None:
+        names["refresh_token"] = auth.refresh_token_env
+    secrets = {field: (name, _secret(spec, environ, name, "auth", header=False)) for field, name in names.items()}
+    hide(secrets["client_secret"][1])
+    grant = "client_credentials" if auth.refresh_token_env is None else "refresh_token"
+    form = {**auth.form, "grant_type": grant}
+    return Tokens(auth.token_url, form, secrets, hide=hide, timeout_s=spec.timeout_s, ca_file=ca_file)
 
 
 def mapping(settings: RestSettings, folder: Path) -> str:

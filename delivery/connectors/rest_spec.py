@@ -53,13 +53,40 @@ class KeyHeader(Strict):
     prefix: str = Field(default="", description="Stands before the key, such as `token ` (with its space)")
 
 
+class OAuth(Strict):
+    """``Authorization: Bearer …`` with a token that is asked for when it is needed (OAuth 2)."""
+
+    kind: Literal["oauth"] = Field(
+        description="Asks for an access token, and again when it runs out: with a refresh token if there is one, else as the "
+        "client itself (client_credentials)"
+    )
+    token_url: str = Field(description="Where tokens are given; https, or this machine")
+    client_id_env: Name = Field(description="Environment variable that holds the client's id")
+    client_secret_env: Name = Field(description="Environment variable that holds the client's secret")
+    refresh_token_env: Name | None = Field(
+        default=None,
+        description="Environment variable that holds a refresh token, one that stays the same when it is used",
+    )
+    form: dict[str, str] = Field(
+        default={}, description="What else is asked with: scope, audience, resource; never a secret"
+    )
+
+    @model_validator(mode="after")
+    def _a_place_for_tokens(self) -> OAuth:
+        try:
+            origin_of(self.token_url)
+        except Misconfigured as error:
+            raise ValueError(f"token_url: {error}") from None
+        return self
+
+
 class NoAuth(Strict):
     """No secret at all."""
 
     kind: Literal["none"] = Field(description="Sends no secret (a system inside the house)")
 
 
-Auth = Annotated[Bearer | Basic | KeyHeader | NoAuth, Field(discriminator="kind")]
+Auth = Annotated[Bearer | Basic | KeyHeader | OAuth | NoAuth, Field(discriminator="kind")]
 
 
 class Test(Strict):

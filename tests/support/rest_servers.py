@@ -52,6 +52,11 @@ class Api:
     env: ClassVar[dict[str, str]] = {}
     person = "someone"
 
+    @staticmethod
+    def parse(raw: bytes) -> Any:
+        """A request's body."""
+        return json.loads(raw)
+
     def __init__(self, records: dict[str, Any], closed: tuple[str, ...] = ()) -> None:
         self.records = {i: Record(i, value, i in closed) for i, value in records.items()}
         self.requests: list[Request] = []
@@ -105,7 +110,7 @@ def serving(api: Api) -> Iterator[str]:
                 parts.path,
                 parse_qs(parts.query, keep_blank_values=True),
                 {k.lower(): v for k, v in self.headers.items()},
-                json.loads(raw) if raw else None,
+                api.parse(raw) if raw else None,
             )
             with api.lock:
                 api.requests.append(request)
