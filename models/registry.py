@@ -311,6 +311,9 @@ class Registry:
                 description=card,
                 model_id=logged.model_id,
             )
+            # the page of the model itself names its version by this tag, as MLflow's own registering writes it
+            named = json.dumps([{"name": name, "version": made.version}])
+            self.client.set_logged_model_tags(logged.model_id, {"mlflow.modelVersions": named})
         return Version(name, int(made.version), run_id, trained_day, digest, passed)
 
     def promote(self, version: Version) -> bool:

@@ -156,11 +156,15 @@ def test_another_model_spec_and_code_are_named(
             update={"arms": bench.workflow.arms.model_copy(update={"epoch": bench.workflow.arms.epoch + 1})}
         ),
     )
-    monkeypatch.setattr(code, "digest", lambda: "other code")
+    monkeypatch.setattr(code, "digest", lambda workflow: "other code")
     found = compared(other, registry, book, made)
     said = "; ".join(found.causes)
     assert found.differing and not found.unexplained
-    assert "model version 2 then, 1 now" in said and "workflow.yaml" in said and "the code is another one" in said
+    assert (
+        "model version 2 then, 1 now" in said
+        and "workflow.yaml" in said
+        and "the code or the SQL is another one" in said
+    )
 
 
 def test_a_rule_that_is_fitted_to_other_outcomes_says_so(bench: Bench, empty_registry: Registry, book: Ledger) -> None:

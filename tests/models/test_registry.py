@@ -332,6 +332,9 @@ def test_a_registered_version_carries_its_evidence(empty_registry: Registry, ads
     assert given.dataset.name == "ad_budget/training_set" and given.dataset.digest == "d" * 36
     assert source == {"path": "/lake/ad_budget/training_set", "delta_table_version": 3}
     assert {t.key: t.value for t in given.tags} == {"mlflow.data.context": "training", "as_of": "2026-03-22"}
+    assert not run.inputs.model_inputs and len(run.outputs.model_outputs) == 1, "the run made the model"
+    made = empty_registry.client.get_logged_model(run.outputs.model_outputs[0].model_id)
+    assert json.loads(made.tags["mlflow.modelVersions"])[0]["name"] == NAME
     assert empty_registry.client.get_model_version(NAME, "1").description == "# the card"
     folder = artifacts(empty_registry, version)
     said = yaml.safe_load((folder / "MLmodel").read_text())
