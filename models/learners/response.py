@@ -243,7 +243,9 @@ class ResponseLearner:
         return boosters.named(self._unread(features), features)
 
     def _unread(self, features: pa.Table) -> dict[str, np.ndarray[Any, Any]]:
-        return self.encoding.unread(_with_shifts(features, _usual_spend(features)))
+        found = self.encoding.unread(_with_shifts(features, _usual_spend(features)))
+        # of a line that spends nothing, or never did, a shift of 0 says what there is to say
+        return {name: rows for name, rows in found.items() if name not in SPEND_SHIFTS}
 
     def _level_of(self, features: pa.Table) -> tuple[Floats, Floats, Floats]:
         """Expected value at the status quo, elasticity and its sd, each (n,)."""
