@@ -333,7 +333,8 @@ def main() -> int:
                 )
                 for day in place.days:
                     trial(place, day, tallies)
-            print(f"{name} {n + 1}: {time.process_time() - began:.0f} processor seconds", file=sys.stderr, flush=True)
+            took = f"{name} {n + 1}: {time.process_time() - began:.0f} processor seconds"
+            print(f"{took}\n{table(tallies)}", file=sys.stderr, flush=True)
         passed += tallies["bad recipe"].new.count("passed")
         print(f"\n{name}, {time.process_time() - began:.0f} processor seconds\n\n{table(tallies)}\n", flush=True)
     return int(passed > 0)
