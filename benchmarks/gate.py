@@ -3,7 +3,7 @@
 Belongs here: worlds with a champion of a week, candidates whose true loss is known, and the table of docs/benchmarks.md. Does
 not: the gate (``models.gate``, ``models.fitting``), the worlds (``delivery.sandbox.worlds``), or the data (``../shared/data``).
 
-Run: ``python -m benchmarks.gate [--trials 12] [--days 5] [--data ../shared/data]``; exits with 1 where a bad recipe passes the present gate.
+Run: ``python -m benchmarks.gate [--trials 6] [--days 3] [--data ../shared/data]``; exits with 1 where a bad recipe passes the present gate.
 
 A trial is a world of its own: 60 days of history as the product lands and describes them, a champion trained for the day a
 week before the last, a candidate trained for the last. On UCI 498, where the data are there, a trial is another last day, a
@@ -314,8 +314,8 @@ def table(tallies: Mapping[str, Tally]) -> str:
 def main() -> int:
     """Prints a table a place; 1 where a bad recipe passes the present gate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=12, help="worlds of each workflow")
-    parser.add_argument("--days", type=int, default=5, help="last days on UCI 498, a week apart (at most 5)")
+    parser.add_argument("--trials", type=int, default=6, help="worlds of each workflow")
+    parser.add_argument("--days", type=int, default=3, help="last days on UCI 498, a week apart (at most 5)")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--only", default="", help="ad_budget, ticket_priority or uci498")
     said = parser.parse_args()
@@ -333,7 +333,8 @@ def main() -> int:
                 )
                 for day in place.days:
                     trial(place, day, tallies)
-            print(f"{name} {n + 1}: {time.process_time() - began:.0f} processor seconds", file=sys.stderr, flush=True)
+            took = f"{name} {n + 1}: {time.process_time() - began:.0f} processor seconds"
+            print(f"{took}\n{table(tallies)}", file=sys.stderr, flush=True)
         passed += tallies["bad recipe"].new.count("passed")
         print(f"\n{name}, {time.process_time() - began:.0f} processor seconds\n\n{table(tallies)}\n", flush=True)
     return int(passed > 0)

@@ -110,6 +110,8 @@ def opponent(
     try:
         if twin is not None and comparing.same(candidate, twin, held_out):
             twin, why = None, "its twin is the candidate's"
+        if twin is not None and not champion.clean:
+            return twin, f" {name} has learned from the held-out days: {stands_in}."
         its_own = comparing.same(candidate, champion.model, held_out)
         champion.model.evaluate(held_out)
     except (KeyError, TypeError, ValueError) as error:
@@ -117,15 +119,14 @@ def opponent(
         return (twin, f"{cannot} ({_first(error)}): {stands_in}.") if twin is not None else (
             None, f"{cannot} and is not compared: {_first(error)}.",
         )  # fmt: skip
-    if champion.clean and not (its_own and twin is not None):
-        return champion.model, f" Compared with {champion.name} as it is."
-    if twin is None:
-        return (
-            champion.model,
-            f" {name} has learned from the held-out days and is compared as it is, which flatters it: {why}.",
-        )
-    because = "is what the candidate's twin is" if champion.clean else "has learned from the held-out days"
-    return twin, f" {name} {because}: {stands_in}."
+    if its_own and twin is not None:
+        return twin, f" {name} is what the candidate's twin is: {stands_in}."
+    how = (
+        "as it is"
+        if champion.clean
+        else f"as it is, though it has learned from the held-out days, which flatters it: {why}"
+    )
+    return champion.model, f" Compared with {champion.name} {how}."
 
 
 def disagreement(
