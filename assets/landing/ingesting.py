@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -316,8 +316,9 @@ class _Run:
             rows = self.lake.read(self.events, days=span, columns=self._key_columns())
             for (source, file_id), at in self.retired.items():
                 rows = _left(rows, source, file_id, at)
-            for source, file_id in self.hidden:
-                rows = rows.filter(~(content_where(source, [file_id]) & pc.field("superseded_at").is_null()))
+            live = pc.field("superseded_at").is_null()
+            for source, ids in _by_source(self.hidden).items():
+                rows = rows.filter(~(content_where(source, ids) & live))
             self.known = pa.concat_tables([self.known, rows], promote_options="default") if self.known else rows
         self.known_days |= missing
         return self._no_keys() if self.known is None else self.known
@@ -349,8 +350,8 @@ class _Run:
         columns = list(dict.fromkeys([*unique, "day"]))
         live = pc.field("superseded_at").is_null()
         leaving = pa.concat_tables(
-            self.lake.read(self.events, where=content_where(source, [file_id]) & live, columns=columns)
-            for source, file_id in gone
+            self.lake.read(self.events, where=content_where(source, ids) & live, columns=columns)
+            for source, ids in _by_source(gone).items()
         )
         if not leaving.num_rows:
             return None
@@ -358,8 +359,8 @@ class _Run:
         known = self.keys(days.to_pylist())
         doubles = pc.field("rule") == "duplicate"
         stored = standing(self.book, read_quarantine(self.lake, self.quarantine, doubles))
-        for source, file_id in [*self.remapped, *self.hidden]:
-            stored = stored.filter(~content_where(source, [file_id]))
+        for source, ids in _by_source(self.remapped | self.hidden).items():
+            stored = stored.filter(~content_where(source, ids))
         waiting = pa.concat_tables([stored, *(judged.quarantine.filter(doubles) for _, judged in self.batch)])
         waiting = waiting.filter(pc.field("event").is_valid())
         if "event_at" in unique:
@@ -451,8 +452,7 @@ class _Run:
             where = content_where(source, known)
             earlier = read_quarantine(self.lake, table, where) if rejects else self.lake.read(table, where=where)
             days.append(earlier[day])
-            for file_id in remapped:
-                earlier = earlier.filter(~(content_where(source, [file_id]) & pc.field("superseded_at").is_null()))
+            earlier = earlier.filter(~(content_where(source, list(remapped)) & pc.field("superseded_at").is_null()))
             for file_id, at in {**{i: t for i, t in former.items() if i not in remapped}, **gone}.items():
                 earlier = _left(earlier, source, file_id, at)
             parts.insert(0, earlier)
@@ -521,7 +521,11 @@ class _Run:
             except FileRefused as error:
                 refused[record.path] = without_secrets(str(error))
         self.hidden = {(record.source, record.file_id or "") for record, _ in there}
-        days = [self._days(record) for record, _ in there]
+        live = pc.field("superseded_at").is_null()
+        days = [
+            self.lake.read(self.events, where=content_where(source, ids) & live, columns=["day"])["day"]
+            for source, ids in _by_source(self.hidden).items()
+        ]
         mapped = []
         for record, file in there:
             new = self._map(record, file)
@@ -562,11 +566,6 @@ class _Run:
             judge(raw, self.workflow, source, landing, lambda days: self._no_keys(), self.engine)
             return record
 
-    def _days(self, record: FileRecord) -> pa.ChunkedArray:
-        """The days of the live rows of a content."""
-        where = content_where(record.source, [record.file_id or ""]) & pc.field("superseded_at").is_null()
-        return self.lake.read(self.events, where=where, columns=["day"])["day"]
-
     def _contents_since(self, since: date) -> Callable[[FileRecord], date]:
         """The last day of a content's rows that stand; where it has none, the day on which it landed."""
         last: dict[tuple[str, str], date] = {}
@@ -580,6 +579,13 @@ class _Run:
                 content = (row["source"], row["source_file_id"])
                 last[content] = max(last.get(content, date.min), row["day_max"] or date.min)
         return lambda r: last.get((r.source, r.file_id or ""), r.landed_at.date() if not r.rows else date.min)
+
+
+def _by_source(contents: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for source, file_id in sorted(contents):
+        found.setdefault(source, []).append(file_id)
+    return found
 
 
 def _left(rows: pa.Table, source: str, file_id: str, at: datetime) -> pa.Table:
