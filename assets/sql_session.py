@@ -169,7 +169,9 @@ def _refuse(text: Text, node: dict[str, Any], named: Collection[str], tables: Co
             seen = ", ".join(sorted(tables)) or "no table"
             raise StageSqlError(f"{at}: there is no table {'.'.join(qualified)!r} here; this SQL sees {seen}")
     if (node.get("sample") or {}).get("repeatable") is False:
-        raise StageSqlError(f"{at}: SAMPLE draws other rows each time; say REPEATABLE (seed), or choose by md5 of the key")
+        raise StageSqlError(
+            f"{at}: SAMPLE draws other rows each time; say REPEATABLE (seed), or choose by md5 of the key"
+        )
     if kind == "SHOW_REF":
         raise StageSqlError(f"{at}: DESCRIBE, SHOW and SUMMARIZE are no SELECT; name the columns that it yields")
     if kind == "TABLE_FUNCTION" and (name := node["function"].get("function_name", "").lower()) not in _TABLE_FUNCTIONS:
