@@ -587,7 +587,8 @@ def decide(
 
     grain = policy.unit_micros
     beyond = before % grain  # a line keeps what it holds beyond whole steps: it moves by whole ones
-    age = _micros(features, policy.spend_age, ids, 0)
+    # rows that were made before the column was asked for tell of no age: their budgets were the day's own
+    age = _micros(features, policy.spend_age if policy.spend_age in features.column_names else None, ids, 0)
     after, say = before.copy(), _Reasons(len(before))
     perturbation, perturbed = np.full(len(before), np.nan), np.full(len(before), np.nan)
     certificates: dict[str, dict[str, Any]] = {}

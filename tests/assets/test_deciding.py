@@ -316,6 +316,7 @@ def test_money_is_conserved_in_every_arm_and_the_holdout_is_left_alone(
             "campaign": [r[1] for r in rows],
             "budget_micros": pa.array(before, pa.int64()),
             "explore_multiplier_today": [r[2] for r in rows],
+            "budget_age": pa.array([0] * len(rows), pa.int64()),
         }
     )
     scored = [n for n, r in enumerate(rows) if r[4] and r[0] > 0 and step != "no_change"]
