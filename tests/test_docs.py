@@ -427,6 +427,22 @@ def test_a_table_of_cases_tells_no_day_what_came_after_it(tmp_path: Path) -> Non
             assert other[stage][day] == found[stage][day], "what came later changes nothing of an earlier day"
 
 
+@pytest.mark.parametrize("name", ["first", "place", "rule", "detail", "raw", "row", "f", "k"])
+def test_a_column_that_is_not_reserved_may_be_called_as_its_author_likes(tmp_path: Path, name: str) -> None:
+    from assets import landing, validation
+    from assets.lake import Lake
+    from assets.workflow import load
+
+    folder = _examples(tmp_path) / "claim_order"
+    for file in ("contract.yaml", "export.sql", "features.sql", "outcomes.sql"):
+        (folder / file).write_text((folder / file).read_text().replace("claim_id", name))
+    workflow = load(folder)
+    assert validation.problems(workflow, thorough=False) == []
+    _claims(tmp_path / "landing" / "claim_order", workflow.start, 2)
+    done = landing.ingest(workflow, Lake(str(tmp_path / "lake")), tmp_path / "landing", now=datetime(2026, 6, 1))
+    assert done.accepted and not done.refused
+
+
 def test_the_workflow_that_the_guide_adds_decides(
     tmp_path: Path, empty_registry: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -413,18 +413,18 @@ def _mark_duplicates(
     shared = " AND ".join(f"k.{name_sql(c)} IS NOT DISTINCT FROM s.{name_sql(c)}" for c in unique)
     run(
         'CREATE TEMP TABLE "#first" AS WITH s AS '
-        f"(SELECT source_row, {key}, min(source_row) OVER (PARTITION BY {key}) AS first "
+        f'(SELECT source_row, {key}, min(source_row) OVER (PARTITION BY {key}) AS "#first" '
         'FROM "#judged" WHERE "#broken" IS NULL), k AS '
-        f"(SELECT {key}, min({{'file': source_file, 'row': source_row}}) AS place FROM \"#known\" "
+        f"(SELECT {key}, min({{'file': source_file, 'row': source_row}}) AS \"#place\" FROM \"#known\" "
         "WHERE superseded_at IS NULL GROUP BY ALL) "
-        f"SELECT s.source_row, coalesce(k.place, {{'file': {text_sql(path)}, 'row': s.first}}) AS place "
-        f"FROM s LEFT JOIN k ON {shared} WHERE k.place IS NOT NULL OR s.source_row > s.first",
+        f'SELECT s.source_row, coalesce(k."#place", {{\'file\': {text_sql(path)}, \'row\': s."#first"}}) AS "#place" '
+        f'FROM s LEFT JOIN k ON {shared} WHERE k."#place" IS NOT NULL OR s.source_row > s."#first"',
         f"{path}: unique of the contract",
     )
     said = " || ', ' || ".join(_value(c) for c in unique)
     run(
         "UPDATE \"#judged\" SET \"#broken\" = {'rule': 'duplicate', 'detail': "
-        f"{said} || ' stands already in row ' || f.place.row || ' of ' || f.place.file}} "
+        f"{said} || ' stands already in row ' || f.\"#place\".row || ' of ' || f.\"#place\".file}} "
         'FROM "#first" f WHERE "#judged".source_row = f.source_row'
     )
     if known["superseded_at"].null_count < known.num_rows:
