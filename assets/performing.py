@@ -88,7 +88,8 @@ def scored(workflow: Workflow, lake: Lake, day: date, without: Collection[date] 
     if "spends" in rows.schema.names:  # a row without a score is judged by nobody
         rows = rows.filter(pc.is_valid(rows["spends"]))
     read = {name: pa.array(column) for name, column in _READ[workflow.model.kind](rows).items()}
-    rule = _rule_predicted(workflow, lake, days, rows, keys)
+    # of these days alone: what was added since, for later days, changes nothing of what is told of this one
+    rule = _rule_predicted(workflow, lake, [d for d in _settled(workflow, day) if d in days], rows, keys)
     read |= {} if rule is None else {performance.RULE: pa.array(rule)}
     return pa.table(
         {
@@ -139,6 +140,12 @@ def _rule_predicted(
     return found
 
 
+def _settled(workflow: Workflow, day: date) -> list[date]:
+    """The days of the newest window whose outcomes have had their time by ``day``."""
+    newest = day - timedelta(days=workflow.training.maturity_days)
+    return [newest - timedelta(days=n) for n in range(workflow.retraining.window_days)]
+
+
 def score_by_rule(workflow: Workflow, lake: Lake, day: date, without: Collection[date] = ()) -> list[date]:
     """What the rule would have said on the days whose outcomes have matured by ``day``, into the table ``rule_scores``.
 
@@ -146,8 +153,7 @@ def score_by_rule(workflow: Workflow, lake: Lake, day: date, without: Collection
     that the day's scoring read. A day is scored once; days on which no model scored are left out, and so are those on which the
     rule had nothing to go by. Returns the days that were added.
     """
-    newest = day - timedelta(days=workflow.training.maturity_days)
-    wanted = [newest - timedelta(days=n) for n in range(workflow.retraining.window_days)]
+    wanted = _settled(workflow, day)
     table = workflow.table("rule_scores")
     try:
         made = lake.read(workflow.table("scoring"), days=wanted).to_pylist()

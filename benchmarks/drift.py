@@ -177,9 +177,12 @@ def _reported(sides: list[pa.Table]) -> dict[str, float | None]:
 
 
 def _as_it_comes(sides: list[pa.Table]) -> dict[str, float | None]:
-    """The same metrics, plots and distances by Evidently, given every row."""
+    """The same metrics, plots and distances by Evidently, given every row, winsorised as the product does."""
     numeric, _ = _columns(sides[0])
     now, before = (t.drop_columns(["day"]).to_pandas() for t in sides)
+    for name in numeric:
+        low, high = drift._bounds(np.sort(before[name].to_numpy()), drift.DriftSpec().winsorise)
+        now[name], before[name] = now[name].clip(low, high), before[name].clip(low, high)
     whole = {
         n: ("numeric" if n in numeric else "categorical", drift._Pair(now[n], before[n], 0.1)) for n in now.columns
     }
