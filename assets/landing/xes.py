@@ -13,7 +13,7 @@ Belongs here: how a log's XML becomes rows. Does not: columns and types (``asset
 - A document type is refused whole: an event log has none, and entities can grow without bound. So is an event in a place where
   none belongs. The file declares its own encoding; the source's ``encoding`` is not asked.
 
-There is no library for it: the field's own (pm4py) is under the AGPL and wants eleven others.
+There is no library for it: the field's own (pm4py) is under the AGPL and wants ten others.
 """
 
 from __future__ import annotations
