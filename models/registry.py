@@ -28,7 +28,7 @@ import pyarrow as pa
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
-    from mlflow.data.meta_dataset import MetaDataset
+    from mlflow.entities import DatasetInput
     from mlflow.models import ModelSignature
 
     from models.serving import Served
@@ -104,15 +104,18 @@ class Dataset:
     schema: pa.Schema
     tags: Mapping[str, str]
 
-    def as_mlflow(self) -> MetaDataset:
+    def as_mlflow(self) -> DatasetInput:
         """MLflow's form of it; the rows are not copied. MLflow keeps 36 characters of the digest."""
         from mlflow.data.delta_dataset_source import DeltaDatasetSource
         from mlflow.data.meta_dataset import MetaDataset
+        from mlflow.entities import DatasetInput, InputTag
         from mlflow.types import ColSpec, Schema
 
         source = DeltaDatasetSource(path=self.path, delta_table_version=self.version)
         schema = Schema([ColSpec(_mlflow_type(f.type, nulls=False), f.name) for f in self.schema])
-        return MetaDataset(source, name=self.name, digest=self.digest[:36], schema=schema)
+        one = MetaDataset(source, name=self.name, digest=self.digest[:36], schema=schema)._to_mlflow_entity()
+        tags = {"mlflow.data.context": "training", **self.tags}
+        return DatasetInput(one, [InputTag(key, value) for key, value in tags.items()])
 
 
 def flat(recipe: Mapping[str, Any], prefix: str = "model") -> dict[str, str]:
@@ -289,10 +292,7 @@ class Registry:
                     **how,
                 )
                 if dataset is not None:
-                    logged_model = self.client.get_logged_model(logged.model_id)
-                    mlflow.log_input(
-                        dataset.as_mlflow(), context="training", tags=dict(dataset.tags), model=logged_model
-                    )
+                    self.client.log_inputs(run.info.run_id, datasets=[dataset.as_mlflow()])
                 run_id = run.info.run_id
             if not self.client.search_registered_models(f"name = '{name}'"):
                 self.client.create_registered_model(name)
