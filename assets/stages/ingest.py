@@ -20,12 +20,20 @@ from assets.stages.common import days, folded, stage
 from assets.workflow import EventsContract, Workflow
 
 
+def _rows(live: pa.Table, contract: EventsContract) -> dict[date, int]:
+    """Live rows of each day; where ``known_at`` tells a restated row from the first one, the two count once."""
+    names = [c for c in contract.unique if c != "known_at"] if "known_at" in contract.unique else []
+    once = live.group_by(["day", *names]).aggregate([]) if names else live
+    counts = once.group_by("day").aggregate([([], "count_all")])
+    return dict(zip(counts["day"].to_pylist(), counts["count_all"].to_pylist(), strict=True))
+
+
 def _usual(lake: Lake, workflow: Workflow, day: date) -> float | None:
     """The median of live rows on the same weekday of the four weeks before; None where none of them has any."""
-    before = [day - timedelta(weeks=w) for w in range(1, 5)]
-    live = lake.read(workflow.table("events"), days=before, columns=["day"], where=pc.field("superseded_at").is_null())
-    counts = live.group_by("day").aggregate([([], "count_all")])
-    return float(median(counts["count_all"].to_pylist())) if counts.num_rows else None
+    before, contract = [day - timedelta(weeks=w) for w in range(1, 5)], workflow.contract.events
+    columns = list(dict.fromkeys(["day", *contract.unique]))
+    live = lake.read(workflow.table("events"), days=before, columns=columns, where=pc.field("superseded_at").is_null())
+    return float(median(found)) if (found := _rows(live, contract).values()) else None
 
 
 def _volume(lake: Lake, workflow: Workflow, day: date, rows: int) -> tuple[bool, str]:
@@ -183,8 +191,8 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
             )
             examples += [{"day": str(day), **r} for r in broken][:20]
             usual[day] = _usual(lake.lake, workflow, day)
-            volumes[day] = _beside(rows.num_rows, usual[day])
-            counts[day] = rows.num_rows
+            counts[day] = _rows(rows, promised).get(day, 0)
+            volumes[day] = _beside(counts[day], usual[day])
             context.add_asset_metadata(
                 {"dagster/partition_row_count": rows.num_rows, "contract page": dg.MetadataValue.url(url)},
                 partition_key=day.isoformat(),

@@ -625,6 +625,9 @@ class Spoilt:
         column = pa.array(values, table.schema.field(self.column).type)
         return table.set_column(table.schema.get_field_index(self.column), self.column, column)
 
+    def unread(self, rows: pa.Table) -> Any:
+        return self.inner.unread(rows)
+
 
 def spoil_scores(
     monkeypatch: pytest.MonkeyPatch, bench: Any, value: float, versions: set[int], column: str, only: int | None = None
@@ -733,6 +736,9 @@ class Said:
         return self.table.filter((at > pc.scalar(since)) & (at <= pc.scalar(until)))
 
     def promotions(self, workflow: str) -> list[Any]:
+        return []
+
+    def events(self, kind: str, workflow: str) -> list[Any]:
         return []
 
 

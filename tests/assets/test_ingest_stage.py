@@ -193,6 +193,22 @@ def test_volume_is_of_live_rows(office: Office) -> None:
     assert not stage._volume(office.lake, office.workflow, FIRST, 61)[0]
 
 
+def test_a_restated_row_does_not_count_twice_in_the_volume(office: Office) -> None:
+    for week in range(4):
+        day = FIRST - timedelta(weeks=week)
+        office.export(day)
+        rows = office.path(day).read_text()
+        later = day + timedelta(days=2)
+        again = rows.partition("\n")[2].replace(f"{day + timedelta(days=1)} 01:30:00", f"{later} 01:30:00")
+        office.path(day).write_text(rows + again * (week > 0))
+        office.land(day, hour=30)
+    assert office.lake.read("ad_budget/events", days=[FIRST - timedelta(weeks=1)]).num_rows == 40
+    assert stage._usual(office.lake, office.workflow, FIRST) == 20
+    office.path(FIRST).write_text(office.path(FIRST).read_text() + again.replace(str(day), str(FIRST)))
+    (counted,) = json.loads(json.dumps(office.run(FIRST)["volume"].metadata["by day"].value))
+    assert (counted["rows"], counted["usual"]) == (20, 20)
+
+
 def test_volume_and_quarantine_can_be_read_as_numbers(office: Office) -> None:
     office.export(FIRST, broken=1)
     checks = office.run(FIRST)
