@@ -78,7 +78,10 @@ def at_status_quo(rows: pa.Table, policy: budget.BudgetPolicy | priority.Priorit
     if not isinstance(policy, budget.BudgetPolicy) or policy.multiplier is None:
         return rows
     drawn = _floats(rows, policy.multiplier, 1.0)
-    spend = np.rint(_floats(rows, policy.spend) / np.where(drawn > 0, drawn, 1.0))
+    spend = _floats(rows, policy.spend)
+    # what stands in whole steps was drawn in whole steps: a line beyond them would keep its budget
+    step = np.where(spend % policy.unit_micros == 0, policy.unit_micros, 1)
+    spend = np.rint(spend / np.where(drawn > 0, drawn, 1.0) / step) * step
     for name, values in (
         (policy.spend, pa.array(spend.astype(np.int64))),
         (policy.multiplier, pa.array(drawn * 0 + 1)),

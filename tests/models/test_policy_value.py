@@ -207,3 +207,16 @@ def test_an_order_does_not_win_by_calling_the_work_quick() -> None:
 def test_what_was_lost_already_or_had_time_left_says_nothing(due_in_hours: float) -> None:
     said = compare(queue(due_in_hours=due_in_hours), Order(turned=True), Order(), QUEUE)
     assert isinstance(said, str) and "not measured" in said
+
+
+def test_a_plan_starts_from_whole_steps_where_what_was_drawn_stands_in_whole_steps() -> None:
+    policy = BudgetPolicy(unit_micros=10_000)
+    rows = pa.table(
+        {
+            "day": pa.array([date(2026, 3, 1)] * 3, pa.date32()),
+            "entity_id": ["a", "b", "c"],
+            "budget_micros": pa.array([14_810_000, 9_870_000, 9_873_412], pa.int64()),
+            "explore_multiplier_today": [1.2, 0.8, 1.0],
+        }
+    )
+    assert at_status_quo(rows, policy)["budget_micros"].to_pylist() == [12_340_000, 12_340_000, 9_873_412]
