@@ -57,6 +57,8 @@ class Script:
     """Upstream breaks its schema."""
     drifts: Mapping[str, int] = field(default_factory=dict)
     """The world changes."""
+    retrains: Mapping[str, int] = field(default_factory=dict)
+    """The sensor that retrains is turned on; not given: on the first day. What a harmful version does to budgets is drift, too."""
     people: Mapping[str, int] = field(default_factory=dict)
     """People change some of what is about to be sent."""
     poison: Mapping[str, int] = field(default_factory=dict)
@@ -72,6 +74,7 @@ STORY = Script(
     days=14,
     breaks={"ad_budget": 3, "ticket_priority": 1},
     drifts={"ad_budget": 9, "ticket_priority": 3},
+    retrains={"ad_budget": 10},
     people={"ad_budget": 1, "ticket_priority": 2},
     poison={"ad_budget": 0},
     restated={"ad_budget": (1, 6)},
@@ -205,7 +208,8 @@ class Company:
             if script.people.get(name) == number:
                 self.people(workflow, day)
             self.send(workflow, day)
-        self.retrain(workflow, day)
+        if number >= script.retrains.get(name, 0):
+            self.retrain(workflow, day)
         return self.said(workflow, day)
 
     def answer(self, workflow: Workflow, day: date) -> None:

@@ -226,7 +226,8 @@ def test_the_last_point_of_a_curve_is_what_the_gate_measured(ads: Bench) -> None
 
 def test_curves_of_tickets_have_every_head_and_fall(queue: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = point_in_time.ordered(point_in_time.training_set(queue.workflow, queue.lake, queue.last), "day")
-    held = gating.Held(queue.last, queue.last, rows, rows.slice(0, 0), rows.slice(0, 0))
+    none = rows.slice(0, 0)
+    held = gating.Held(queue.last, queue.last, rows, none, none, fitting.Newest(none, none))
     monkeypatch.setattr(registering, "CURVE_ROWS", 500)
     drawn = registering.curves(queue.fit(queue.last), held)
     assert set(drawn) == {f"training_{loss}" for loss in ("log_loss", "hours_error", "effort_error")}

@@ -144,7 +144,7 @@ def test_every_shipped_statement_and_predicate_binds_on_empty_tables() -> None:
     beside = [("day", pa.date32()), ("source", pa.string()), ("source_file", pa.string()), ("source_file_id", pa.string()),
               ("source_row", pa.int64()), ("superseded_at", pa.timestamp("us"))]  # fmt: skip
     given = {"day": date(2026, 4, 3), "cutoff": datetime(2026, 4, 4, 3), "previous_cutoff": datetime(2026, 4, 3, 3)}
-    for workflow in load_all(FOLDER):
+    for workflow in load_all(FOLDER).workflows:
         columns = [(name, kinds[c.type]) for name, c in workflow.contract.events.columns.items()]
         events = pa.schema([*columns, *beside])
         for path in (workflow.features.sql, workflow.outcomes.sql):
