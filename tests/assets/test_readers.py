@@ -60,7 +60,7 @@ def _written(rows: list[list[str]], delimiter: str, end: str, quoting: int = csv
     return text.getvalue()
 
 
-@settings(max_examples=examples(150), deadline=None)
+@settings(max_examples=examples(150))
 @given(
     rows=_WIDE,
     delimiter=st.sampled_from(",;\t|é"),
@@ -118,7 +118,7 @@ def _rfc_4180(text: str) -> list[list[str]]:
 _PIECES = st.sampled_from(['"', '""', ",", "\n", "\r", "\r\n", "\0", " ", "\\", ',"', '",', '"\n', "x\nT,9,9\n"])
 
 
-@settings(max_examples=examples(400), deadline=None)
+@settings(max_examples=examples(400))
 @given(
     rows=st.lists(st.tuples(_TEXT, _TEXT, _TEXT), max_size=10),
     damage=st.lists(st.tuples(st.integers(0, 300), _PIECES), max_size=4),
@@ -240,7 +240,7 @@ _JSON = st.recursive(
 )
 
 
-@settings(max_examples=examples(100), deadline=None)
+@settings(max_examples=examples(100))
 @given(st.lists(st.fixed_dictionaries({"k": _JSON, "l": _JSON}), min_size=1, max_size=6), st.integers(1, 4))
 def test_objects_written_as_json_lines_come_back_as_they_were(found: list[dict[str, Any]], chunk: int) -> None:
     text = "".join(json.dumps(r) + "\n" for r in found)

@@ -628,7 +628,7 @@ def in_cents(seed: int, n: int, odd: list[int]) -> tuple[pa.Table, pa.Table, pa.
     )
 
 
-@settings(max_examples=examples(60), deadline=None)
+@settings(max_examples=examples(60))
 @given(st.integers(0, 2**20), st.integers(8, 60), st.data())
 def test_a_few_lines_off_the_cent_grid_take_no_other_line_off_it(seed, n, data):
     odd = sorted(data.draw(st.sets(st.integers(0, n - 1), max_size=n)))
