@@ -370,9 +370,7 @@ class _Run:
         contract = event_columns(self.workflow.contract.events)
         key = ", ".join(name_sql(c) for c in unique)
         shared = " AND ".join(f"k.{name_sql(c)} IS NOT DISTINCT FROM s.{name_sql(c)}" for c in unique)
-        own = ", ".join(
-            'greatest(s.known_at, k."#left") AS known_at' if c == "known_at" else f"s.{name_sql(c)}" for c in contract
-        )
+        own = ", ".join(f"s.{name_sql(c)}" for c in contract)
         con = session(self.engine)
         for name, rows in {"#waiting": waiting, "#leaving": leaving, "#known": known}.items():
             con.register(name, rows)
@@ -382,12 +380,12 @@ class _Run:
             f"""typed AS (SELECT * EXCLUDE ("#e"), {", ".join(f'"#e".{name_sql(c)} AS {name_sql(c)}' for c in contract)} """
             'FROM read WHERE "#e" IS NOT NULL), '
             f'free AS (SELECT s.* FROM typed s SEMI JOIN "#leaving" k ON {shared}), '
-            f'first AS (SELECT s.* FROM free s ANTI JOIN (FROM "#known" WHERE superseded_at IS NULL) k ON {shared} '
+            f'raised AS (SELECT s.* REPLACE (greatest(s.known_at, k."#left") AS known_at) FROM free s '
+            f'LEFT JOIN (SELECT {key}, max(superseded_at) AS "#left" FROM "#known" GROUP BY ALL) k ON {shared}), '
+            f'first AS (SELECT s.* FROM raised s ANTI JOIN (FROM "#known" WHERE superseded_at IS NULL) k ON {shared} '
             f"QUALIFY row_number() OVER (PARTITION BY {key} ORDER BY landed_at, source, source_file, source_row) = 1) "
             f"SELECT {own}, CAST(s.event_at AS DATE) AS day, s.source, s.source_file, s.source_file_id, s.source_row, "
-            "CAST(NULL AS TIMESTAMP) AS superseded_at FROM first s "
-            f'LEFT JOIN (SELECT {key}, max(superseded_at) AS "#left" FROM "#known" GROUP BY ALL) k ON {shared} '
-            "ORDER BY source, source_file, source_row"
+            "CAST(NULL AS TIMESTAMP) AS superseded_at FROM first s ORDER BY source, source_file, source_row"
         ).to_arrow_table()
         con.close()
         if not admitted.num_rows:

@@ -309,16 +309,17 @@ def judge(
     rules = _rules(columns, required, contract)
     tests = "".join(f" WHEN {test} THEN {_verdict(rule, detail)}" for rule, test, detail in rules)
     run(
-        f'CREATE TEMP TABLE "#judged" AS SELECT *, coalesce("#misfit", CASE{tests} END) AS "#broken" FROM "#typed"',
+        f'CREATE TEMP TABLE "#judged" AS SELECT *, known_at AS "#told", coalesce("#misfit", CASE{tests} END) AS "#broken" '
+        'FROM "#typed"',
         f"{landing.path}: a rule of the contract",
     )
+    if landing.restated:
+        # a restated row cannot have been known before it landed: until then the earlier content of the path stands
+        run(f'UPDATE "#judged" SET known_at = greatest(known_at, {known_at})')
     if contract.unique:
         _mark_duplicates(con, run, contract.unique, keys, landing.path)
-    # a restated row cannot have been known before it landed: until then the earlier content of the path stands
-    later = f"greatest(known_at, {known_at}) AS known_at"
-    kept_columns = [later if landing.restated and c == "known_at" else name_sql(c) for c in columns]
     events = table(
-        f"SELECT {', '.join(kept_columns)}, "
+        f"SELECT {', '.join(name_sql(c) for c in columns)}, "
         f"CAST(event_at AS DATE) AS day, {text_sql(landing.source)} AS source, {text_sql(landing.path)} AS source_file, "
         f"{text_sql(landing.file_id)} AS source_file_id, source_row, CAST(NULL AS TIMESTAMP) AS superseded_at "
         'FROM "#judged" WHERE "#broken" IS NULL ORDER BY source_row'
@@ -327,8 +328,6 @@ def judge(
     # a file of a day comes on the next one; a time that cannot be is no day that anybody would look at
     day = landing.day or landing.landed_at.date() - timedelta(days=1)
     shown_as = {c: f"j.{name_sql(c)}" for c in columns}
-    if landing.restated:
-        shown_as["known_at"] = f"greatest(j.known_at, {known_at})"
     broken = table(
         'SELECT j.source_row, j."#broken".rule AS rule, j."#broken".detail AS detail, '
         f"CAST(to_json({{{fields}}}) AS VARCHAR) AS raw, "
@@ -411,15 +410,26 @@ def _mark_duplicates(
     con.register("#known", known)
     key = ", ".join(name_sql(c) for c in unique)
     shared = " AND ".join(f"k.{name_sql(c)} IS NOT DISTINCT FROM s.{name_sql(c)}" for c in unique)
+    what = f"{path}: unique of the contract"
+    if known["superseded_at"].null_count < known.num_rows:
+        # before the key is compared, which may hold known_at
+        run(
+            'UPDATE "#judged" AS s SET known_at = greatest(s.known_at, k."#left") FROM '
+            f'(SELECT {key}, max(superseded_at) AS "#left" FROM "#known" WHERE superseded_at IS NOT NULL GROUP BY ALL) k '
+            f'WHERE s."#broken" IS NULL AND {shared}',
+            what,
+        )
+    # of rows that the landing made equal, what upstream told last stands
+    order = '"#told" DESC, source_row' if "known_at" in unique else "source_row"
     run(
         'CREATE TEMP TABLE "#first" AS WITH s AS '
-        f'(SELECT source_row, {key}, min(source_row) OVER (PARTITION BY {key}) AS "#first" '
+        f'(SELECT source_row, {key}, first_value(source_row) OVER (PARTITION BY {key} ORDER BY {order}) AS "#first" '
         'FROM "#judged" WHERE "#broken" IS NULL), k AS '
         f"(SELECT {key}, min({{'file': source_file, 'row': source_row}}) AS \"#place\" FROM \"#known\" "
         "WHERE superseded_at IS NULL GROUP BY ALL) "
         f'SELECT s.source_row, coalesce(k."#place", {{\'file\': {text_sql(path)}, \'row\': s."#first"}}) AS "#place" '
-        f'FROM s LEFT JOIN k ON {shared} WHERE k."#place" IS NOT NULL OR s.source_row > s."#first"',
-        f"{path}: unique of the contract",
+        f'FROM s LEFT JOIN k ON {shared} WHERE k."#place" IS NOT NULL OR s.source_row <> s."#first"',
+        what,
     )
     said = " || ', ' || ".join(_value(c) for c in unique)
     run(
@@ -427,10 +437,3 @@ def _mark_duplicates(
         f"{said} || ' stands already in row ' || f.\"#place\".row || ' of ' || f.\"#place\".file}} "
         'FROM "#first" f WHERE "#judged".source_row = f.source_row'
     )
-    if known["superseded_at"].null_count < known.num_rows:
-        run(
-            'UPDATE "#judged" AS s SET known_at = greatest(s.known_at, k."#left") FROM '
-            f'(SELECT {key}, max(superseded_at) AS "#left" FROM "#known" WHERE superseded_at IS NOT NULL GROUP BY ALL) k '
-            f'WHERE s."#broken" IS NULL AND {shared}',
-            f"{path}: unique of the contract",
-        )

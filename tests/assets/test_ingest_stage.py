@@ -183,6 +183,50 @@ def test_a_weight_must_be_a_number_of_the_contract() -> None:
     assert EventsContract.model_validate({"columns": columns, "weight": "amount"}).weight == "amount"
 
 
+def _line(day: date, line: str, revenue: float, known: datetime) -> str:
+    return f"{day},{line},c1,new,video,feed,1000,10,5,{revenue},6.00,1,,{known}\n"
+
+
+def _standing(office: Office) -> list[tuple[str, float, datetime]]:
+    rows = office.lake.read("ad_budget/events")
+    live = rows.filter(pa.compute.is_null(rows["superseded_at"])).sort_by("line_id").to_pylist()
+    return [(r["line_id"], r["value"], r["known_at"]) for r in live]
+
+
+def test_of_rows_that_a_restatement_makes_equal_what_upstream_told_last_stands(office: Office) -> None:
+    early, late = datetime(2026, 3, 11, 1, 30), datetime(2026, 3, 11, 2, 30)
+    both = _line(FIRST, "a", 5, early) + _line(FIRST, "a", 7, late)
+    office.path(FIRST).write_text(HEADER + both)
+    office.land(FIRST)
+    assert _standing(office) == [("a", 5.0, early), ("a", 7.0, late)], "a restated figure is a row of its own"
+    office.path(FIRST).write_text(HEADER + both + _line(FIRST, "b", 1, early))
+    office.land(FIRST, hour=50)
+    landed = datetime.combine(FIRST + timedelta(days=1), datetime.min.time()) + timedelta(hours=50)
+    assert _standing(office) == [("a", 7.0, landed), ("b", 1.0, landed)]
+
+
+def test_an_old_row_repeated_after_its_restatement_stands_beside_nothing(office: Office) -> None:
+    told = datetime(2026, 3, 11, 1, 30)
+    office.path(FIRST).write_text(HEADER + _line(FIRST, "a", 5, told))
+    office.land(FIRST)
+    office.path(FIRST).write_text(HEADER + _line(FIRST, "a", 6, told))
+    office.land(FIRST, hour=50)
+    office.path(WEEK[1]).write_text(HEADER + _line(FIRST, "a", 5, told))
+    office.land(FIRST, hour=60)
+    assert [value for _, value, _ in _standing(office)] == [6.0]
+
+
+def test_a_double_is_not_admitted_beside_the_restated_row_of_its_moment(office: Office) -> None:
+    told = datetime(2026, 3, 11, 1, 30)
+    office.path(FIRST).write_text(HEADER + _line(FIRST, "a", 5, told) + _line(FIRST, "b", 5, told))
+    office.land(FIRST)
+    office.path(WEEK[1]).write_text(HEADER + _line(FIRST, "a", 5, told))
+    office.land(WEEK[1])
+    office.path(FIRST).write_text(HEADER + _line(FIRST, "a", 5, told) + _line(FIRST, "b", 6, told))
+    office.land(FIRST, hour=60)
+    assert [(line, value) for line, value, _ in _standing(office)] == [("a", 5.0), ("b", 6.0)]
+
+
 def test_volume_is_of_live_rows(office: Office) -> None:
     for week in range(1, 4):
         for attempt in range(3):
