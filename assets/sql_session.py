@@ -26,6 +26,10 @@ STAGE_PARAMETERS = ("day", "cutoff", "previous_cutoff")
 _TABLE_FUNCTIONS = {"unnest", "range", "generate_series", "repeat", "json_each", "json_tree"}
 _KINDS = {"MULTI": "a PIVOT without IN (...)"}
 _CLOCKS = {"current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"}
+_CALLED_STEADY = {"current_localtime", "current_localtimestamp", "version"}
+"""DuckDB calls them consistent: two read the clock, one says which DuckDB is installed."""
+_AGE = "age() other than age(later, earlier)"
+"""Of one time, also as ``seen.age()``, it counts from today."""
 
 
 class StageSqlError(ValueError):
@@ -79,13 +83,19 @@ def _shared() -> duckdb.DuckDBPyConnection:
 
 @lru_cache(maxsize=1)
 def _unsteady() -> frozenset[str]:
-    """Functions whose answer does not follow from their arguments."""
-    found = (
+    """Functions whose answer does not follow from their arguments, and macros that call one: DuckDB says nothing of these."""
+    listed = (
         _shared()
         .cursor()
-        .execute("SELECT DISTINCT function_name FROM duckdb_functions() WHERE stability <> 'CONSISTENT'")
+        .execute("SELECT function_name, stability, lower(macro_definition) FROM duckdb_functions()")
+        .fetchall()
     )
-    return frozenset(name for (name,) in found.fetchall()) - {"error"}
+    found = {name for name, stability, _ in listed if stability not in (None, "CONSISTENT")} - {"error"}
+    found |= _CALLED_STEADY
+    words = [(name, set(re.findall(r"\w+", macro))) for name, stability, macro in listed if stability is None and macro]
+    while more := {name for name, said in words if name not in found and said & (found | _CLOCKS)}:
+        found |= more
+    return frozenset(found)
 
 
 def _line_of_error(text: Text, message: str, before: int) -> int | None:
@@ -180,7 +190,9 @@ def _refuse(text: Text, node: dict[str, Any], named: Collection[str], tables: Co
     called = node["function_name"].lower() if kind == "FUNCTION" else ""
     if kind == "COLUMN_REF" and len(node["column_names"]) == 1 and node["column_names"][0].lower() in _CLOCKS:
         called = node["column_names"][0].lower()
-    if called in _unsteady() or called in _CLOCKS:
+    if kind == "FUNCTION" and called == "age" and len(node.get("arguments") or node.get("children") or ()) != 2:
+        called = _AGE
+    if called in _unsteady() | _CLOCKS | {_AGE}:
         raise StageSqlError(
             f"{at}: {called} answers differently each time, so that the day could not be made again; use the parameters "
             f"{', '.join('$' + p for p in STAGE_PARAMETERS)} or the columns"

@@ -736,7 +736,10 @@ class _Judging:
             return
         number = int(self.version[models[-1]])
         places = self._last(self.mature & (self.version == number))
-        these, day = self._of_days(places, self.known & self.ruled)
+        told = self.known & self.ruled
+        days = set(self.code[told].tolist())  # a day that the rule left out says nothing, and moves no figure
+        places = [place for place in places if place in days]
+        these, day = self._of_days(places, told)
         n = self._outcomes(these)
         if not self._enough(places, n):
             return

@@ -61,7 +61,7 @@ def _apart_by_size(mine: Floats, theirs: Floats) -> float:
     the largest lines would be all that counts."""
     size = (np.abs(mine) + np.abs(theirs)) / 2
     told = size > 0
-    return float(np.sum((mine - theirs)[told] ** 2 / size[told]) / size.sum()) if told.any() else 0.0
+    return float(np.sum((mine - theirs)[told] ** 2 / size[told]) / size[told].sum()) if told.any() else 0.0
 
 
 KINDS: dict[str, Kind] = {
@@ -112,13 +112,17 @@ def _equal(mine: pa.ChunkedArray, theirs: pa.ChunkedArray) -> bool:
     return len(a) == len(b) and bool(np.allclose(a, b, rtol=SAME, atol=0, equal_nan=True))
 
 
-def disagreement(kind: str, one: Any, other: Any, rows: pa.Table) -> float:
-    """How far two models' scores of ``rows`` lie apart: the mean square for probabilities, for amounts the mean square of
-    the relative difference, weighted by the amount. NaN without rows."""
+def disagreement(kind: str, one: Any, other: Any, rows: pa.Table) -> tuple[float, int]:
+    """How far two models' scores of ``rows`` lie apart, and of how many rows that speaks: those that both score.
+
+    The mean square for probabilities, for amounts the mean square of the relative difference, weighted by the amount. NaN
+    where no row has both scores."""
     if not rows.num_rows:
-        return float("nan")
+        return float("nan"), 0
     how = KINDS[kind]
-    return how.apart(how.says(one, rows), how.says(other, rows))
+    mine, theirs = how.says(one, rows), how.says(other, rows)
+    both = np.isfinite(mine) & np.isfinite(theirs)
+    return how.apart(mine[both], theirs[both]) if both.any() else float("nan"), int(both.sum())
 
 
 def known(kind: str, rows: pa.Table) -> tuple[pa.Table, Floats]:

@@ -10,6 +10,7 @@ seen the days that judge it, and what age costs a model counts as it will when i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -138,14 +139,16 @@ def disagreement(
     if not newest.registered.num_rows or not newest.twins.num_rows:
         return "not measured: there are no feature rows of the newest days"
     try:
-        found = gate.Disagreement(
-            comparing.disagreement(kind, model, champion.model, newest.registered),
-            comparing.disagreement(kind, twin, its_twin, newest.twins),
-            newest.registered.num_rows,
-        )
+        far, rows = comparing.disagreement(kind, model, champion.model, newest.registered)
+        twins, twin_rows = comparing.disagreement(kind, twin, its_twin, newest.twins)
     except (KeyError, TypeError, ValueError) as error:
         return f"not measured: {_first(error)}"
-    return found if found.twins > 0 else "not measured: the twins agree in every row"
+    for compared, who in ((rows, "models"), (twin_rows, "twins")):
+        if not compared:
+            return f"not measured: no feature row of the newest days is scored by both {who}"
+    if not (math.isfinite(far) and math.isfinite(twins)):
+        return f"not measured: {far:g} beside the twins' {twins:g} is no figure"
+    return gate.Disagreement(far, twins, rows) if twins > 0 else "not measured: the twins agree in every row"
 
 
 def fit_and_judge(

@@ -93,6 +93,7 @@ class Disagreement:
     twins: float
     """Their twins, on the rows that were as new to them."""
     rows: int
+    """Newest rows that both score."""
 
     @property
     def ratio(self) -> float:
@@ -213,10 +214,17 @@ def judge(
             passed = passed and not fails
             reasons.append(reason)
         figures |= _figures(evidence, spec)
-        holds, reason = _holds(evidence.disagreement, spec.disagreement)
+        holds, reason = _holds(_measured(evidence.disagreement), spec.disagreement)
         reasons += [reason] if reason else []
         return Verdict(passed and not holds, tuple(reasons), figures, held=passed and holds)
     return Verdict(passed, tuple(reasons), figures)
+
+
+def _measured(found: Disagreement | str | None) -> Disagreement | str | None:
+    """What was found; a sentence in the place of figures that are none: no limit tells anything of them."""
+    if isinstance(found, Disagreement) and not math.isfinite(found.ratio):
+        return f"not measured: {found.newest:g} beside the twins' {found.twins:g} is no figure"
+    return found
 
 
 def _holds(found: Disagreement | str | None, limit: float | None) -> tuple[bool, str]:
@@ -318,7 +326,7 @@ def _figures(found: Evidence, spec: GateSpec) -> dict[str, Any]:
         "calibration": {"is": what, "mine": _number(mine), "theirs": _number(theirs)},
         "slices": [one.as_dict() for one in found.slices],
         "groups": [one.as_dict() for one in found.groups],
-        "disagreement": d.as_dict() if isinstance(d := found.disagreement, Disagreement) else d,
+        "disagreement": d.as_dict() if isinstance(d := _measured(found.disagreement), Disagreement) else d,
         "megabytes": round(found.megabytes, 3),
         "rows_per_s": float(f"{found.rows_per_s:.3g}"),
     }

@@ -57,6 +57,28 @@ def test_what_is_no_plain_select_over_the_events_is_refused_with_its_place(sql: 
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    "called",
+    [
+        "current_localtimestamp()", "current_localtime()", "pg_postmaster_start_time()", "pg_conf_load_time()",
+        "ago(INTERVAL 1 DAY)", "version()", "age(seen)", "main.age(seen)", "system.age(seen)", "seen.age()",
+        "e.seen.age()", "list_transform([seen], lambda t: age(t))", "AGE (seen)", "main.ago('1 day')",
+    ],
+)  # fmt: skip
+def test_no_function_that_reads_the_clock_or_the_build_gets_by_under_another_name(called: str) -> None:
+    with pytest.raises(StageSqlError, match="answers differently") as caught:
+        sql_session.check(Text(f"SELECT 1,\n  {called}\nFROM events e", "f.sql"), {"events"})
+    assert str(caught.value).startswith("f.sql:2: ")
+
+
+def test_the_age_between_two_times_and_columns_named_like_a_clock_may_be_read() -> None:
+    engine = sql_session.engine()
+    engine.execute("CREATE TABLE events AS SELECT TIMESTAMP '2026-04-03' AS seen, 2 AS version, 3 AS age, 4 AS ago")
+    sql = "SELECT datepart('day', age(seen, TIMESTAMP '2026-04-01')) AS days, version, age, ago, list_sum([1, 2]) AS s FROM events"
+    found = sql_session.select(engine, Text(sql, "f.sql"), {"events"}).to_pylist()
+    assert found == [{"days": 2, "version": 2, "age": 3, "ago": 4, "s": 3}]
+
+
 @pytest.mark.parametrize("setting", ["threads", "enable_external_access", "TimeZone", "python_enable_replacements"])
 def test_no_setting_of_the_engine_can_be_changed(setting: str) -> None:
     for connection in (engine := sql_session.engine(), engine.cursor()):

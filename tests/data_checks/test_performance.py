@@ -354,6 +354,23 @@ def test_the_newest_version_is_compared_with_the_rule_on_the_same_rows(worse: bo
     assert since["version"] == 1
 
 
+@pytest.mark.parametrize("ruled", [2, 3])
+def test_days_on_which_the_rule_scored_nothing_do_not_count_beside_it(ruled: int) -> None:
+    rows = scored()
+    last = DAY - timedelta(days=12)
+    said = pc.and_(
+        pc.less_equal(rows["day"], pa.scalar(last)), pc.greater(rows["day"], pa.scalar(last - timedelta(days=ruled)))
+    )
+    rule = np.where(said.to_numpy(), 0.2, np.nan)
+    spec = SPEC.model_copy(update={"min_rows": 50})
+    found = told(rows.append_column(perf.RULE, pa.array(rule)), spec=spec).get(perf.RULE)
+    if ruled < SPEC.min_days:
+        assert found is None, "two days are too few to tell noise from a difference, however many rows they hold"
+        return
+    assert found is not None and found["n"] == 300
+    assert found["first"] == last - timedelta(days=2) and "of 3 days" in found["text"]
+
+
 def test_a_version_as_good_as_the_rule_is_rarely_found_worse() -> None:
     """60 windows in which both say nearly the same, equally well."""
     rng = np.random.default_rng(12)

@@ -229,11 +229,19 @@ def test_amounts_disagree_by_their_share_so_that_the_largest_line_is_not_all_tha
     small[1:] *= 2.0  # every line but the largest says twice as much
     large[0] *= 1.1  # the largest says a tenth more, and no other line anything else
     assert plain(large, level) > 100 * plain(small, level)
-    apart = [comparing.disagreement("response", Says(one), Says(level), rows) for one in (small, large)]
+    apart = [comparing.disagreement("response", Says(one), Says(level), rows)[0] for one in (small, large)]
     assert apart[0] > apart[1] > 0
-    assert comparing.disagreement("response", Says(3 * small), Says(3 * level), rows) == pytest.approx(apart[0]), (
-        "no currency"
-    )
-    assert comparing.disagreement("response", Says(level), Says(level), rows) == 0.0
-    assert comparing.disagreement("response", Says(level * 0), Says(level * 0), rows) == 0.0
-    assert np.isnan(comparing.disagreement("response", Says([]), Says([]), rows.slice(0, 0)))
+    tripled, _ = comparing.disagreement("response", Says(3 * small), Says(3 * level), rows)
+    assert tripled == pytest.approx(apart[0]), "no currency"
+    assert comparing.disagreement("response", Says(level), Says(level), rows) == (0.0, 100)
+    assert comparing.disagreement("response", Says(level * 0), Says(level * 0), rows) == (0.0, 100)
+    assert np.isnan(comparing.disagreement("response", Says([]), Says([]), rows.slice(0, 0))[0])
+
+
+def test_models_disagree_on_the_rows_that_both_score_and_no_other_row_counts() -> None:
+    rows = pa.table({"n": range(4)})
+    one, other = [1.0, np.nan, 3.0, 5.0], [2.0, 2.0, 3.0, np.nan]
+    both = comparing.disagreement("response", Says([1.0, 3.0]), Says([2.0, 3.0]), rows.slice(0, 2))
+    assert both[0] > 0 and comparing.disagreement("response", Says(one), Says(other), rows) == both
+    far, compared = comparing.disagreement("response", Says([np.nan] * 4), Says(other), rows)
+    assert np.isnan(far) and compared == 0

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import pyarrow as pa
 import pytest
 
-from models import fitting
+from models import fitting, gate
 from models.fitting import Fitted, TooFewRows, fit_and_judge
 
 
@@ -183,3 +183,26 @@ def test_too_few_rows_are_refused_with_how_many_there_are() -> None:
     with pytest.raises(TooFewRows, match=r"2 matured rows .* 3 are needed \(training.min_rows\)"):
         run(table(1, 2), table(1), table(2), min_rows=3)
     assert not Model.fitted
+
+
+class Levels:
+    """Says one level of every row, and none of rows whose ``n`` is among those it does not know."""
+
+    def __init__(self, level: float, *unknown: int) -> None:
+        self.level, self.unknown = level, unknown
+
+    def score(self, rows: pa.Table) -> pa.Table:
+        said = [None if n in self.unknown else self.level for n in rows["n"].to_pylist()]
+        return pa.table({"level": pa.array(said, pa.float64())})
+
+
+@pytest.mark.parametrize("newest", [(), (1,), (1, 2, 3)])
+def test_a_newest_row_without_a_score_is_not_compared_and_hides_no_other(newest: tuple[int, ...]) -> None:
+    found = fitting.disagreement(
+        "response", Levels(9.0, *newest), Levels(1.1), champion(model=Levels(1.0)), Levels(1.0), "",  # type: ignore[arg-type]
+        fitting.Newest(table(1, 2, 3), table(1, 2, 3)),
+    )  # fmt: skip
+    if len(newest) == 3:
+        assert found == "not measured: no feature row of the newest days is scored by both models"
+        return
+    assert isinstance(found, gate.Disagreement) and found.rows == 3 - len(newest) and found.ratio > 100

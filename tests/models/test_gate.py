@@ -216,6 +216,13 @@ def test_a_disagreement_that_could_not_be_measured_is_said() -> None:
     assert "| disagreement on the newest rows | not measured" in text
 
 
+def test_a_disagreement_that_is_no_number_is_not_within_the_limit() -> None:
+    found = held_by(Disagreement(float("nan"), 0.001, 700))
+    assert not any("are allowed" in r for r in found.reasons)
+    assert any(r.startswith("disagreement on the newest rows: not measured: ") for r in found.reasons)
+    assert found.figures["disagreement"].startswith("not measured: ")
+
+
 def test_what_the_champion_really_scored_stands_beside() -> None:
     live = {"version": 3, "metric": "mae", "value": 1.25, "rows": 70, "days": ["2026-03-02", "2026-03-08"], "at": ""}
     found = held_by(None).told(live=live)
