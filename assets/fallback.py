@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from data_checks import performance
-from delivery.ledger import Ledger
+from delivery.ledger import Event, Ledger
 
 KIND = "worse than rule"
 """The kind of the ledger's events: workflow, day, version, text, figures."""
@@ -44,15 +44,21 @@ def note(ledger: Ledger, name: str, day: date, row: Mapping[str, Any]) -> str:
 
 def in_force(ledger: Ledger, name: str, number: int, until: datetime) -> str:
     """Why the rule decides in place of a version, as it stood at ``until`` (naive UTC); empty where the version decides."""
+    found = standing(ledger, name, number, until)
+    return "" if found is None else str(found.body["text"])
+
+
+def standing(ledger: Ledger, name: str, number: int, until: datetime) -> Event | None:
+    """The event by which the rule decides in place of a version, as it stood at ``until`` (naive UTC); None where it does not."""
     noted = [e for e in _noted(ledger, name, number) if e.at <= until]
     if not noted:
-        return ""
+        return None
     for one in ledger.promotions(name):
         by_person = one.action == "lifted" or (one.action == "promoted" and one.actor != "signalbox")
         if one.version == number and by_person and noted[-1].at < one.at <= until:
-            return ""
-    return str(noted[-1].body["text"])
+            return None
+    return noted[-1]
 
 
-def _noted(ledger: Ledger, name: str, number: int) -> list[Any]:
+def _noted(ledger: Ledger, name: str, number: int) -> list[Event]:
     return [e for e in ledger.events(KIND, name) if e.body["version"] == number]

@@ -13,6 +13,7 @@ or not: what was chosen to be changed differs between the arms, what a unit hold
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from assets import acting, promoting
+from assets import acting, fallback, promoting
 from assets.lake import Lake
 from assets.point_in_time import StageSqlError, connect
 from assets.workflow import Regression, Workflow
@@ -38,10 +39,11 @@ if TYPE_CHECKING:
 VERDICT = "verdict"
 """Kind of the ledger event in which the regression guard has spoken of a version."""
 AGAINST_HOLDOUT, AGAINST_CHAMPION = "champion vs holdout", "challenger vs champion"
-_PLACES = frozenset({"promoted", "canary", "shadow", "rolled back", "dropped", "refused", "lifted"})
-"""Actions that give a version its place; the others (an alias that was put back) leave it where it is."""
-_GONE = frozenset({"rolled back", "dropped", "refused", "lifted"})
-"""Those after which a version acts no more; one that was lifted must be promoted again."""
+_PLACES = frozenset({"promoted", "canary", "shadow", "rolled back", "dropped", "refused"})
+"""Actions that give a version its place; the others leave it where it is: an alias that was put back, and a lift. What was
+rolled back must be promoted again after it; a champion that had left its days to the rule decides again."""
+_GONE = frozenset({"rolled back", "dropped", "refused"})
+"""Those after which a version acts no more."""
 _AGAIN = frozenset({"promoted", "canary", "lifted"})
 """Actions after which an older verdict on a version counts no more: somebody, or its gate, has let it act since."""
 
@@ -110,7 +112,8 @@ def comparisons(workflow: Workflow, ledger: Ledger, day: date) -> tuple[Comparis
     version began to act, and the challenger beside the champion since its canary began.
 
     The ledger's deliveries say what acted (``assets.acting``), of the days before ``day``. A day that a lower step decided
-    interrupts nothing. Where no model acts the rule is judged.
+    interrupts nothing. Where no model acts the rule is judged, and so it is from the first day that it decided because the
+    champion does worse than it (``assets.fallback``); when that version acts again, its comparison starts anew.
     """
     known = workflow.cutoff_of(day)
     shares = arms.normalised(workflow.arms.shares)
@@ -119,7 +122,7 @@ def comparisons(workflow: Workflow, ledger: Ledger, day: date) -> tuple[Comparis
     acted = _acted(workflow, ledger, day, known)
     found = []
     if {"champion", "holdout"} <= shares.keys():
-        begun = _champion(acted, moved, last)
+        begun = _champion(acted, moved, last, _left_to_the_rule(ledger, workflow, acted))
         if begun is not None:
             found.append(Comparison(AGAINST_HOLDOUT, "champion", "holdout", *begun))
     if {"challenger", "champion"} <= shares.keys() and acted:
@@ -147,11 +150,24 @@ def _number(batch: BatchRow, key: str) -> int | None:
     return None if value is None else int(value)
 
 
+def _left_to_the_rule(ledger: Ledger, workflow: Workflow, acted: Sequence[BatchRow]) -> frozenset[date]:
+    """The days that the rule decided while the champion of that hour was behind it."""
+    noted = ledger.events(fallback.KIND, workflow.name)
+    ruled = [b for b in acted if b.step == "rule" and noted and b.decided_at >= noted[0].at]
+    return frozenset(b.day for b in ruled if promoting.behind(ledger, workflow.name, b.decided_at) is not None)
+
+
 def _champion(
-    acted: Sequence[BatchRow], moved: Sequence[Any], last: Mapping[int | None, str]
+    acted: Sequence[BatchRow], moved: Sequence[Any], last: Mapping[int | None, str], left: frozenset[date]
 ) -> tuple[int | None, date] | None:
-    """The version that decides as champion (None: the rule) and the first day of it; None where nothing acts."""
-    leading = [b for b in acted if b.step == "champion"]
+    """The version that decides as champion (None: the rule) and the first day of it; None where nothing acts.
+
+    ``left``: days that a champion left to the rule. They end its run, as days of another version do.
+    """
+    leading = [b for b in acted if b.step == "champion" or b.day in left]
+    if leading and leading[-1].day in left:
+        run = itertools.takewhile(lambda b: b.day in left, reversed(leading))
+        return None, min(b.day for b in run)
     version = _number(leading[-1], "model_version") if leading else None
     if version is not None and last.get(version) not in _GONE:
         begun = [p.at for p in moved if p.version == version and p.action == "promoted"]
@@ -642,9 +658,12 @@ def _acted_or_may(ledger: Ledger, workflow: Workflow) -> tuple[list[BatchRow], l
 
 
 def _acting(ledger: Ledger, workflow: Workflow, acted: Sequence[BatchRow]) -> set[int | None]:
-    """Who acts now: the champion (None: the rule, where no model does) and the challenger."""
+    """Who acts now: the champion (None: the rule, where no model does or the champion is behind it) and the challenger."""
     stands = promoting.live(ledger, workflow)
     found: set[int | None] = {stands["challenger"][0]} if stands["challenger"] else set()
+    if promoting.behind(ledger, workflow.name, ledger.clock()) is not None:
+        # a verdict over either counts: the rule decides, and what the champion decided before may still stand
+        found.add(None)
     if stands["champion"] is not None or ledger.promotions(workflow.name):
         return found | {stands["champion"]}
     # A ledger that knows of no promotion: whoever acted last.

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from assets import fallback
 from assets.lake import Lake
 from assets.workflow import Workflow
-from delivery.ledger import Busy, Ledger
+from delivery.ledger import Busy, Event, Ledger
 from models.gate import Verdict
 from models.registry import (
     CHALLENGER,
@@ -111,6 +111,15 @@ def aliases(state: Mapping[str, Any]) -> dict[str, int | None]:
     return {
         CHAMPION: state["champion"], PREVIOUS: state["previous"], CHALLENGER: challenger[0] if challenger else None,
     }  # fmt: skip
+
+
+def behind(ledger: Ledger, name: str, until: datetime) -> Event | None:
+    """The event by which the rule decides in place of the champion (``assets.fallback``), as both stood at ``until``
+    (naive UTC); None where the champion decides, or there is none."""
+    if not ledger.events(fallback.KIND, name):
+        return None
+    champion = live(ledger, name, until)["champion"]
+    return None if champion is None else fallback.standing(ledger, name, champion, until)
 
 
 # --- who decides a day --------------------------------------------------------------------------------------------------

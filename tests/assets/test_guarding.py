@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from assets import guarding
+from assets import fallback, guarding
 from assets.lake import Lake
 from assets.point_in_time import StageSqlError
 from assets.workflow import FOLDER, Workflow, load
@@ -315,6 +315,12 @@ class Book:
         )  # fmt: skip
         return self.ledger.record_batch(new, table([{"entity": "l1", "before": 1, "after": 3}], new.batch_id)).batch_id
 
+    def behind(self, n: int, version: int, hour: int = 5) -> None:
+        """Outcomes show a version worse than the rule; said at the end of a morning, after its batch."""
+        self.now = datetime.combine(at(n), time(hour))
+        said = {"workflow": self.workflow.name, "day": str(at(n - 1)), "version": version, "text": "it does worse", "figures": {}}
+        self.ledger.note(fallback.KIND, said)
+
     def taken_back(self, n: int) -> None:
         self.now = datetime.combine(at(n + 1), time(8))
         self.ledger.rollback_complete(f"b{n}", actor="guard", reason="harm", trigger="guard")
@@ -399,6 +405,52 @@ def test_where_no_model_stands_the_rule_is_judged(book: Book) -> None:
     book.moved(7, 1, "rolled back")
     book.batch(7, None, step="rule")
     assert book.compared(9) == [("champion vs holdout", None, 7)]
+
+
+def test_days_that_the_champion_left_to_the_rule_are_judged_as_the_rule_s(book: Book) -> None:
+    book.moved(3, 1, "promoted")
+    for n in (3, 4):
+        book.batch(n, 1)
+    book.batch(5, None, step="rule")  # after the deadline: that interrupts nothing
+    book.batch(6, 1)
+    book.behind(7, 1)
+    assert book.compared(7) == [("champion vs holdout", 1, 3)], "what acts today it has decided"
+    for n in (7, 8, 9):
+        book.batch(n, None, step="rule")
+    assert book.compared(7) == [("champion vs holdout", 1, 3)], "judged as it stood at that day's cut-off"
+    assert [book.compared(n) for n in (8, 9, 10)] == [[("champion vs holdout", None, 7)]] * 3
+    book.moved(11, 1, "rolled back")
+    book.batch(10, None, step="rule")
+    assert book.compared(12) == [("champion vs holdout", None, 7)], "no model stands now: it is the rule as before"
+    assert book.compared(9) == [("champion vs holdout", None, 7)], "judged as it stood at that day's cut-off"
+
+
+def test_a_version_that_acts_again_after_the_rule_is_judged_anew(book: Book) -> None:
+    book.moved(3, 1, "promoted")
+    book.batch(3, 1)
+    book.behind(4, 1)
+    for n in (4, 5):
+        book.batch(n, None, step="rule")
+    book.moved(7, 1, "lifted")
+    assert book.compared(7) == [("champion vs holdout", None, 4)], "it has not decided yet"
+    for n in (6, 7):
+        book.batch(n, 1)
+    assert book.compared(9) == [("champion vs holdout", 1, 6)]
+    book.batch(8, None, step="rule")
+    book.batch(9, 1)
+    assert book.compared(10) == [("champion vs holdout", 1, 6)], "the rule decided that day for another reason"
+    book.moved(11, 2, "promoted")
+    book.batch(10, 2)
+    assert book.compared(11) == [("champion vs holdout", 2, 10)]
+
+
+def test_a_version_that_a_person_lifts_before_the_rule_has_decided_goes_on(book: Book) -> None:
+    book.moved(3, 1, "promoted")
+    book.batch(3, 1)
+    book.behind(4, 1)
+    book.moved(4, 1, "lifted", hour=9)
+    book.batch(4, 1)
+    assert book.compared(6) == [("champion vs holdout", 1, 3)]
 
 
 def test_what_was_not_sent_has_not_acted(book: Book) -> None:
@@ -535,6 +587,23 @@ def test_the_rule_is_condemned_with_its_batches_since_it_began_and_not_with_late
     book.taken_back(2)
     book.batch(5, None, step="rule")
     assert book.condemned() == []
+
+
+def test_the_rule_is_condemned_where_it_decides_in_a_champions_place(book: Book) -> None:
+    book.moved(3, 1, "promoted")
+    book.batch(3, 1)
+    book.batch(4, None, step="rule")
+    book.verdict(5, None, 4)
+    assert book.condemned() == [], "the champion acts; the rule stood in for a day"
+    book.behind(6, 1)
+    book.batch(5, None, step="rule")
+    book.batch(6, None, step="rule")
+    book.verdict(7, None, 5)
+    assert book.condemned() == [(None, ("b5", "b6"))]
+    book.moved(8, 2, "promoted", hour=6)
+    assert book.condemned() == [], "another version decides: the rule does nothing any more"
+    book.moved(9, 1, "promoted")
+    assert book.condemned() == [], "a person promoted it anew"
 
 
 # --- entities that are decided on once --------------------------------------------------------------------------------
