@@ -33,6 +33,14 @@ from models.registry import ModelMissing, ModelUnreadable, Registry, Version
 
 STEPS = ("champion", "previous_champion", "rule", "no_change")
 SEED = 20_260_101
+MOST_WITHOUT_SCORE = 0.5
+"""The share of the rows that a day is decided on above which a version that leaves them without a score does not decide it.
+
+A row without a score keeps what stands, which is right for the few whose values went missing: the version knows the others
+better than the next step does. Where it is most of them, a column is gone; then nearly nothing would be decided, and the day
+would still count as one that the champion decided. The next step has a score for those rows, too. Half is where more is lost
+by the rows that stand still than is won by the others.
+"""
 
 
 class FeaturesMissing(RuntimeError):
@@ -41,6 +49,10 @@ class FeaturesMissing(RuntimeError):
 
 class NotANumber(ValueError):
     """Scores that nothing can be decided by: NaN or infinite."""
+
+
+class NoScores(ValueError):
+    """Too few of the rows that a day is decided on have a score."""
 
 
 class ReplayImpossible(RuntimeError):
@@ -237,13 +249,7 @@ def _usable(workflow: Workflow, rows: pa.Table, scores: pa.Table) -> pa.Table:
 
     Raises NotANumber naming the column.
     """
-    chosen = point_in_time.chosen(workflow, rows, "policy.decide_on")
-    keys = [k for k in point_in_time.keys_of(rows.schema.names) if k in scores.schema.names]
-    theirs, decided = (
-        pc.binary_join_element_wise(*(t[k].cast(pa.string()).combine_chunks() for k in keys), "\0", null_handling="replace")
-        for t in (scores, chosen)
-    )  # fmt: skip
-    mine = scores.filter(pc.is_in(theirs, value_set=decided))
+    mine = _decided_on(workflow, rows, scores)
     for name, column in zip(mine.schema.names, mine.columns, strict=True):
         values = column.combine_chunks()
         while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
@@ -254,6 +260,38 @@ def _usable(workflow: Workflow, rows: pa.Table, scores: pa.Table) -> pa.Table:
         if wrong:
             raise NotANumber(f"{wrong} of {len(values)} values of {name} are NaN or infinite")
     return scores
+
+
+def _decided_on(workflow: Workflow, rows: pa.Table, scores: pa.Table) -> pa.Table:
+    """The scores of the rows that are decided on."""
+    chosen = point_in_time.chosen(workflow, rows, "policy.decide_on")
+    theirs, decided = (
+        pc.binary_join_element_wise(*(t[k].cast(pa.string()).combine_chunks() for k in _keys(rows, scores)), "\0", null_handling="replace")
+        for t in (scores, chosen)
+    )  # fmt: skip
+    return scores.filter(pc.is_in(theirs, value_set=decided))
+
+
+def _keys(rows: pa.Table, scores: pa.Table) -> list[str]:
+    return [k for k in point_in_time.keys_of(rows.schema.names) if k in scores.schema.names]
+
+
+def _scored_by(workflow: Workflow, rows: pa.Table, learner: Any) -> tuple[pa.Table, Mapping[str, Sequence[str]]]:
+    """A version's scores of a day, and what it could not read (``Scored.unread``).
+
+    Raises NotANumber, and NoScores where most of the rows that are decided on have none (``MOST_WITHOUT_SCORE``).
+    """
+    table, unread = _usable(workflow, rows, learner.score(rows)), learner.unread(rows)
+    mine = _decided_on(workflow, rows, table) if unread else table.slice(0, 0)
+    empty = np.ones(mine.num_rows, bool)
+    for name in set(mine.schema.names) - set(_keys(rows, table)):
+        empty &= np.asarray(mine[name].is_null())
+    if empty.sum() > MOST_WITHOUT_SCORE * mine.num_rows:
+        raise NoScores(
+            f"{empty.sum()} of {mine.num_rows} rows that are decided on have no score ({empty.mean():.0%}, more than "
+            f"{MOST_WITHOUT_SCORE:.0%}): {', '.join(unread)} is missing there, and never was in its training"
+        )
+    return table, unread
 
 
 def score_day(
@@ -271,8 +309,8 @@ def score_day(
 
     Who champion and previous champion are, the ``ledger`` says (``promoting.lineup``); without one, the registry's aliases.
     A champion that was found to do worse than the rule (``assets.fallback``) leaves the day to the rule.
-    A challenger scores beside them; its failure is written down and touches nothing else. Scores that are NaN or infinite
-    are a failure like any other.
+    A challenger scores beside them; its failure is written down and touches nothing else. Scores that are NaN or infinite,
+    and no score for most of the rows (``MOST_WITHOUT_SCORE``), are a failure like any other.
 
     After the deadline of a day that is still to take effect the models are skipped (the next step that is sure to be
     quick); a day whose effect is past is a backfill and has no deadline. ``late`` says it in the clock's place. Raises
@@ -378,9 +416,7 @@ def _by_models(
             reasons.append(behind)
             return _Made(pa.table({}), "rule", None, _challenger(workflow, registry, rows, found, beside), found.moved)
         try:
-            learner = read_model(workflow, registry, version)
-            table = _usable(workflow, rows, learner.score(rows))
-            unread = learner.unread(rows)
+            table, unread = _scored_by(workflow, rows, read_model(workflow, registry, version))
         except unusable as error:
             reasons.append(f"{step} (version {version.number}) cannot be used: {promoting.first_line(error)}")
         except (KeyError, TypeError, ValueError, LightGBMError) as error:
@@ -408,8 +444,7 @@ def _challenger(
 def _beside(workflow: Workflow, registry: Registry, rows: pa.Table, version: Version, stage: str) -> Beside:
     """What the challenger makes of the day's rows. Whatever goes wrong with it is its own affair, never the day's."""
     try:
-        scores = _usable(workflow, rows, read_model(workflow, registry, version).score(rows))
-        return Beside(version, stage, scores, "")
+        return Beside(version, stage, _scored_by(workflow, rows, read_model(workflow, registry, version))[0], "")
     except Exception as error:
         return Beside(version, stage, None, f"{type(error).__name__}: {promoting.first_line(error)}")
 

@@ -935,3 +935,76 @@ def test_a_row_with_a_value_that_was_never_missing_keeps_what_stands_and_is_name
     assert all(decided[e]["before"] == decided[e]["after"] and decided[e]["expected_gain"] is None for e in gone)
     for one in (gone[0], next(d["entity_id"] for d in decided.values() if d["changed"])):
         assert replay(name, bench.lake, registry, decided[one]["decision_id"]).equal
+
+
+def without_value(bench: Any, column: str, gone: Sequence[str] | None) -> None:
+    """The newest day's ``column`` is empty for these entities, or for all (None)."""
+    table = bench.workflow.table("features")
+    rows = bench.lake.read(table, days=[bench.last])
+    here = pa.array([gone is None or e in gone for e in rows["entity_id"].to_pylist()])
+    empty = pc.if_else(here, pa.scalar(None, rows[column].type), rows[column])
+    bench.lake.replace_days(table, rows.set_column(rows.schema.get_field_index(column), column, empty), [bench.last])
+
+
+def knowing(monkeypatch: pytest.MonkeyPatch, column: str, versions: set[int]) -> None:
+    """These versions have met a missing value of ``column`` in training."""
+    honest = deciding.read_model
+
+    def read(workflow: Any, registry: Registry, version: Any) -> Any:
+        model = honest(workflow, registry, version)
+        if version.number not in versions:
+            return model
+        return replace(model, encoding=replace(model.encoding, nulls=(*model.encoding.nulls, column)))
+
+    monkeypatch.setattr(deciding, "read_model", read)
+
+
+def test_a_version_without_a_score_for_most_rows_leaves_the_day_to_the_next_step(
+    queue: Any, tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = queue.copy(tmp_path / "queue")
+    rows = deciding.of_policy(bench.workflow, bench.lake.read(bench.workflow.table("features"), days=[bench.last]))
+    names = sorted(rows["entity_id"].to_pylist())
+    most = names[: len(names) // 2 + 1]
+    without_value(bench, "updates", most)
+    made = scored(bench, registry)
+    assert made.step == "rule" and made.model is None and not made.unread
+    share = len(most) / len(names)
+    assert made.reasons[0] == (
+        f"champion (version 2) cannot score the day's features: {len(most)} of {len(names)} rows that are decided on have no "
+        f"score ({share:.0%}, more than 50%): updates is missing there, and never was in its training"
+    )
+    assert "previous_champion (version 1) cannot score" in made.reasons[1]
+    batch = bench.decide(registry, bench.last)
+    assert batch.step == "rule" and batch.changed, "the rule has a score for them, too"
+    knowing(monkeypatch, "updates", {1})
+    made = scored(bench, registry)
+    assert made.step == "previous_champion" and made.model is not None and made.model.number == 1
+
+
+def test_half_of_the_rows_without_a_score_stop_no_version(queue: Any, tmp_path: Path, registry: Registry) -> None:
+    """And rows that nobody decides on do not count."""
+    bench = queue.copy(tmp_path / "queue")
+    whole = bench.lake.read(bench.workflow.table("features"), days=[bench.last])
+    names = sorted(deciding.of_policy(bench.workflow, whole)["entity_id"].to_pylist())
+    others = sorted(set(whole["entity_id"].to_pylist()) - set(names))
+    without_value(bench, "updates", [*names[: len(names) // 2], *others])
+    made = scored(bench, registry)
+    assert made.step == "champion" and set(made.unread) == {"updates"}
+
+
+def test_a_challenger_without_a_score_for_most_rows_has_not_scored_the_day(
+    queue: Any, tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its arm would keep what stands, and be judged as what it decided."""
+    bench = queue.copy(tmp_path / "queue")
+    name, digests = bench.workflow.name, {n: registry.by_number(bench.workflow.name, n).digest for n in (1, 2)}
+    without_value(bench, "updates", None)
+    knowing(monkeypatch, "updates", {2})
+    now = bench.morning(bench.last)
+    with Ledger.open(f"sqlite:///{tmp_path / 'l.db'}", key=b"k" * 16, clock=lambda: now) as ledger:
+        ledger.promotion(name, 2, "promoted", "run", {"digest": digests[2]})
+        ledger.promotion(name, 1, "canary", "run", {"digest": digests[1]})
+        made = deciding.score_day(bench.workflow, bench.lake, registry, bench.last, now=now, ledger=ledger)
+    assert made.step == "champion" and made.beside is not None
+    assert made.beside.table is None and "updates is missing there" in made.beside.reason

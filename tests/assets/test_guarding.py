@@ -318,7 +318,13 @@ class Book:
     def behind(self, n: int, version: int, hour: int = 5) -> None:
         """Outcomes show a version worse than the rule; said at the end of a morning, after its batch."""
         self.now = datetime.combine(at(n), time(hour))
-        said = {"workflow": self.workflow.name, "day": str(at(n - 1)), "version": version, "text": "it does worse", "figures": {}}
+        said = {
+            "workflow": self.workflow.name,
+            "day": str(at(n - 1)),
+            "version": version,
+            "text": "it does worse",
+            "figures": {},
+        }
         self.ledger.note(fallback.KIND, said)
 
     def taken_back(self, n: int) -> None:
