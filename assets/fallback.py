@@ -60,5 +60,10 @@ def standing(ledger: Ledger, name: str, number: int, until: datetime) -> Event |
     return noted[-1]
 
 
+def sentence(event: Event) -> str:
+    """What such an event says as long as it stands."""
+    return f"the rule has decided since {event.at:%Y-%m-%d %H:%M} UTC: {event.body['text']}"
+
+
 def _noted(ledger: Ledger, name: str, number: int) -> list[Event]:
     return [e for e in ledger.events(KIND, name) if e.body["version"] == number]

@@ -42,6 +42,8 @@ TABLE = pa.schema(
         "window_days": pa.int64(),
         "promotions": pa.int64(),
         "refused": pa.int64(),
+        "held_for_a_person": pa.int64(),
+        "behind_the_rule": pa.int64(),
         "retrainings": pa.int64(),
         "triggers_held": pa.int64(),
         "rollbacks": pa.int64(),
@@ -159,6 +161,8 @@ def examine(ledger: Ledger, workflow: Workflow, *, until: datetime, window_days:
         "window_days": window_days,
         "promotions": sum(p.at > since for p in promoted),
         "refused": sum(p.at > since and p.action == "refused" for p in moves),
+        "held_for_a_person": sum(p.at > since and p.action == "held" for p in moves),
+        "behind_the_rule": int(promoting.behind(ledger, name, as_of) is not None),
         "retrainings": sum(e.at > since for e in asked),
         "triggers_held": sum(e.at > since for e in triggers) - sum(e.at > since for e in asked),
         "rollbacks": len(recent),
@@ -327,7 +331,7 @@ def _now(ledger: Ledger, workflow: Workflow, batches: Sequence[BatchRow], now: d
         for batch in one.batches or (None,)
         if batch not in {c["batch"] for c in condemned} or batch is None
     ]
-    challenger = live["challenger"]
+    challenger, behind = live["challenger"], promoting.behind(ledger, name, now)
     return {
         "stopped": None if stop is None else {"by": stop.actor or NOBODY, "since": _said(stop.at), "reason": stop.reason},
         "held": held,
@@ -338,7 +342,9 @@ def _now(ledger: Ledger, workflow: Workflow, batches: Sequence[BatchRow], now: d
         "condemned": condemned,
         "champion": live["champion"],
         "champion_since": _said(live["since"].get("champion")),
+        "behind_the_rule": None if behind is None else {"since": _said(behind.at), "says": str(behind.body["text"])},
         "challenger": None if challenger is None else {"version": challenger[0], "stage": challenger[1]},
+        "versions_held": promoting.held(ledger, name, until=now),
         "blocked": list(live.get("blocked", ())),
         "newest_day_decided": _said(max(acting.told(batches), default=None)),
         "newest_day_delivered": _said(max(delivered, default=None)),
@@ -362,6 +368,12 @@ def lines(health: Health) -> list[str]:
     champion = f"version {now['champion']} since {(now['champion_since'] or '')[:16]}" if now["champion"] else "none"
     other = now["challenger"]
     told.append(f"  champion: {champion}" + (f"; version {other['version']} in {other['stage']}" if other else ""))
+    if now["behind_the_rule"]:
+        told.append(
+            f"  THE RULE DECIDES since {now['behind_the_rule']['since'][:16]}: {now['behind_the_rule']['says']}"
+        )
+    if now["versions_held"]:
+        told.append(f"  held by their gate for a person: version {', '.join(map(str, now['versions_held']))}")
     if now["stopped"]:
         told.append(
             f"  STOPPED by {now['stopped']['by']} since {now['stopped']['since'][:16]}: {now['stopped']['reason']}"
@@ -373,7 +385,8 @@ def lines(health: Health) -> list[str]:
         for one in now["condemned"]
     ]
     causes = ", ".join(f"{n} {cause}" for cause, n in health.causes.items())
-    told.append(f"  {days}: {f['promotions']} promotions, {f['refused']} refused; {f['retrainings']} retrainings"
+    told.append(f"  {days}: {f['promotions']} promotions, {f['refused']} refused, "
+                f"{f['held_for_a_person']} held for a person; {f['retrainings']} retrainings"
                 f"{f' ({causes})' if causes else ''}, {f['triggers_held']} triggers held back")  # fmt: skip
     restored = _hours(f["hours_from_harm_to_restored"])
     told.append(

@@ -715,8 +715,25 @@ def _judged(
 
 def _waits(ledger: Ledger, name: str, version: Version) -> bool:
     """Whether a version waits for a person since its gate held it, with the files that it had then."""
-    mine = [p for p in ledger.promotions(name) if p.version == version.number and p.action != "put back"]
-    return bool(mine) and mine[-1].action == "held" and mine[-1].evidence.get("digest") == version.digest
+    waiting = _held(ledger, name, None)
+    return version.number in waiting and waiting[version.number] == version.digest
+
+
+def _held(ledger: Ledger, name: str, until: datetime | None) -> dict[int, str | None]:
+    """The digest of every version of which the last word is that its gate held it."""
+    last = {
+        p.version: p
+        for p in ledger.promotions(name)
+        if p.version is not None and p.action != "put back" and (until is None or p.at <= until)
+    }
+    return {number: p.evidence.get("digest") for number, p in last.items() if p.action == "held"}
+
+
+def held(ledger: Ledger, name: str, until: datetime | None = None) -> list[int]:
+    """The versions that wait for a person since their gate held them, as of ``until`` (naive UTC); those that are older than
+    the champion wait for nobody any more."""
+    champion = live(ledger, name, until)["champion"]
+    return sorted(n for n in _held(ledger, name, until) if champion is None or n > champion)
 
 
 def _gate(workflow: Workflow, registry: Registry, lake: Lake, now: datetime) -> Judge:

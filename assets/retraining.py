@@ -373,6 +373,30 @@ def read(workflow: Workflow, lake: Lake) -> tuple[date | None, dict[date, tuple[
     return judged, found
 
 
+def _left_to_the_rule(
+    workflow: Workflow, ledger: Ledger, judged: date, found: Mapping[date, tuple[Evidence, ...]], now: datetime
+) -> dict[date, tuple[Evidence, ...]]:
+    """The evidence of the judged days, with the cause ``rule`` on each at whose cut-off the rule decided in the champion's place.
+
+    No figure says it any more once the days that the version scored have left the window, and it stands for as long as
+    neither another version is promoted nor a person takes it back; from then on nothing is asked for any more.
+    """
+    from assets import fallback, promoting
+
+    added, stands = dict(found), promoting.behind(ledger, workflow.name, now)
+    if stands is None:
+        return added
+    for n in range(workflow.retraining.window_days):
+        day = judged - timedelta(days=n)
+        event = promoting.behind(ledger, workflow.name, workflow.cutoff_of(day))
+        told = added.get(day, ())
+        if event is not None and event.seq == stands.seq and all(e.cause != "rule" for e in told):
+            figures = {**event.body["figures"], "version": event.body["version"]}
+            one = Evidence("rule", date.fromisoformat(event.body["day"]), fallback.sentence(event), figures)
+            added[day] = (one, *told)
+    return added
+
+
 def by_people(workflow: str, runs: Runs, past: Sequence[Trigger], now: datetime) -> list[Trigger]:
     """Trainings that no trigger asked for: somebody started them, in Dagster or with ``signalbox run``."""
     asked = {t.day for t in past if t.action == "asked"}
@@ -433,6 +457,8 @@ def look(
     ``runs.trained`` is completed by the training sets that stand in the lake, but for days whose run is known to have failed.
     """
     judged, found = read(workflow, lake)
+    if judged is not None:
+        found = _left_to_the_rule(workflow, ledger, judged, found, now)
     before = past(ledger, workflow.name)
     runs = replace(runs, refused=runs.refused | _turned_away(ledger, workflow.name))
     started = by_people(workflow.name, runs, before, now)

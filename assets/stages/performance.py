@@ -19,6 +19,7 @@ from assets.resources import ClockResource, LakeResource, LedgerResource, Regist
 from assets.stages.common import days, folded, key, stage, unjudged
 from assets.workflow import Workflow
 from data_checks import performance as figures
+from delivery.ledger import Event
 
 SHOWN_DAYS = 60
 """How far back the picture goes."""
@@ -42,7 +43,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         checks={
             "performance": (
                 False,
-                f"{metric} is not worse than its baseline by more than its limit, nor than the rule's",
+                f"{metric} is not worse than its baseline by more than its limit, nor than the rule's; it warns as long as the rule decides for that",
             ),
             "judged": (False, f"{metric} could be judged within the last {spec.unjudged_days} days"),
         },
@@ -57,12 +58,14 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         span = days(context)
         judged: dict[date, pa.Table] = {}
+        left: dict[date, Event | None] = {}
         links: dict[str, Any] = {}
         with ledger.open(clock.now) as book:
             others = acting.scored_by_others(book, workflow, lake.lake)
             for day in each("performance", span, len(span)):
                 performing.score_by_rule(workflow, lake.lake, day, others)
                 judged[day] = performing.judge(workflow, lake.lake, registry.registry, day, others)
+                left[day] = promoting.behind(book, workflow.name, workflow.cutoff_of(day))
                 row = fallback.worse(metric, judged[day])
                 # a day whose effect is over says nothing of now, and only the champion can be put back
                 now = clock.now() < promoting.over(day)
@@ -82,7 +85,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
             text = figures.report(workflow.name, judged[last], history, performing.kind_of(workflow))
             _, page = reports.write(workflow.name, last, "performance.html", text)
             links["report"] = dg.MetadataValue.url(page)
-        spoken = {day: verdict(workflow, found) for day, found in judged.items()}
+        spoken = {day: verdict(workflow, found, left[day]) for day, found in judged.items()}
         waits = _unjudged(workflow, lake.lake, span)
         return dg.MaterializeResult(
             metadata={"figures": sum(f.num_rows for f in judged.values()), **links},
@@ -92,12 +95,19 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
     return performance
 
 
-def verdict(workflow: Workflow, found: pa.Table) -> tuple[bool, str]:
-    """Whether the workflow's metric holds on a day, and that in words; no data is no fall."""
+def verdict(workflow: Workflow, found: pa.Table, left: Event | None = None) -> tuple[bool, str]:
+    """Whether the workflow's metric holds on a day, and that in words; no data is no fall.
+
+    ``left``: the event by which the champion has left its days to the rule (``assets.fallback``), as of the day. As long as
+    that stands the metric does not hold: what it said of the champion's scores is not unsaid by days that the rule scored.
+    """
     metric = performing.metric_of(workflow)
     spec = workflow.retraining
     limits = {"realised": spec.realised_limit, "estimated": spec.estimated_limit, figures.RULE: 0.0}
     told = [r for r in figures.windows(found).to_pylist() if r["metric"] == metric]
+    if left is not None:
+        shown = "; ".join(r["text"] for r in told if r["kind"] != figures.RULE)
+        return False, f"{fallback.sentence(left)}{f'; meanwhile {shown}' if shown else ''}"
     if not told:
         return True, f"{metric} is not judged: too few days or rows of the version that scores"
     fell = [r for r in told if r["worse_low"] is not None and r["worse_low"] > limits[r["kind"]]]

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pytest
 
 from assets import deciding, delivering, facts, fallback, performing, promoting, retraining
-from assets.resources import ClockResource, resources
+from assets.resources import ClockResource, LedgerResource, resources
 from assets.stages import performance as stage
 from assets.workflow import Retraining
 from data_checks import performance as figures
@@ -194,6 +194,38 @@ def test_outcomes_that_show_it_put_the_champion_behind_and_ask_for_a_training(
             small.workflow, small.lake, registry, small.last, now=small.morning(small.last, 5), ledger=book
         )
     assert made.step == "rule"
+
+
+def test_the_check_warns_for_as_long_as_the_rule_decides_in_the_champions_place(
+    small: Bench,
+    registry: Registry,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever the figures of the window say: the days that the version scored have left it."""
+    first, name = small.days[-6], "ad_budget"
+    url, moment = f"sqlite:///{tmp_path / 'other.db'}", [small.morning(small.days[-9])]
+    with Ledger.open(url, key=KEY, clock=lambda: moment[0]) as book:
+        book.promotion(name, 2, "promoted", "run", {"digest": registry.by_number(name, 2).digest})
+        moment[0] = small.morning(first, 6)
+        fallback.note(book, name, first, BEHIND)
+        moment[0] = small.morning(small.days[-2], 6)
+        promoting.lift(name, registry, book, 2, actor="ann", reason="the outcomes were wrong")
+    monkeypatch.setenv("SIGNALBOX_HOME", str(small.root))
+    monkeypatch.setenv("SIGNALBOX_MLFLOW_URI", registry.uri)
+    monkeypatch.setenv("SIGNALBOX_LEDGER_KEY", KEY.decode())
+    given = {k: v for k, v in resources(None).items() if k in ("lake", "registry", "reports")}
+    given["ledger"] = LedgerResource(url=url)
+    given["clock"] = ClockResource(fixed=small.morning(small.last).isoformat())
+    asset, said = stage.build(small.workflow), {}
+    for day in (first, *small.days[-5:]):
+        result = dg.materialize([asset], partition_key=str(day), resources=given)
+        (check,) = [c for c in result.get_asset_check_evaluations() if c.check_name == "performance"]
+        said[day] = (check.passed, str(check.description), check.severity)
+    held = {day: passed for day, (passed, *_) in said.items()}
+    assert held == {d: d in (first, small.last) for d in (first, *small.days[-5:])}, "each day by its own cut-off"
+    _, text, severity = said[small.days[-4]]
+    assert "version 2 does worse than the rule: wape 0.821 vs 0.732" in text and severity == dg.AssetCheckSeverity.WARN
 
 
 def test_evidence_beside_the_rule_is_the_strongest() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from assets import delivering, guarding, health
+from assets import delivering, fallback, guarding, health
 from assets.workflow import FOLDER, load
 from delivery.ledger import Attempt, Ledger, Result
 from tests.support.ledgers import KEY, Clock, new_batch, some_decisions
@@ -133,7 +133,7 @@ def tell(book: Ledger, clock: Clock) -> None:
 
 
 KNOWN: dict[str, Any] = {
-    "window_days": 30, "promotions": 1, "refused": 1, "retrainings": 2, "triggers_held": 1,
+    "window_days": 30, "promotions": 1, "refused": 1, "held_for_a_person": 0, "behind_the_rule": 0, "retrainings": 2, "triggers_held": 1,
     "rollbacks": 4, "automatic_rollbacks": 2, "automatic_share": 0.5, "rollbacks_open": 1, "false_rollbacks": 1,
     # harm began with the first push (2nd 04:30, 5th 04:30, canary 6th 04:00, 10th 04:30)
     "hours_to_notice": (29.5 + 4.5 + 49 + 0.5) / 4,
@@ -268,6 +268,40 @@ def test_the_same_reason_days_later_is_another_rollback(book: Ledger, clock: Clo
     assert [sorted(one.batches) for one in found] == [["b1", "b2"], ["b5"]]
     # nothing of them was ever pushed: no harm began
     assert [one.began for one in found] == [None, None]
+
+
+def test_a_champion_behind_the_rule_and_versions_that_wait_for_a_person_are_told(book: Ledger, clock: Clock) -> None:
+    story = Story(book, clock)
+    story.moved(1, "held", april(1, 4), digest="a")
+    story.moved(2, "promoted", april(2, 4))
+    story.moved(3, "held", april(3, 4), digest="b")
+    story.moved(4, "held", april(3, 5), digest="c")
+    story.moved(4, "refused", april(3, 6))
+    clock.now = april(5, 5)
+    said = {
+        "workflow": "ad_budget",
+        "day": "2026-04-04",
+        "version": 2,
+        "text": "version 2 does worse than the rule",
+        "figures": {},
+    }
+    book.note(fallback.KIND, said)
+    clock.now = april(9, 0)
+    found = health.examine(book, WORKFLOW, until=april(6, 0))
+    assert (found.figures["behind_the_rule"], found.figures["held_for_a_person"]) == (1, 3)
+    assert found.now["behind_the_rule"] == {
+        "since": "2026-04-05T05:00:00",
+        "says": "version 2 does worse than the rule",
+    }
+    assert found.now["versions_held"] == [3], "1 is older than the champion, 4 was refused since"
+    told = "\n".join(health.lines(found))
+    assert "THE RULE DECIDES since 2026-04-05T05:00: version 2 does worse" in told
+    assert "held by their gate for a person: version 3" in told
+    before = health.examine(book, WORKFLOW, until=april(4, 0))
+    assert before.figures["behind_the_rule"] == 0 and before.now["behind_the_rule"] is None
+    story.moved(3, "promoted", april(9, 1))
+    after = health.examine(book, WORKFLOW, until=april(9, 2))
+    assert after.figures["behind_the_rule"] == 0 and after.now["versions_held"] == []
 
 
 def test_another_workflows_history_is_not_ours(book: Ledger, clock: Clock) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import date, datetime, timedelta
+from datetime import date, datetime, time, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from assets import retraining
+from assets import fallback, retraining
 from assets.lake import Lake
 from assets.retraining import ORDER, Cause, Evidence, Runs, Trigger, Walk, decide, evidence
 from assets.workflow import FOLDER, Retraining, Workflow, load
@@ -359,6 +359,46 @@ def test_the_ledger_says_which_training_was_refused(workflow: Workflow, lake: La
     assert only(retraining.look(workflow, lake, book, runs=trained(DAY), now=NOW)).day == later
     book.promotion(name, 3, "shadow", "signalbox", {"figures": {}, "verdict": ["better"], "day": str(DAY)})
     assert retraining.look(workflow, lake, book, runs=trained(DAY), now=NOW + timedelta(minutes=1)) == []
+
+
+def test_a_champion_behind_the_rule_goes_on_asking_until_another_is_promoted_or_a_person_lifts_it(
+    workflow: Workflow, lake: Lake, tmp_path: Path
+) -> None:
+    """Its days have left the window long ago: no figure says it any more."""
+    at, name = [datetime.combine(ago(40), time())], workflow.name
+    with Ledger.open(f"sqlite:///{tmp_path / 'other.db'}", key=b"k" * 16, clock=lambda: at[0]) as book:
+
+        def look(n: int, seen: int = 30) -> list[Trigger]:
+            """The morning after the day ``n`` days ago, with a training ``seen`` days ago."""
+            store(lake, {ago(n): False})
+            at[0] = workflow.cutoff_of(ago(n)) + timedelta(hours=1)
+            return retraining.look(workflow, lake, book, runs=trained(ago(seen)), now=at[0])
+
+        book.promotion(name, 4, "promoted", "signalbox", {})
+        assert look(20) == []
+        said = {
+            "workflow": name,
+            "day": str(ago(20)),
+            "version": 4,
+            "text": "version 4 does worse",
+            "figures": {"n": 300},
+        }
+        book.note(fallback.KIND, said)
+        made = look(19)
+        assert [(t.cause, t.action, t.day) for t in made] == [("rule", "asked", ago(19))], (
+            "not of a day that did not know it"
+        )
+        (found,) = made[0].evidence
+        assert found.figures == {"n": 300, "version": 4} and found.text.endswith("UTC: version 4 does worse")
+        assert [t.action for t in look(18, seen=19)] == ["cooling"]
+        assert only([t for t in look(10, seen=19) if t.day == ago(10)]).action == "asked", "the cooldown is over"
+        store(lake, {ago(2): False})
+        at[0] = workflow.cutoff_of(ago(2)) + timedelta(hours=1)
+        book.promotion(name, 4, "lifted", "ann", {})
+        at[0] += timedelta(hours=1)
+        made = retraining.look(workflow, lake, book, runs=trained(ago(10)), now=at[0])
+        assert made == [], "it stood at that day's cut-off, and nothing is asked for any more"
+        assert look(1, seen=10) == []
 
 
 def test_a_walk_asks_day_by_day_as_the_sensor_would() -> None:
