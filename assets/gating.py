@@ -283,7 +283,12 @@ def _both_ways(
     if any(one is not None and comparing.same(twin, one, held.rows) for one in (its_twin, other)):
         return by_files.told("no twins were judged: by recipe and day they are one model, and only the files differ")
     apart = fitting.disagreement(kind, mine.model, twin, champion, its_twin, its_why, held.newest)
-    by_twins = examined(twin, other, apart=apart).told(note.strip())
+    alike = None
+    if other is not None and mine.recipe is not None and mine.aged is not None:
+        alike = fitting.same_rows(
+            twin, mine.recipe, champion, learner, mine.aged, held.rows, training.metric, how
+        )  # fmt: skip
+    by_twins = examined(twin, other, apart=apart, same_rows=alike).told(note.strip())
     passed = by_files.passed and by_twins.passed
     return gate.Verdict(
         passed,

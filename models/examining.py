@@ -93,6 +93,7 @@ def examine(
     decided: pa.Table | None = None,
     recorded: Mapping[str, Any] | None = None,
     apart: gate.Disagreement | str | None = None,
+    same_rows: float | None = None,
 ) -> tuple[gate.Verdict, dict[str, dict[str, float]]]:
     """The verdict, and the figures of everybody on the held-out rows.
 
@@ -100,6 +101,7 @@ def examine(
     that has no comparison. Without ``terms`` the figures alone are compared.
     ``decided``: the rows that the policy decides on, with ``unit`` and outcomes; those of days before the held-out ones
     count for the policy's value only. ``recorded``: see ``contract``. ``apart``: see ``fitting.disagreement``.
+    ``same_rows``: see ``gate.judge``.
     """
     if terms is not None and terms.kind not in comparing.KINDS:
         known = ", ".join(sorted(comparing.KINDS))
@@ -131,6 +133,7 @@ def examine(
         rows=held_out.num_rows,
         evidence=evidence,
         spec=None if terms is None else terms.spec,
+        same_rows=same_rows,
     )
     return verdict, metrics
 

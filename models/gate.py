@@ -19,6 +19,7 @@ from models.comparing import LEAST_DRAWS, SAME, Group, Interval, Slice
 from models.policy_value import Value
 
 MEGABYTE = 1_000_000
+_SAME_ROWS = "that of the champion's recipe on the same rows,"
 
 
 class GateSpec(BaseModel):
@@ -160,12 +161,19 @@ def judge(
     rows: int,
     evidence: Evidence | None = None,
     spec: GateSpec | None = None,
+    same_rows: float | None = None,
 ) -> Verdict:
     """Compare a candidate with the rule and with the champion on the same ``rows`` held-out rows.
 
     It passes when it beats the rule, is not worse than the champion by more than ``margin`` (a share of the champion's
     figure), and ``evidence`` shows nothing that ``spec`` forbids. No held-out rows, a missing figure, NaN or infinity
     never pass. What would pass, and disagrees with the champion more than its twin does, is held.
+
+    ``same_rows``: the figure of the champion's recipe fitted on the candidate's own rows (the candidate's, where it has that
+    recipe); None where it is not known. Where it is, recipe and rows are judged each by what tells it best. The recipe by
+    this figure, which must lie within the margin too: newer rows do not excuse a worse recipe. What the newer rows are
+    worth differs by chance from week to week, so a difference from the champion beyond the margin then refuses only where
+    its interval lies above 0: chance must not keep a champion that grows older every day.
     """
     if rows == 0:
         return Verdict(False, ("no matured rows were held out: nothing to judge the candidate on",))
@@ -176,6 +184,8 @@ def judge(
         for who, one in judged.items()
         if not math.isfinite(one.get(metric, math.nan))
     )
+    if same_rows is not None and not math.isfinite(same_rows):
+        lacking += (f"the champion's recipe on the same rows has no usable figure {metric!r} ({same_rows})",)
     if lacking:
         return Verdict(False, lacking)
 
@@ -185,12 +195,23 @@ def judge(
 
     reasons, passed = [], True
     mine = candidate[metric]
-    bars = [("the rule", rule[metric], 0.0, True)]
+    bars = [("the rule's", rule[metric], 0.0, True)]
     if champion is not None:
-        bars.append(("the champion", champion[metric], margin, False))
-    for who, theirs, slack, strictly in bars:
+        bars.append(("the champion's", champion[metric], margin, False))
+        if same_rows is not None:
+            bars.append((_SAME_ROWS, same_rows, margin, False))
+    harm = None if evidence is None or evidence.against != "champion" else evidence.harm
+    for whose, theirs, slack, strictly in bars:
         fails = worse(mine, theirs, slack) or (strictly and mine == theirs)
-        passed = passed and not fails
+        chance = (
+            fails
+            and whose == "the champion's"
+            and same_rows is not None
+            and harm is not None
+            and harm.low is not None
+            and not harm.proven
+        )
+        passed = passed and (not fails or chance)
         allowed = f" by more than {slack:.1%}" if slack else ""
         relation = (
             "does not beat"
@@ -201,12 +222,17 @@ def judge(
             if fails
             else "is not worse than"
         )
-        reasons.append(f"{metric} {mine:.6g} {relation} {who}'s {theirs:.6g}{allowed} on {rows} held-out rows")
+        reasons.append(f"{metric} {mine:.6g} {relation} {whose} {theirs:.6g}{allowed} on {rows} held-out rows")
+        if chance:
+            reasons.append(
+                f"a difference of {harm} may be chance: what newer rows are worth refuses when its interval lies above 0"
+            )
     if champion is None:
         reasons.append("there is no champion yet")
     figures: dict[str, Any] = {
         "metric": metric, "better": better, "margin": margin, "rows": rows,
         **{who: one[metric] for who, one in judged.items()},
+        **({} if same_rows is None else {"champion's recipe": same_rows}),
     }  # fmt: skip
     if evidence is not None:
         spec = spec or GateSpec()
@@ -252,6 +278,8 @@ def _weighed(
     if found.harm is not None:
         fails = False
         says = f"{metric} differs from {them}'s by {found.harm} (positive is worse, {sure} over {found.harm.days} days)"
+        if found.harm.low == found.harm.high == 0:
+            says += ": no row tells them apart, so the metric says nothing of which is better"
         if spec.evidence == "interval" and found.against == "champion":
             fails = found.harm.high is None or not found.harm.high <= margin
             says += f": it is {'not ' if fails else ''}proven to be within the margin of {margin:.1%}"

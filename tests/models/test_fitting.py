@@ -118,6 +118,27 @@ def test_a_champion_that_the_candidates_twin_is_itself_is_told_from_it_by_its_ow
     assert fitted.verdict.passed and "Version 3 is what the candidate's twin is: its twin" in fitted.note
 
 
+@pytest.mark.parametrize("a", [1, 2])
+def test_the_champions_recipe_is_judged_on_the_candidates_own_rows(a: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[float | None] = []
+    examine = fitting.examining.examine
+    monkeypatch.setattr(
+        fitting.examining, "examine", lambda *args, **how: (told.append(how["same_rows"]), examine(*args, **how))[1]
+    )
+    run(LEARN, EARLY, HELD, champion=aged({"a": a}))
+    assert told == [1.0]
+    assert (("Other", [1, 2]) in Model.fitted) is (a == 2), "the same recipe on the same rows is the candidate's twin"
+
+
+def test_without_a_recipe_or_rows_that_it_fits_the_recipe_is_not_judged() -> None:
+    how = {"seed": 7, "device": "cpu", "threads": 1}
+    twin = Learner("Learner", [1, 2])
+    for learner, one in ((Learner, champion()), (Broken, aged({"a": 3}))):
+        assert fitting.same_rows(twin, {"a": 1}, one, learner, EARLY, HELD, "mae", how) is None
+    alike = aged({"a": ["x", 1.0], "b": 1})
+    assert fitting.same_rows(twin, {"b": 1, "a": ("x", 1.0)}, alike, Broken, EARLY, HELD, "mae", how) == 1.0
+
+
 def test_a_candidate_that_is_the_champion_is_refused_and_the_champion_is_named() -> None:
     fitted = run(LEARN, EARLY, HELD, champion=aged({"a": 1}, model=Learner("Learner", [1, 2, 3, 4])))
     assert not fitted.verdict.passed and fitted.model.learned == [1, 2, 3, 4]  # type: ignore[attr-defined]

@@ -223,6 +223,62 @@ def test_a_disagreement_that_is_no_number_is_not_within_the_limit() -> None:
     assert found.figures["disagreement"].startswith("not measured: ")
 
 
+@pytest.mark.parametrize(
+    ("low", "same_rows", "how", "passes"),
+    [
+        (-0.02, 1.05, "point", True),
+        (-0.02, 1.04, "point", True),
+        (-0.02, 1.02, "point", False),
+        (-0.02, math.nan, "point", False),
+        (0.01, 1.05, "point", False),
+        (None, 1.05, "point", False),
+        (-0.02, None, "point", False),
+        (-0.02, 1.05, "interval", False),
+    ],
+    ids=[
+        "may be chance", "within the margin", "a worse recipe", "no figure", "no chance", "nobody knows", "unknown recipe",
+        "to be proven",
+    ],
+)  # fmt: skip
+def test_what_newer_rows_are_worth_may_be_chance_and_what_the_recipe_is_worth_may_not(
+    low: float | None, same_rows: float | None, how: str, passes: bool
+) -> None:
+    harm = Interval(0.05, low, None if low is None else 0.11, 0.1, 7, 100)
+    evidence = Evidence("champion", harm, {}, {}, (), (), ("calibration error", 0.01, 0.01), 1.0, 1e4)
+    said: dict[str, Any] = {"metric": "mae", "better": "lower", "margin": 0.02, "rows": 100, "evidence": evidence}
+    figures = {"candidate": {"mae": 1.05}, "rule": {"mae": 2.0}, "champion": {"mae": 1.0}}
+    found = judge(**said, **figures, spec=GateSpec(evidence=how), same_rows=same_rows)
+    assert found.passed is passes
+    if same_rows == 1.02:
+        told = "mae 1.05 is worse than that of the champion's recipe on the same rows, 1.02 by more than 2.0%"
+        assert any(reason.startswith(told) for reason in found.reasons)
+    if passes:
+        assert found.figures["champion's recipe"] == same_rows
+        assert any("a difference of +5.00% [-2.00%, +11.00%] may be chance" in reason for reason in found.reasons)
+        beaten = {**figures, "rule": {"mae": 1.04}}
+        assert not judge(**said, **beaten, spec=GateSpec(), same_rows=same_rows).passed, "the rule must be beaten"
+
+
+def test_newer_rows_do_not_excuse_a_worse_recipe() -> None:
+    harm = Interval(-0.2, -0.3, -0.1, 0.99, 7, 100)
+    evidence = Evidence("champion", harm, {}, {}, (), (), ("calibration error", 0.01, 0.01), 1.0, 1e4)
+    said: dict[str, Any] = {"metric": "mae", "better": "lower", "margin": 0.02, "rows": 100, "evidence": evidence}
+    figures = {"candidate": {"mae": 1.0}, "rule": {"mae": 2.0}, "champion": {"mae": 1.25}}
+    assert judge(**said, **figures, same_rows=0.99).passed
+    assert not judge(**said, **figures, same_rows=0.9).passed
+
+
+def test_two_models_that_no_row_tells_apart_are_not_said_to_be_equal() -> None:
+    for width, said in ((0.0, True), (0.01, False)):
+        harm = Interval(0.0, -width, width, 0.5, 7, 100)
+        evidence = Evidence("champion", harm, {}, {}, (), (), ("calibration error", 0.01, 0.01), 1.0, 1e4)
+        found = judge(
+            metric="mae", better="lower", margin=0.02, candidate={"mae": 1.0}, rule={"mae": 2.0},
+            champion={"mae": 1.0}, rows=100, evidence=evidence,
+        )  # fmt: skip
+        assert any("no row tells them apart" in reason for reason in found.reasons) is said
+
+
 def test_what_the_champion_really_scored_stands_beside() -> None:
     live = {"version": 3, "metric": "mae", "value": 1.25, "rows": 70, "days": ["2026-03-02", "2026-03-08"], "at": ""}
     found = held_by(None).told(live=live)
