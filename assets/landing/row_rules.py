@@ -421,32 +421,31 @@ def _mark_duplicates(
             what,
         )
     # of rows that the landing made equal, what upstream told last stands
-    order, again = '"#told" DESC, source_row', "false"
-    if "known_at" in unique:
-        again = (
-            f'"#told" < first_value("#told") OVER (PARTITION BY {key} ORDER BY {order}) '
-            f'AND row_number() OVER (PARTITION BY {key}, "#told" ORDER BY source_row) = 1'
-        )
-    else:
-        order = "source_row"
+    order = '"#told" DESC, source_row' if "known_at" in unique else "source_row"
     run(
         'CREATE TEMP TABLE "#first" AS WITH s AS '
-        f'(SELECT source_row, {key}, first_value(source_row) OVER (PARTITION BY {key} ORDER BY {order}) AS "#first", '
-        f'{again} AS "#again" FROM "#judged" WHERE "#broken" IS NULL), k AS '
+        f'(SELECT source_row, {key}, first_value(source_row) OVER (PARTITION BY {key} ORDER BY {order}) AS "#first" '
+        'FROM "#judged" WHERE "#broken" IS NULL), k AS '
         f"(SELECT {key}, min({{'file': source_file, 'row': source_row}}) AS \"#place\" FROM \"#known\" "
         "WHERE superseded_at IS NULL GROUP BY ALL) "
-        f'SELECT s.source_row, s."#again", CASE WHEN s."#again" THEN {{\'file\': {text_sql(path)}, \'row\': s."#first"}} '
-        f'ELSE coalesce(k."#place", {{\'file\': {text_sql(path)}, \'row\': s."#first"}}) END AS "#place" '
+        f'SELECT s.source_row, s."#first", '
+        f'coalesce(k."#place", {{\'file\': {text_sql(path)}, \'row\': s."#first"}}) AS "#place" '
         f'FROM s LEFT JOIN k ON {shared} WHERE k."#place" IS NOT NULL OR s.source_row <> s."#first"',
         what,
     )
+    # looked for among those alone that do not stand: they are few
+    once = 'row_number() OVER (PARTITION BY f."#first", j."#told" ORDER BY f.source_row) = 1'
+    again = f'j."#told" < h."#told" AND {once}' if "known_at" in unique else "false"
     said = " || ', ' || ".join(_value(c) for c in unique)
-    place = "' row ' || f.\"#place\".row || ' of ' || f.\"#place\".file"
+    run(
+        f'CREATE TEMP TABLE "#out_of" AS SELECT f.source_row, f."#first", f."#place", {again} AS "#again" FROM "#first" f '
+        'JOIN "#judged" j ON j.source_row = f.source_row JOIN "#judged" h ON h.source_row = f."#first"'
+    )
     run(
         'UPDATE "#judged" SET "#broken" = CASE WHEN f."#again" '
-        f"THEN {{'rule': 'told_later', 'detail': {said} || ' was told later in' || {place}}} "
-        f"ELSE {{'rule': 'duplicate', 'detail': {said} || ' stands already in' || {place}}} END "
-        'FROM "#first" f WHERE "#judged".source_row = f.source_row'
+        f"THEN {{'rule': 'told_later', 'detail': {said} || ' was told later in row ' || f.\"#first\" || {text_sql(f' of {path}')}}} "
+        f"ELSE {{'rule': 'duplicate', 'detail': {said} || ' stands already in row ' || f.\"#place\".row || ' of ' || "
+        'f."#place".file} END FROM "#out_of" f WHERE "#judged".source_row = f.source_row'
     )
 
 
