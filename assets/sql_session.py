@@ -121,13 +121,25 @@ def explained(text: Text, error: duckdb.Error, what: str = "", before: int = 0) 
     return f"{text.at(line=_line_of_error(text, message, before))}: {what + ': ' if what else ''}{said}"
 
 
-def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
-    if isinstance(tree, dict):
-        yield tree
-        tree = tree.values()
-    if isinstance(tree, dict | list | type({}.values())):
+def _nodes(tree: Any, named: frozenset[str]) -> Iterator[tuple[dict[str, Any], frozenset[str]]]:
+    """The nodes of a statement, each with the names (in lower case) that a table may have in its place.
+
+    A CTE is seen by those behind it and by what its own SELECT holds. Elsewhere its name would be that of whatever else is
+    called so, such as a table of DuckDB's catalogue, and in its own query only the second half of a recursion sees it.
+    """
+    if isinstance(tree, list):
         for part in tree:
-            yield from _nodes(part)
+            yield from _nodes(part, named)
+    if not isinstance(tree, dict):
+        return
+    yield tree, named
+    for entry in tree["cte_map"]["map"] if "cte_map" in tree else ():
+        yield from _nodes(entry["value"], named)
+        named |= {entry["key"].lower()}
+    for key, part in tree.items():
+        if key != "cte_map":
+            itself = key == "right" and tree.get("type") == "RECURSIVE_CTE_NODE"
+            yield from _nodes(part, named | {tree["cte_name"].lower()} if itself else named)
 
 
 @lru_cache(maxsize=256)
@@ -151,12 +163,10 @@ def _checked(text: Text, tables: frozenset[str]) -> frozenset[str]:
     read = json.loads(_shared().cursor().execute("SELECT json_serialize_sql($1::VARCHAR)", [sql]).fetchall()[0][0])
     if read["error"]:
         raise StageSqlError(f"{text.at(line=1)}: must be one SELECT: {read['error_message']}")
-    nodes = list(_nodes(read["statements"]))
     root = read["statements"][0]["node"]
     if predicate and not (root["type"] == "SELECT_NODE" and len(root["select_list"]) == 1 and _plain(root)):
         raise StageSqlError(f"{text.at()}: {text.sql.strip()!r} is not one expression that is true or false")
-    named = tables | {entry["key"].lower() for node in nodes if "cte_map" in node for entry in node["cte_map"]["map"]}
-    for node in nodes:
+    for node, named in _nodes(read["statements"], tables):
         _refuse(text, node, named, tables, predicate)
     return frozenset(statement.named_parameters)
 

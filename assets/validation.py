@@ -567,18 +567,20 @@ def _repeated(workflow: Workflow, path: str, stage: str) -> tuple[list[str], lis
 
 
 def _made_up(workflow: Workflow) -> pa.Table | None:
-    """Events of the first day: of each made-up entity two that differ in time, an entity for every allowed value, and only such as
-    break no rule. None where the contract does not say what names a row."""
+    """Events of each made-up entity that differ in time, an entity for every allowed value, and only such as break no rule. None
+    where the contract does not say what names a row."""
     contract = workflow.contract.events
     if not contract.unique:
         return None
     columns = event_columns(contract)
     rows = []
     for number, chosen in enumerate(_variants(columns)):
-        for event in range(2):
-            rows.append(_event(workflow, columns, number, event, chosen))
-        if _unique(rows[-1], contract.unique) == _unique(rows[-2], contract.unique):
-            rows.pop()  # an entity has one event: its case is one row
+        seen: set[tuple[Any, ...]] = set()
+        for event in range(3):
+            row = _event(workflow, columns, number, event, chosen)
+            if (key := _unique(row, contract.unique)) not in seen:  # else an entity has one event: its case is one row
+                seen.add(key)
+                rows.append(row)
     try:
         table = pa.Table.from_pylist(rows, schema=_events(workflow))
     except pa.ArrowInvalid:
@@ -607,29 +609,39 @@ def _variants(columns: Mapping[str, Column]) -> Iterator[dict[str, Any]]:
 def _event(
     workflow: Workflow, columns: Mapping[str, Column], number: int, event: int, chosen: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The ``event``-th (from 0) of a made-up entity's events."""
+    """The ``event``-th (from 0) of a made-up entity's events.
+
+    What the contract lets in need not occur: where only the time tells two events apart, a source of days may have one a day.
+    So they lie on two days, both known on the first day; the third is the second once more, known later.
+    """
     unique, begin = workflow.contract.events.unique, datetime.combine(workflow.start, datetime.min.time())
     row: dict[str, Any] = {}
     for name, column in columns.items():
-        row[name] = chosen[name] if name in chosen else _value(column, number if name in unique else 0, begin)
-    row["event_at"], row["known_at"] = begin + timedelta(hours=6 + event), begin + timedelta(hours=8 + event)
+        # what is no time of the event itself was before it, such as when a ticket was opened
+        at = begin if name in unique else begin - timedelta(days=1)
+        row[name] = chosen[name] if name in chosen else _value(column, number if name in unique else 0, at)
+    row["event_at"], row["known_at"] = begin + timedelta(hours=6), begin + timedelta(hours=8 + event)
+    moments = [
+        n for n in unique if columns[n].type in ("TIMESTAMP", "DATE") and not columns[n].allowed and n != "known_at"
+    ]
+    if event == 0 and moments:
+        for name in {*moments, "event_at"}:
+            row[name] -= timedelta(days=1)
     for name, value in row.items():
         if columns[name].type == "BOOLEAN" and not isinstance(value, bool):
             row[name] = str(value).lower() == "true"
-    if event and "event_at" not in unique and "known_at" not in unique:
+    if event and not moments and "known_at" not in unique:
+        row["event_at"] += timedelta(hours=1)
         other = next((n for n in reversed(unique) if len(columns[n].allowed or ()) > 1 and n not in chosen), None)
-        later = next((n for n in reversed(unique) if columns[n].type == "TIMESTAMP"), None)
         if other is not None:
             row[other] = columns[other].allowed[1]  # type: ignore[index]
-        elif later is not None:
-            row[later] += timedelta(hours=1)
     own = {
-        "day": workflow.start,
+        "day": row["event_at"].date(),
         "source": next(iter(workflow.sources)),
         "source_file": "made-up",
         "source_file_id": "made-up",
     }
-    return {**row, **own, "source_row": 2 * number + event, "superseded_at": None}
+    return {**row, **own, "source_row": 3 * number + event, "superseded_at": None}
 
 
 def _value(column: Column, number: int, begin: datetime) -> Any:

@@ -54,7 +54,7 @@ ENGINE_COLUMNS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Columns that the engine adds to a table, so that neither a contract nor SQL may name one of its own so. DuckDB does not
 tell letters' case: nor may they differ from one by it. Names that begin with ``#`` are the engine's everywhere."""
-_ENGINE_RULES = ("duplicate", "from_the_future", "malformed")
+_ENGINE_RULES = ("duplicate", "from_the_future", "malformed", "told_later")
 
 
 def engines_own(name: str, table: str) -> bool:

@@ -53,10 +53,12 @@ from assets.landing.row_rules import (
     Judged,
     Landing,
     event_columns,
+    follow_ends,
     from_json,
     judge,
     name_sql,
     open_engine,
+    same_key,
     session,
 )
 from assets.progress import each
@@ -342,7 +344,8 @@ class _Run:
     def _admit(self) -> pa.Table | None:
         """Events of quarantined duplicates whose unique columns stand in no row any more since this step.
 
-        Of several with the same columns the one that landed first comes in, known from the end of the row that it doubled.
+        Of several with the same columns the one that landed first comes in, known from the end of the row that it doubled; where
+        known_at is one of the columns, from the end of the last that stood in its place since (a restatement has moved it).
         """
         unique, gone = self.workflow.contract.events.unique, [*self.retired, *self.remapped]
         if not unique or not gone or not self.lake.exists(self.events):
@@ -369,21 +372,24 @@ class _Run:
             return None
         contract = event_columns(self.workflow.contract.events)
         key = ", ".join(name_sql(c) for c in unique)
-        shared = " AND ".join(f"k.{name_sql(c)} IS NOT DISTINCT FROM s.{name_sql(c)}" for c in unique)
+        shared, rest = same_key(unique), same_key([c for c in unique if c != "known_at"])
+        # of rows that the ends made equal, what upstream told last comes in
+        order = '"#told" DESC, ' if "known_at" in unique else ""
         own = ", ".join(f"s.{name_sql(c)}" for c in contract)
         con = session(self.engine)
         for name, rows in {"#waiting": waiting, "#leaving": leaving, "#known": known}.items():
             con.register(name, rows)
+        follow_ends(con.execute, unique, '"#leaving"')
         admitted = con.sql(
             "WITH read AS (SELECT source, source_file, source_file_id, source_row, landed_at, "
             f'{from_json("event", contract)} AS "#e" FROM "#waiting"), '
             f"""typed AS (SELECT * EXCLUDE ("#e"), {", ".join(f'"#e".{name_sql(c)} AS {name_sql(c)}' for c in contract)} """
             'FROM read WHERE "#e" IS NOT NULL), '
-            f'free AS (SELECT s.* FROM typed s SEMI JOIN "#leaving" k ON {shared}), '
-            f'raised AS (SELECT s.* REPLACE (greatest(s.known_at, k."#left") AS known_at) FROM free s '
-            f'LEFT JOIN (SELECT {key}, max(superseded_at) AS "#left" FROM "#known" GROUP BY ALL) k ON {shared}), '
+            f'free AS (SELECT s.* FROM typed s SEMI JOIN "#leaving" k ON {rest}), '
+            'raised AS (SELECT s.* REPLACE (greatest(s.known_at, k."#end") AS known_at), s.known_at AS "#told" FROM free s '
+            f'LEFT JOIN "#ended" k ON {shared}), '
             f'first AS (SELECT s.* FROM raised s ANTI JOIN (FROM "#known" WHERE superseded_at IS NULL) k ON {shared} '
-            f"QUALIFY row_number() OVER (PARTITION BY {key} ORDER BY landed_at, source, source_file, source_row) = 1) "
+            f"QUALIFY row_number() OVER (PARTITION BY {key} ORDER BY {order}landed_at, source, source_file, source_row) = 1) "
             f"SELECT {own}, CAST(s.event_at AS DATE) AS day, s.source, s.source_file, s.source_file_id, s.source_row, "
             "CAST(NULL AS TIMESTAMP) AS superseded_at FROM first s ORDER BY source, source_file, source_row"
         ).to_arrow_table()

@@ -5,7 +5,8 @@ Belongs here: typing, the rules in their order, duplicates. Does not: where rows
 A row is quarantined when it breaks a rule. Rules are tried in this order and the first broken one names the row:
 ``malformed``; then column by column of the contract ``type``, then likewise ``required``, ``not_finite``,
 ``below_min``, ``above_max``, ``not_allowed`` (each ``<rule>:<column>``); ``from_the_future``; the contract's named rows
-in their order; ``duplicate`` last, so that only a row that stands can push out a later one.
+in their order; ``duplicate`` last, so that only a row that stands can push out a later one. ``told_later`` is no fault of a
+row: another of its file says the same thing as upstream told it later, and the landing has made their moments equal.
 """
 
 from __future__ import annotations
@@ -409,13 +410,13 @@ def _mark_duplicates(
     known = keys(days)
     con.register("#known", known)
     key = ", ".join(name_sql(c) for c in unique)
-    shared = " AND ".join(f"k.{name_sql(c)} IS NOT DISTINCT FROM s.{name_sql(c)}" for c in unique)
+    shared = same_key(unique)
     what = f"{path}: unique of the contract"
     if known["superseded_at"].null_count < known.num_rows:
         # before the key is compared, which may hold known_at
+        follow_ends(lambda sql: run(sql, what), unique, '(SELECT * FROM "#judged" WHERE "#broken" IS NULL)')
         run(
-            'UPDATE "#judged" AS s SET known_at = greatest(s.known_at, k."#left") FROM '
-            f'(SELECT {key}, max(superseded_at) AS "#left" FROM "#known" WHERE superseded_at IS NOT NULL GROUP BY ALL) k '
+            'UPDATE "#judged" AS s SET known_at = greatest(s.known_at, k."#end") FROM "#ended" k '
             f'WHERE s."#broken" IS NULL AND {shared}',
             what,
         )
@@ -427,13 +428,49 @@ def _mark_duplicates(
         'FROM "#judged" WHERE "#broken" IS NULL), k AS '
         f"(SELECT {key}, min({{'file': source_file, 'row': source_row}}) AS \"#place\" FROM \"#known\" "
         "WHERE superseded_at IS NULL GROUP BY ALL) "
-        f'SELECT s.source_row, coalesce(k."#place", {{\'file\': {text_sql(path)}, \'row\': s."#first"}}) AS "#place" '
+        f'SELECT s.source_row, s."#first", '
+        f'coalesce(k."#place", {{\'file\': {text_sql(path)}, \'row\': s."#first"}}) AS "#place" '
         f'FROM s LEFT JOIN k ON {shared} WHERE k."#place" IS NOT NULL OR s.source_row <> s."#first"',
         what,
     )
+    # looked for among those alone that do not stand: they are few
+    once = 'row_number() OVER (PARTITION BY f."#first", j."#told" ORDER BY f.source_row) = 1'
+    again = f'j."#told" < h."#told" AND {once}' if "known_at" in unique else "false"
     said = " || ', ' || ".join(_value(c) for c in unique)
     run(
-        "UPDATE \"#judged\" SET \"#broken\" = {'rule': 'duplicate', 'detail': "
-        f"{said} || ' stands already in row ' || f.\"#place\".row || ' of ' || f.\"#place\".file}} "
-        'FROM "#first" f WHERE "#judged".source_row = f.source_row'
+        f'CREATE TEMP TABLE "#out_of" AS SELECT f.source_row, f."#first", f."#place", {again} AS "#again" FROM "#first" f '
+        'JOIN "#judged" j ON j.source_row = f.source_row JOIN "#judged" h ON h.source_row = f."#first"'
     )
+    run(
+        'UPDATE "#judged" SET "#broken" = CASE WHEN f."#again" '
+        f"THEN {{'rule': 'told_later', 'detail': {said} || ' was told later in row ' || f.\"#first\" || {text_sql(f' of {path}')}}} "
+        f"ELSE {{'rule': 'duplicate', 'detail': {said} || ' stands already in row ' || f.\"#place\".row || ' of ' || "
+        'f."#place".file} END FROM "#out_of" f WHERE "#judged".source_row = f.source_row'
+    )
+
+
+def same_key(columns: Sequence[str]) -> str:
+    """SQL that a row ``k`` has these columns of a row ``s``."""
+    return " AND ".join(f"k.{name_sql(c)} IS NOT DISTINCT FROM s.{name_sql(c)}" for c in columns) or "true"
+
+
+def follow_ends(
+    run: Callable[[str], duckdb.DuckDBPyConnection], unique: Sequence[str], rows: str, known: str = '"#known"'
+) -> None:
+    """Make the table ``#ended``: the unique columns of the rows of ``known`` that have left, and the end of each.
+
+    Of those alone that may matter to ``rows``. Where the unique columns hold known_at, a row that is known from an end may
+    meet one there that has left as well: the end of the last of such a chain counts.
+    """
+    key, rest = ", ".join(name_sql(c) for c in unique), [c for c in unique if c != "known_at"]
+    run(
+        f'CREATE OR REPLACE TEMP TABLE "#ended" AS SELECT {key}, max(superseded_at) AS "#end" FROM {known} s '
+        f"SEMI JOIN {rows} k ON {same_key(rest)} WHERE superseded_at IS NOT NULL GROUP BY ALL"
+    )
+    if len(rest) == len(unique):
+        return
+    run('DELETE FROM "#ended" WHERE "#end" <= known_at')
+    # each turn doubles the length of the chains that are followed
+    follow = 'UPDATE "#ended" AS s SET "#end" = k."#end" FROM "#ended" k WHERE k.known_at = s."#end"'
+    while run(f"{follow} AND {same_key(rest)}").fetchall()[0][0]:
+        pass

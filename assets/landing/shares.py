@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 class Share:
     """What of a day stands as events and what in quarantine.
 
-    ``quarantined`` counts the rows that are missing; ``repeated`` those that say what a row that stands says, too.
+    ``quarantined`` counts the rows that are missing; ``repeated`` those that say what a row that stands says, too;
+    ``told_later`` those of which upstream has told a later state that landed with them.
     ``accepted_weight`` and ``quarantined_weight`` are sums of the contract's weight (None: it names none), ``unweighed`` the
     missing rows whose weight nobody knows: they count as rows alone.
     """
@@ -37,6 +38,7 @@ class Share:
     accepted_weight: float | None = None
     quarantined_weight: float | None = None
     unweighed: int = 0
+    told_later: int = 0
 
     @property
     def of_rows(self) -> float | None:
@@ -56,6 +58,8 @@ class Share:
 def shares(workflow: Workflow, lake: Lake, days: Sequence[date], events: pa.Table) -> dict[date, Share]:
     """The share of each day; ``events`` are the live events of the days."""
     rejected = standing_quarantine(workflow, lake, days)
+    told_later = pc.equal(rejected["rule"], "told_later")
+    older, rejected = rejected.filter(told_later), rejected.filter(pc.invert(told_later))
     repeated = _repeated(workflow.contract.events, rejected, events)
     missing, again = rejected.filter(pc.invert(repeated)), rejected.filter(repeated)
     weight = workflow.contract.events.weight
@@ -63,7 +67,7 @@ def shares(workflow: Workflow, lake: Lake, days: Sequence[date], events: pa.Tabl
     if weight is not None:
         own = pc.max_element_wise(pc.cast(events[weight], pa.float64()), 0.0, skip_nulls=False)
     live = _by_day(pa.table({"day": events["day"], "weight": own}))
-    absent, double = _by_day(missing), _by_day(again)
+    absent, double, before = _by_day(missing), _by_day(again), _by_day(older)
     return {
         day: Share(
             accepted=live.get(day, _NOTHING)[0],
@@ -72,6 +76,7 @@ def shares(workflow: Workflow, lake: Lake, days: Sequence[date], events: pa.Tabl
             accepted_weight=None if weight is None else live.get(day, _NOTHING)[1],
             quarantined_weight=None if weight is None else absent.get(day, _NOTHING)[1],
             unweighed=0 if weight is None else absent.get(day, _NOTHING)[2],
+            told_later=before.get(day, _NOTHING)[0],
         )
         for day in days
     }

@@ -36,17 +36,15 @@ def _usual(lake: Lake, workflow: Workflow, day: date) -> float | None:
     return float(median(found)) if (found := _rows(live, contract).values()) else None
 
 
-def _volume(lake: Lake, workflow: Workflow, day: date, rows: int) -> tuple[bool, str]:
-    """Live rows of a day beside those that are usual."""
-    return _beside(rows, _usual(lake, workflow, day))
-
-
-def _beside(rows: int, usual: float | None) -> tuple[bool, str]:
+def _volume(lake: Lake, workflow: Workflow, day: date, rows: int) -> tuple[bool, str, float | None]:
+    """Whether so many live rows of a day are usual, a sentence, and how many are (None: nothing to compare with)."""
+    usual = _usual(lake, workflow, day)
     if rows == 0:
-        return False, "no events at all"
+        return False, "no events at all", usual
     if usual is None:
-        return True, f"{rows} events; no earlier weeks to compare with"
-    return 0.3 * usual <= rows <= 3 * usual, f"{rows} events, {usual:g} on the same weekday of the weeks before"
+        return True, f"{rows} events; no earlier weeks to compare with", usual
+    said = f"{rows} events, {usual:g} on the same weekday of the weeks before"
+    return 0.3 * usual <= rows <= 3 * usual, said, usual
 
 
 def _files(done: landing_zone.IngestResult, workflow: Workflow) -> dg.AssetCheckResult:
@@ -86,6 +84,8 @@ def _files(done: landing_zone.IngestResult, workflow: Workflow) -> dg.AssetCheck
 def _within(share: landing_zone.Share, most: float, weight: str | None) -> tuple[bool, str]:
     """Whether a day's quarantine is within the contract, and a sentence; a day without a row has no verdict."""
     repeated = f"; {share.repeated} rows repeat what stands and do not count" if share.repeated else ""
+    if share.told_later:
+        repeated += f"; {share.told_later} rows were told later in the same file and do not count"
     if share.of_rows is None:
         return False, f"no verdict: no row of the day stands, accepted or quarantined{repeated}"
     said = f"{share.quarantined} of {share.accepted + share.quarantined} rows ({share.of_rows:.2%})"
@@ -190,9 +190,9 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
                 "; ".join(said) or f"{len(result.results)} expectations met",
             )
             examples += [{"day": str(day), **r} for r in broken][:20]
-            usual[day] = _usual(lake.lake, workflow, day)
             counts[day] = _rows(rows, promised).get(day, 0)
-            volumes[day] = _beside(counts[day], usual[day])
+            passed, sentence, usual[day] = _volume(lake.lake, workflow, day, counts[day])
+            volumes[day] = passed, sentence
             context.add_asset_metadata(
                 {"dagster/partition_row_count": rows.num_rows, "contract page": dg.MetadataValue.url(url)},
                 partition_key=day.isoformat(),

@@ -205,15 +205,51 @@ def test_of_rows_that_a_restatement_makes_equal_what_upstream_told_last_stands(o
     assert _standing(office) == [("a", 7.0, landed), ("b", 1.0, landed)]
 
 
+def test_a_row_that_a_restatement_makes_equal_to_a_later_one_is_no_bad_record(office: Office) -> None:
+    early, late = datetime(2026, 3, 11, 1, 30), datetime(2026, 3, 11, 2, 30)
+    rows = [_line(FIRST, "a", 5, early), _line(FIRST, "a", 7, late), _line(FIRST, "b", 1, early)]
+    office.path(FIRST).write_text(HEADER + "".join(rows))
+    office.land(FIRST)
+    assert office.verdict([FIRST]).passed
+    rows += [_line(FIRST, "c", 1, early), _line(FIRST, "a", 6, early)]  # the last is a double that nothing has moved
+    office.path(FIRST).write_text(HEADER + "".join(rows))
+    assert office.land(FIRST, hour=50).rules == {"told_later": 1, "duplicate": 1}
+    share = office.shares()[FIRST]
+    assert (share.accepted, share.quarantined, share.repeated, share.told_later) == (3, 1, 0, 1)
+    assert "; 1 rows were told later in the same file and do not count" in str(office.verdict([FIRST]).description)
+    found = office.lake.read("ad_budget/quarantine").to_pylist()
+    (told,) = [q["detail"] for q in found if q["rule"] == "told_later"]
+    assert told.startswith("line_id = a, ") and told.endswith(
+        " was told later in row 2 of export/advertising_2026-03-10.csv.gz"
+    )
+
+
+def test_a_row_told_later_never_comes_in_for_the_one_that_was_told_last(office: Office) -> None:
+    early, late = datetime(2026, 3, 11, 1, 30), datetime(2026, 3, 11, 2, 30)
+    both = _line(FIRST, "a", 5, early) + _line(FIRST, "a", 7, late)
+    office.path(FIRST).write_text(HEADER + _line(FIRST, "z", 1, early))
+    office.path(WEEK[1]).write_text(HEADER + _line(FIRST, "z", 2, early))
+    office.land(FIRST)
+    # both restated in one run: what the first file says of the line pushes out what the second says
+    office.path(FIRST).write_text(HEADER + _line(FIRST, "a", 4, early))
+    office.path(WEEK[1]).write_text(HEADER + both)
+    office.land(FIRST, hour=50)
+    assert [value for _, value, _ in _standing(office)] == [4.0]
+    office.path(FIRST).write_text(HEADER + _line(FIRST, "b", 1, early))
+    office.land(FIRST, hour=60)
+    assert [(line, value) for line, value, _ in _standing(office)] == [("a", 7.0), ("b", 1.0)]
+
+
 def test_an_old_row_repeated_after_its_restatement_stands_beside_nothing(office: Office) -> None:
     told = datetime(2026, 3, 11, 1, 30)
     office.path(FIRST).write_text(HEADER + _line(FIRST, "a", 5, told))
     office.land(FIRST)
     office.path(FIRST).write_text(HEADER + _line(FIRST, "a", 6, told))
     office.land(FIRST, hour=50)
-    office.path(WEEK[1]).write_text(HEADER + _line(FIRST, "a", 5, told))
-    office.land(FIRST, hour=60)
-    assert [value for _, value, _ in _standing(office)] == [6.0]
+    # in a file of its own: as a copy of the first content it would not even be judged
+    office.path(WEEK[1]).write_text(HEADER + _line(FIRST, "a", 5, told) + _line(FIRST, "b", 1, told))
+    assert office.land(FIRST, hour=60).rules == {"duplicate": 1}
+    assert [(line, value) for line, value, _ in _standing(office)] == [("a", 6.0), ("b", 1.0)]
 
 
 def test_a_double_is_not_admitted_beside_the_restated_row_of_its_moment(office: Office) -> None:

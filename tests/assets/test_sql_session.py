@@ -79,6 +79,47 @@ def test_the_age_between_two_times_and_columns_named_like_a_clock_may_be_read() 
     assert found == [{"days": 2, "version": 2, "age": 3, "ago": 4, "s": 3}]
 
 
+@pytest.mark.parametrize("table", ["duckdb_settings", "sqlite_master", "pg_tables", "SQLite_Master", "beside"])
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT *\nFROM (WITH {t} AS (SELECT 1 AS a) SELECT * FROM {t}) AS x,\n  (SELECT * FROM {t}) AS y",
+        "SELECT (WITH {t} AS (SELECT 1 AS a) SELECT count(*) FROM {t}),\n  y.*\nFROM {t} AS y",
+        "WITH w AS (WITH {t} AS (SELECT 1 AS a)\n  SELECT * FROM {t})\nSELECT * FROM w, {t}",
+        "WITH w AS (\n\n  SELECT * FROM {t}), {t} AS (SELECT 1 AS a) SELECT * FROM w",
+        "WITH {t} AS (\n\n  SELECT * FROM {t}) SELECT * FROM {t}",
+        "WITH RECURSIVE {t} AS (\n\n  SELECT * FROM {t} UNION ALL SELECT * FROM {t}) SELECT * FROM {t}",
+        "(WITH {t} AS (SELECT 1 AS a)\nSELECT a FROM {t})\nUNION ALL SELECT 1 FROM {t}",
+        "SELECT 1\nFROM events WHERE EXISTS (WITH {t} AS (SELECT 1) FROM {t})\n  AND EXISTS (FROM {t})",
+    ],
+)
+def test_a_cte_lends_its_name_to_nothing_outside_its_own_select(sql: str, table: str) -> None:
+    engine = sql_session.engine()
+    engine.execute("CREATE TABLE events AS SELECT 1 AS x")
+    engine.execute("CREATE TABLE beside AS SELECT 2 AS x")
+    with pytest.raises(StageSqlError, match=f"there is no table '{table}' here; this SQL sees events") as caught:
+        sql_session.select(engine, Text(sql.format(t=table), "f.sql"), {"events"})
+    assert str(caught.value).startswith("f.sql:3: ")
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "WITH pg_tables AS (SELECT 1 AS x) SELECT x FROM (SELECT x FROM pg_tables)",
+        "WITH a AS (SELECT 1 AS x), b AS MATERIALIZED (SELECT * FROM A) SELECT x FROM b WHERE EXISTS (FROM a)",
+        "WITH a AS (SELECT 1 AS x) SELECT (WITH b AS (SELECT * FROM a) SELECT max(x) FROM b) AS x",
+        "WITH a AS (SELECT 1 AS x) (SELECT * FROM a UNION SELECT * FROM a)",
+        "WITH RECURSIVE a(x) AS (SELECT 3 UNION ALL SELECT x - 1 FROM (WITH b AS (FROM a) FROM b) WHERE x > 1) SELECT min(x) AS x FROM a",
+        "WITH a AS (SELECT 1 AS x) SELECT x FROM a ORDER BY (SELECT max(x) FROM a) LIMIT 1",
+        "WITH a AS (SELECT 1 AS x) SELECT x FROM events JOIN LATERAL (SELECT a.x FROM a WHERE a.x = events.x) USING (x)",
+    ],
+)
+def test_a_cte_is_seen_wherever_sql_lets_it_be_seen(sql: str) -> None:
+    engine = sql_session.engine()
+    engine.execute("CREATE TABLE events AS SELECT 1 AS x")
+    assert sql_session.select(engine, Text(sql, "f.sql"), {"events"}).to_pylist() == [{"x": 1}]
+
+
 @pytest.mark.parametrize("setting", ["threads", "enable_external_access", "TimeZone", "python_enable_replacements"])
 def test_no_setting_of_the_engine_can_be_changed(setting: str) -> None:
     for connection in (engine := sql_session.engine(), engine.cursor()):
