@@ -21,8 +21,8 @@ from data_checks import performance
 from models import catalog
 from models.registry import Registry
 
-_COMPARABLE = frozenset({"duration"})
-"""Kinds whose gate judges what the score table says. The gate of ``response`` knows the realised cost, a score does not."""
+COMPARABLE = frozenset({"duration"})
+"""Kinds whose gate judges what the score table says; why others are none of these, ``models.catalog`` says."""
 MICROS = 1e6
 
 
@@ -239,6 +239,12 @@ def _response(rows: pa.Table) -> dict[str, np.ndarray]:
 _READ: dict[str, Callable[[pa.Table], dict[str, np.ndarray]]] = {"duration": _duration, "response": _response}
 
 
+def no_gate_baseline(workflow: Workflow) -> str:
+    """Why what the gate measured of a version is no baseline for its days; empty where it is."""
+    kind = workflow.model.kind
+    return "" if kind in COMPARABLE else catalog.why_not(kind, "held-out baseline")
+
+
 def held_out(workflow: Workflow, registry: Registry | None) -> Callable[[int], Mapping[str, float]]:
     """A version's own held-out figures from its run in MLflow, by metric.
 
@@ -248,7 +254,7 @@ def held_out(workflow: Workflow, registry: Registry | None) -> Callable[[int], M
 
     @cache
     def of(number: int) -> Mapping[str, float]:
-        if registry is None or workflow.model.kind not in _COMPARABLE:
+        if registry is None or workflow.model.kind not in COMPARABLE:
             return {}
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError

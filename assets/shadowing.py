@@ -20,8 +20,11 @@ import pyarrow.compute as pc
 from assets import deciding, point_in_time
 from assets.lake import Lake
 from assets.workflow import Workflow
+from models import catalog
 from models.priority import PriorityPolicy
 
+KINDS = ("budget_allocation", "priority_queue")
+"""Kinds of policy of which two sets of scores can be compared."""
 LARGEST = 10
 ACTS = ("champion", "challenger")
 """The arms that are decided by scores."""
@@ -177,8 +180,10 @@ def report(
     if made.get("challenger_version") is None:
         return None
     reason, found = made["challenger_reason"] or "", None
+    if workflow.policy.kind not in KINDS:
+        reason = reason or catalog.why_not(workflow.policy.kind, "shadow")
     try:
-        found = of_day(workflow, lake, day)
+        found = of_day(workflow, lake, day) if workflow.policy.kind in KINDS else None
     except (KeyError, TypeError, ValueError, IndexError) as error:
         reason = f"its scores cannot be compared: {type(error).__name__}: {error}"
     row: dict[str, Any] = {

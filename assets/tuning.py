@@ -102,6 +102,8 @@ def student(
     training = workflow.training
     if training.distill is None:
         return ""
+    if workflow.model.kind not in students.KINDS:
+        return f"No student was trained: {catalog.why_not(workflow.model.kind, 'distillation')}."
     champion = gating.champion_of(workflow, registry, ledger, day)
     teacher_version = champion
     try:

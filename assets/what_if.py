@@ -24,10 +24,13 @@ import pyarrow.compute as pc
 from assets import deciding, point_in_time
 from assets.workflow import Workflow
 from data_checks import guardrails
+from models import catalog
 from models.booster import Because, is_number
 from models.budget import BudgetPolicy
 from models.priority import PriorityPolicy
 
+KINDS = ("budget_allocation", "priority_queue")
+"""Kinds of policy whose limits are known here."""
 MATERIAL = 0.01
 """A budget counts as changed from this share of what stood before on; a priority from one level on."""
 MOST = 600
@@ -234,6 +237,10 @@ def search(inputs: Inputs, because: Because | None, decisions: pa.Table | None =
     for the limits of the batch. Raises ReplayImpossible where the entity's features are not there.
     """
     found = WouldChange()
+    kind = inputs.workflow.policy.kind
+    if kind not in KINDS:
+        found.says.append(f"What would have changed it was not searched: {catalog.why_not(kind, 'counterfactual')}.")
+        return found
     world = _World(inputs)
     found.most = world.most + 4 * (FEATURES_SHOWN + LIMITS_SHOWN) + len(inputs.workflow.arms.shares)
     arm = inputs.row["arm"]

@@ -6,7 +6,7 @@ Belongs here: names and what goes by them; a learner is imported when it is aske
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
@@ -100,6 +100,28 @@ class Kind:
     """What the model's and the rule's ``evaluate`` both measure and a candidate can be judged by, and which way is better."""
     adds: tuple[str, ...] = ()
     """Columns that it makes itself beside the features."""
+    absent: Mapping[str, str] = field(default_factory=dict)
+    """What it cannot do → why, for what some kinds of model can: comparison, search, distillation, held-out baseline."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What is known of a kind of policy, without importing it."""
+
+    absent: Mapping[str, str] = field(default_factory=dict)
+    """What it cannot do → why, for what some kinds of policy can: off-policy value, loss beside moving nothing,
+    counterfactual, shadow."""
+
+
+POLICIES = {
+    "budget_allocation": Policy(),
+    "priority_queue": Policy(
+        absent={
+            "loss beside moving nothing": "the priorities that stood are an order themselves, and what was missed was missed "
+            "under it: nothing says what that order has saved",
+        }
+    ),
+}
 
 
 KINDS = {
@@ -120,8 +142,18 @@ KINDS = {
         outcomes=("cost", "value", "budget", "explore_multiplier", "explore_probability"),
         metrics={"mae": "lower"},
         adds=("spend_shift_1", "spend_shift_7"),
+        absent={
+            "held-out baseline": "its gate knows what was really spent, a score does not: the two errors are not alike",
+        },
     ),
 }  # fmt: skip
+
+
+def why_not(kind: str, ability: str) -> str:
+    """Why a kind of model or of policy lacks an ability, as it is declared here; who would have used it says so."""
+    known: Mapping[str, Kind | Policy] = {**KINDS, **POLICIES}
+    said = known[kind].absent.get(ability) if kind in known else None
+    return said or f"models.catalog declares no reason why kind {kind!r} has no {ability}"
 
 
 def learner(kind: str) -> type[Learner]:

@@ -11,7 +11,7 @@ Bootstrap", The American Statistician 69(4), 2015, the expanded percentile inter
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -40,6 +40,8 @@ class Kind:
     """What decides of each row, from its features alone: no outcome is looked at."""
     apart: Callable[[Floats, Floats], float]
     """How far two models' ``says`` lie apart: a mean of squares, 0 where they are the same."""
+    whole: Mapping[str, str] = field(default_factory=dict)
+    """Metric of ``evaluate()`` that is no mean over rows → why: it has neither an interval nor slices."""
 
 
 def _log_loss(p: Floats, missed: Floats) -> Floats:
@@ -82,6 +84,11 @@ KINDS: dict[str, Kind] = {
         "expected calibration error",
         lambda model, rows: np.asarray(model.p_miss(rows), dtype=np.float64),
         _apart,
+        {
+            "calibration_error": "it is told of groups of rows with like probabilities",
+            "roc_auc": "it is told of pairs of rows",
+            "average_precision": "it is told of the order of all rows",
+        },
     ),
 }
 """Every kind of ``models.catalog``: one that is not here can be trained, and passes no gate."""

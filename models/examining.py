@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from models import comparing, gate, policy_value
+from models import catalog, comparing, gate, policy_value
 from models.booster import is_number
 from models.budget import BudgetPolicy
 from models.priority import PriorityPolicy
@@ -107,7 +107,8 @@ def examine(
         known = ", ".join(sorted(comparing.KINDS))
         return gate.refused(
             f"models of kind {terms.kind!r} have no comparison (there is one for {known}): nothing says whether this one is "
-            "worse; declare how its rows are compared in models.comparing.KINDS"
+            "worse; declare how its rows are compared in models.comparing.KINDS; "
+            + catalog.why_not(terms.kind, "comparison")
         ), {}
     if terms is not None:
         differs = contract(candidate, terms, held_out, recorded)
@@ -165,6 +166,7 @@ def _gather(
         found = comparing.slices(
             rows, spec.slices, days, mine, theirs, min_rows=spec.slice_min_rows, alpha=1 - spec.confidence
         )
+    undeclared = f"models.comparing declares no loss of a row for it in models of kind {terms.kind!r}"
     started = time.perf_counter()
     candidate.score(held_out)
     speed = held_out.num_rows / max(time.perf_counter() - started, 1e-9)
@@ -180,6 +182,7 @@ def _gather(
         megabytes=sum(len(one) for one in candidate.files().values()) / gate.MEGABYTE,
         rows_per_s=speed,
         disagreement=apart,
+        no_interval="" if harm is not None else kind.whole.get(metric, undeclared),
     )
 
 

@@ -126,6 +126,8 @@ class Evidence:
     rows_per_s: float
     disagreement: Disagreement | str | None = None
     """A sentence where it could not be measured; None where there is nobody to disagree with."""
+    no_interval: str = ""
+    """Why there is no ``harm``."""
 
 
 @dataclass(frozen=True)
@@ -284,6 +286,8 @@ def _weighed(
             fails = found.harm.high is None or not found.harm.high <= margin
             says += f": it is {'not ' if fails else ''}proven to be within the margin of {margin:.1%}"
         out.append((fails, says))
+    elif found.no_interval:
+        out.append((False, f"{metric} has no interval and no slices, the figure alone is judged: {found.no_interval}"))
     for where, value in found.values.items():
         if isinstance(value, str):
             out.append((False, f"policy's value on the {where}: {value}"))
@@ -297,6 +301,8 @@ def _weighed(
             # a champion that does harm itself is no bar
             says = f"policy's value on the {where}: it loses {value.loss} beside moving nothing, whatever {them} does"
             out.append((True, says))
+        elif value.no_loss:
+            out.append((False, f"policy's value on the {where}: not measured beside moving nothing: {value.no_loss}"))
     what, mine, theirs = found.calibration
     if spec.calibration is not None:
         # where everybody is off (the world has moved) the one that is less so may go on

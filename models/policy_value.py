@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from models import budget, priority
+from models import budget, catalog, priority
 from models.comparing import Days, Floats, Interval
 
 BUDGETS_ASSUME = (
@@ -34,6 +34,8 @@ PRIORITIES_ASSUME = (
     "team's capacity would have been saved; tickets that were not missed are not lost by the order"
 )
 _DAY = 86_400_000_000  # microseconds
+KINDS = ("budget_allocation", "priority_queue")
+"""Kinds of policy whose value is measured here."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Value:
     """What the candidate's policy is worth beside the other's, on the same days.
 
     mine, theirs: share of ``of``. harm: theirs - mine with its interval, in the same shares: positive is worse. loss: what is
-    lost beside moving nothing, whoever the other is; None where moving nothing has no value to compare with.
+    lost beside moving nothing, whoever the other is; None where moving nothing has no value to compare with, and
+    ``no_loss`` says why.
     """
 
     mine: float
@@ -50,6 +53,7 @@ class Value:
     of: str
     assumes: str
     loss: Interval | None = None
+    no_loss: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -127,6 +131,8 @@ def value(
 
     rows: as ``at_status_quo`` gives them, with their outcomes.
     """
+    if policy.kind not in KINDS:
+        return f"not measured: {catalog.why_not(policy.kind, 'off-policy value')}"
     how = {"draws": draws, "seed": seed, "confidence": confidence}
     if isinstance(policy, priority.PriorityPolicy):
         return _of_priorities(rows, mine, theirs, policy, how)
@@ -219,6 +225,7 @@ def _of_priorities(
         worse,
         f"the cost of {int(missed.sum())} misses within the day after",
         PRIORITIES_ASSUME,
+        no_loss=catalog.why_not(policy.kind, "loss beside moving nothing"),
     )
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from models import catalog
 from models.catalog import Scorer
 
 log = logging.getLogger(__name__)
@@ -224,7 +225,10 @@ def search(
 
     kind = spec["kind"]
     if kind not in SPACES:
-        raise KeyError(f"no search space is declared for models of kind {kind!r}: SPACES has {', '.join(SPACES)}")
+        raise KeyError(
+            f"no search space is declared for models of kind {kind!r}: SPACES has {', '.join(SPACES)}; "
+            + catalog.why_not(kind, "search")
+        )
     space, how = SPACES[kind], {"seed": seed, "device": device, "threads": threads}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     what = [learner.__name__, dict(spec), metric, better, how, {f: vars(r) for f, r in space.items()}]

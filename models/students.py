@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from models.catalog import Learner, Scorer
 
+KINDS = ("duration", "response")
+"""Kinds of model of which there are students."""
 RECIPE = "distill"
 """The key of a student's recipe under which its own settings stand; the rest is its teacher's recipe."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime, time, timedelta
@@ -22,6 +21,7 @@ from models import catalog
 from models.registry import Registry, Version
 from tests.support import postgres as postgres_server
 from tests.support import properties
+from tests.support.moving import readdressed
 
 properties.load_profile()  # before any test module is imported: what ``@settings`` does not say, it takes from here
 _BEGAN = monotonic()
@@ -165,16 +165,7 @@ def at(folder: Path) -> Registry:
 def moved(old: Path, new: Path) -> Registry:
     """A copy of a registry. MLflow keeps absolute paths in its database: they are made to name the copy."""
     shutil.copytree(old, new)
-    with sqlite3.connect(new / "mlflow.db") as database:
-        tables = [t for (t,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-        for table in tables:
-            for _, column, kind, *_ in database.execute(f'PRAGMA table_info("{table}")').fetchall():
-                if kind.upper().startswith(("VARCHAR", "TEXT")):
-                    database.execute(
-                        f'UPDATE "{table}" SET "{column}" = replace("{column}", ?, ?) WHERE instr("{column}", ?)',
-                        (str(old), str(new), str(old)),
-                    )
-    database.close()
+    readdressed(new / "mlflow.db", str(old), str(new))
     return at(new)
 
 

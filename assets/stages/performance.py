@@ -85,6 +85,8 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
             text = figures.report(workflow.name, judged[last], history, performing.kind_of(workflow))
             _, page = reports.write(workflow.name, last, "performance.html", text)
             links["report"] = dg.MetadataValue.url(page)
+            if why := performing.no_gate_baseline(workflow):
+                links["baseline"] = f"the days before, not what the gate measured: {why}"
         spoken = {day: verdict(workflow, found, left[day]) for day, found in judged.items()}
         waits = _unjudged(workflow, lake.lake, span)
         return dg.MaterializeResult(

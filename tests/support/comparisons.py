@@ -77,8 +77,7 @@ def naive_z(sums: Array) -> Array:
     n, total, square = sums[..., 0, 0], sums[..., 0, 3], sums[..., 3, 3]
     mean = total / n
     variance = (square / n - mean**2) / (n - 1)
-    z: Array = (mean[..., 1] - mean[..., 0]) / np.sqrt(variance.sum(-1))
-    return z
+    return np.asarray((mean[..., 1] - mean[..., 0]) / np.sqrt(variance.sum(-1)))
 
 
 BUDGET_WORLDS = ("plain", "seasonal", "zero-inflated revenue", "heavy tails", "1% carry half of the value")
