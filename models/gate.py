@@ -287,7 +287,9 @@ def _weighed(
             says += f": it is {'not ' if fails else ''}proven to be within the margin of {margin:.1%}"
         out.append((fails, says))
     elif found.no_interval:
-        out.append((False, f"{metric} has no interval and no slices, the figure alone is judged: {found.no_interval}"))
+        fails = spec.evidence == "interval" and found.against == "champion"
+        judged_by = "and an interval is asked for (gate.evidence)" if fails else "the figure alone is judged"
+        out.append((fails, f"{metric} has no interval and no slices, {judged_by}: {found.no_interval}"))
     for where, value in found.values.items():
         if isinstance(value, str):
             out.append((False, f"policy's value on the {where}: {value}"))

@@ -268,6 +268,19 @@ def test_newer_rows_do_not_excuse_a_worse_recipe() -> None:
     assert not judge(**said, **figures, same_rows=0.9).passed
 
 
+@pytest.mark.parametrize(("how", "passes"), [("point", True), ("interval", False)])
+def test_a_metric_without_an_interval_proves_nothing_where_proof_is_asked_for(how: str, passes: bool) -> None:
+    evidence = Evidence(
+        "champion", None, {}, {}, (), (), ("calibration error", 0.01, 0.01), 1.0, 1e4, no_interval="no mean over rows"
+    )
+    found = judge(
+        metric="auc", better="higher", margin=0.02, candidate={"auc": 0.8}, rule={"auc": 0.7}, champion={"auc": 0.8},
+        rows=100, evidence=evidence, spec=GateSpec(evidence=how),
+    )  # fmt: skip
+    assert found.passed is passes
+    assert any("auc has no interval" in reason and "no mean over rows" in reason for reason in found.reasons)
+
+
 def test_two_models_that_no_row_tells_apart_are_not_said_to_be_equal() -> None:
     for width, said in ((0.0, True), (0.01, False)):
         harm = Interval(0.0, -width, width, 0.5, 7, 100)
