@@ -192,26 +192,26 @@ def decisions(
     as_json: Json = False,
 ) -> None:
     """The decisions of a day with their reasons."""
-    from assets import deciding
+    from assets import tables
     from assets.resources import resources
 
     found = workflow_named(workflow)
     lake = resources()["lake"].lake
     if day is None:
         day = max(lake.read(found.table("batches"), columns=["day"])["day"].to_pylist())
-    rows = deciding.largest_changes(lake.read(found.table("decisions"), days=[day])).slice(0, limit).to_pylist()
+    rows = tables.largest_changes(lake.read(found.table("decisions"), days=[day])).slice(0, limit).to_pylist()
     _shown(rows, f"Decisions of {workflow}, {day}", as_json)
 
 
 @app.command()
 def replay(workflow: str, decision_id: str, as_json: Json = False) -> None:
     """Make a recorded decision again from its row alone and compare the two to the bit."""
-    from assets import deciding
+    from assets import replaying
     from assets.resources import resources
 
     found = workflow_named(workflow)
     given = resources()
-    result = deciding.replay(found.name, given["lake"].lake, given["registry"].registry, decision_id)
+    result = replaying.replay(found.name, given["lake"].lake, given["registry"].registry, decision_id)
     _shown([result.as_dict()], f"Replay of {decision_id}", as_json)
     if not result.equal:
         raise typer.Exit(1)
@@ -259,13 +259,14 @@ operations.register(app)
 
 def main() -> None:
     """Entry point: Dagster's state beside the rest, and what a user can mend as a sentence rather than a traceback."""
-    from assets.deciding import FeaturesMissing, ReplayImpossible
     from assets.delivering import NothingToDeliver, TooLate
     from assets.guarding import NoHistory
     from assets.lake import TableMissing
     from assets.point_in_time import StageSqlError
     from assets.promoting import NotBlocked
+    from assets.replaying import ReplayImpossible
     from assets.resources import home
+    from assets.scoring import FeaturesMissing
     from assets.workflow import WorkflowInvalid
     from delivery.approvals import ApprovalError
     from delivery.connectors.base import Misconfigured, Unavailable

@@ -144,7 +144,7 @@ def show(
     batch: str, limit: Annotated[int, typer.Option(help="How many of the largest changes")] = 10, as_json: Json = False
 ) -> None:
     """A batch: what it would change or has changed, in sum and the largest first; what was objected; what became of it."""
-    from assets import deciding
+    from assets import tables
     from delivery.approvals import standing
     from delivery.judging import BESIDE
 
@@ -156,8 +156,8 @@ def show(
         stands = standing(book, found, now(), four_eyes)
         rows = book.deliveries(batch)
         stopped = book.stopped(found.workflow)
-    largest = deciding.largest_changes(decisions, limit).to_pylist()
-    sums = deciding.totals(decisions)
+    largest = tables.largest_changes(decisions, limit).to_pylist()
+    sums = tables.totals(decisions)
     there = {d.entity: d.stands for d in rows if d.entity is not None}
     for row in largest:
         row["stands"] = there.get(row["entity_id"])
@@ -238,7 +238,7 @@ def deliver(
     as_json: Json = False,
 ) -> None:
     """Send a batch downstream and verify it by reading back; run again to go on where an earlier run ended."""
-    from assets import delivering
+    from assets import acting, delivering
     from delivery import push as pushing
 
     with ledger() as book:
@@ -248,9 +248,7 @@ def deliver(
         try:
             if dry_run:
                 diff = pushing.dry_run(book, connector, found.batch_id, settings=workflow.delivery.push, clock=now)
-                late_note = (
-                    [] if now() < delivering.over(found.day) else ["its day is over: it is sent with --late only"]
-                )
+                late_note = [] if now() < acting.over(found.day) else ["its day is over: it is sent with --late only"]
                 told(
                     diff.as_dict() | {"notes": [*diff.notes, *late_note]},
                     as_json,
