@@ -14,13 +14,7 @@ from typing import Any, Literal
 from assets import fallback
 from assets.workflow import Workflow
 from delivery.ledger import Event, Ledger
-from models.registry import (
-    CHALLENGER,
-    CHAMPION,
-    PREVIOUS,
-    Registry,
-    Version,
-)
+from models.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry, Version
 
 Stage = Literal["shadow", "canary"]
 

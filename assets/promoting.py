@@ -40,14 +40,8 @@ from models.registry import (
 
 REQUEST, BEHIND = "request", "registry behind"
 """Kinds of ledger events: an alias moved by a person, with the answer; a move that the registry could not be told of."""
-
-
 UNKNOWN = "unknown"
-
-
 WAITED = "its gate held it for a person, and one asks for it"
-
-
 _PATIENCE_S = 60.0
 """How long one move waits for another of the same workflow; each takes well under a second."""
 

@@ -16,14 +16,10 @@ from assets.lake import Lake
 from assets.workflow import Workflow
 
 STEPS = ("champion", "previous_champion", "rule", "no_change")
-
-
 STANDING = pa.schema(
     {"entity_id": pa.string(), "value": pa.int64(), "batch_id": pa.string(), "verified_at": pa.timestamp("us")}
 )
 """What stands downstream where it is known better than the day's features say: the value, what proved it, and when."""
-
-
 DECISIONS = pa.schema(
     {
         "entity_id": pa.string(),
@@ -40,8 +36,6 @@ DECISIONS = pa.schema(
         "reasons": pa.list_(pa.string()),
     }
 )
-
-
 RECORD = pa.schema(
     {
         "workflow": pa.string(),
@@ -61,8 +55,6 @@ RECORD = pa.schema(
         "code_digest": pa.string(),
     }
 )
-
-
 SCORING = pa.schema(
     {
         "day": pa.date32(),
