@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import pyarrow.compute as pc
 
-from assets import acting, errors, fallback, gating, lifecycle
+from assets import acting, errors, fallback, lifecycle
 from assets.lake import Lake
 from assets.workflow import Workflow
 from delivery.ledger import Busy, Ledger
@@ -561,6 +561,8 @@ def _gate(workflow: Workflow, registry: Registry, lake: Lake, now: datetime) -> 
     day = day if now >= workflow.cutoff_of(day) else day - timedelta(days=1)
 
     def judge(version: Version, against: Version | None) -> Verdict:
+        from assets import gating  # at use: it loads pandas, which most who import this do without
+
         return gating.judge(workflow, lake, registry, version, day, against=against)
 
     return judge
