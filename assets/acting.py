@@ -18,7 +18,6 @@ import pyarrow.compute as pc
 
 from assets.lake import Lake
 from assets.point_in_time import connect
-from assets.promoting import over
 from assets.workflow import Workflow
 from delivery.ledger import BatchRow, Ledger
 
@@ -46,6 +45,11 @@ DECIDED = pa.schema(
 )
 """``decided``: state of the decision's delivery (null: nothing was to be sent); standing: the value that stood downstream when
 the day on which it took effect ended; decided_at: when the day was first decided by a batch that acted (naive UTC)."""
+
+
+def over(day: date) -> datetime:
+    """When the day that a decision of ``day`` takes effect on has ended: from then on ``day`` is history."""
+    return datetime.combine(day + timedelta(days=2), datetime.min.time())
 
 
 def afterwards(batch: BatchRow) -> bool:

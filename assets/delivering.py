@@ -133,14 +133,9 @@ def open_batches(ledger: Ledger, workflow: Workflow, now: datetime) -> list[Batc
         and not row.backfill
         # one that changes nothing still takes back what an earlier batch of the day has sent
         and (row.changed or day in begun)
-        and now < over(day)
+        and now < acting.over(day)
         and standing(ledger, row, now, four_eyes).ok
     ]
-
-
-def over(day: date) -> datetime:
-    """When the day that a batch of ``day`` takes effect on has ended."""
-    return datetime.combine(day + timedelta(days=2), datetime.min.time())
 
 
 def connect(workflow: Workflow, clock: Callable[[], datetime]) -> Connector:
@@ -197,7 +192,7 @@ def deliver(
         return Delivered(
             batch, None, f"a backfill: batch {batch.batch_id} was decided when its day was over, and is never sent"
         )
-    if not stale and clock() >= over(batch.day) and batch.delivery != "COMPLETE":
+    if not stale and clock() >= acting.over(batch.day) and batch.delivery != "COMPLETE":
         raise TooLate(
             f"batch {batch.batch_id} was decided for {batch.day + timedelta(days=1)}, which is over; decide a newer day, "
             f"or send it all the same with: signalbox deliver {batch.batch_id} --late"

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake.exceptions import DeltaError
 
-from assets import acting, code, deciding, what_if
+from assets import acting, code, deciding, replaying, tables, what_if
 from assets.lake import Lake, TableMissing
 from assets.workflow import FOLDER, Workflow
 from data_checks import guardrails
@@ -94,7 +94,7 @@ def explain(
     links["batch"] = {k: v for k, v in batch.items() if k != "record"}
     links["batch"] |= _or_gone("its rollbacks", lambda: _rolled_back(ledger, batch))
     links["approvals"] = _or_gone("its approvals", lambda: {"given": _rows(ledger.approvals(batch["batch_id"]))})
-    links["decision"] = {c: row.get(c) for c in deciding.DECISIONS.names} | {
+    links["decision"] = {c: row.get(c) for c in tables.DECISIONS.names} | {
         "workflow": batch["workflow"], "day": batch["day"], "kind": kind, "money": _is_money(row, batch, lake),
     }  # fmt: skip
     if row.get("entity_id") is None:
@@ -116,7 +116,7 @@ def _is_money(row: Mapping[str, Any], batch: Mapping[str, Any], lake: Lake) -> b
         kept = lake.read(f"{batch['workflow']}/specs", columns=["digest"])["digest"].to_pylist()
         digest = kept[-1] if kept else None
     try:
-        return isinstance(deciding.spec_of(batch["workflow"], lake, digest or "").policy, BudgetPolicy)
+        return isinstance(replaying.spec_of(batch["workflow"], lake, digest or "").policy, BudgetPolicy)
     except _lost():
         return False
 
@@ -132,7 +132,7 @@ def _lost() -> tuple[type[Exception], ...]:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    told = (deciding.ReplayImpossible, TableMissing, ModelMissing, ModelUnreadable, DeltaError, LedgerError)
+    told = (replaying.ReplayImpossible, TableMissing, ModelMissing, ModelUnreadable, DeltaError, LedgerError)
     return (*told, MlflowException, SQLAlchemyError, OSError, pa.ArrowInvalid)
 
 
@@ -340,8 +340,8 @@ def _reasoned(lake: Lake, registry: Registry, row: dict[str, Any]) -> dict[str, 
 
 
 def _inputs(row: Mapping[str, Any], lake: Lake, registry: Registry) -> what_if.Inputs:
-    found = deciding.made_from(row, lake, registry)
-    recorded = {c: row[c] for c in deciding.DECISIONS.names}
+    found = replaying.made_from(row, lake, registry)
+    recorded = {c: row[c] for c in tables.DECISIONS.names}
     return what_if.Inputs(
         recorded, found.workflow, found.day, found.features, found.scores, found.drawn, found.step, found.learner,
         found.scores_in,
@@ -354,7 +354,7 @@ def _score(inputs: what_if.Inputs) -> tuple[dict[str, Any], Because | None]:
     chosen = deciding.of_policy(inputs.workflow, inputs.features)
     mine = chosen.filter(pc.equal(chosen["entity_id"], inputs.row["entity_id"]))
     if mine.num_rows != 1:
-        raise deciding.ReplayImpossible(f"its row in the features of {inputs.day} is gone")
+        raise replaying.ReplayImpossible(f"its row in the features of {inputs.day} is gone")
     because: Because = inputs.learner.because(mine)
     (score,) = inputs.learner.score(mine).to_pylist()
     told = {
@@ -442,7 +442,7 @@ def _written(lake: Lake, table: str, version: int) -> dict[str, Any]:
 def _sources(row: Mapping[str, Any], lake: Lake) -> dict[str, Any]:
     """The landed rows that speak of the entity, within the lookback and known by the cut-off, newest first."""
     workflow, day, entity = (
-        deciding.spec_of(row["workflow"], lake, row["spec_digest"]),
+        replaying.spec_of(row["workflow"], lake, row["spec_digest"]),
         row["day"],
         row["entity_id"],
     )
@@ -505,7 +505,7 @@ def _landed(workflow: Workflow, lake: Lake) -> dict[tuple[str, str], datetime]:
 
 
 def _replay(row: Mapping[str, Any], lake: Lake, registry: Registry) -> dict[str, Any]:
-    again = deciding.replay_row(row, lake, registry)
+    again = replaying.replay_row(row, lake, registry)
     said = again.as_dict()
     return {
         "equal": again.equal, "after": row["after"], "again": said["again"], "differs_in": said["differs in"],

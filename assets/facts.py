@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake.exceptions import DeltaError
 
-from assets import code, deciding, point_in_time, promoting
+from assets import acting, code, deciding, errors, point_in_time, scoring, tables
 from assets.lake import Lake, TableMissing, content_digest
 from assets.workflow import Workflow
 from delivery.ledger import BatchRow, Ledger
@@ -30,7 +30,7 @@ effect is over."""
 
 def state_of(day: date, batches: Sequence[BatchRow], now: datetime) -> DayState:
     """What a day is at ``now``, from its decision batches in the ledger: a pure function."""
-    over = now >= promoting.over(day)
+    over = now >= acting.over(day)
     if not batches:
         return "backfill" if over else "fresh"
     if over:
@@ -141,13 +141,13 @@ def compare(workflow: Workflow, lake: Lake, registry: Registry, ledger: Ledger, 
     day = recorded.day
     try:
         again = deciding.recompute_day(workflow, lake, registry, ledger, day, recorded)
-    except (deciding.FeaturesMissing, TableMissing, DeltaError, KeyError, TypeError, ValueError) as error:
-        said = f"{type(error).__name__}: {promoting.first_line(error)}"
+    except (scoring.FeaturesMissing, TableMissing, DeltaError, KeyError, TypeError, ValueError) as error:
+        said = f"{type(error).__name__}: {errors.first_line(error)}"
         return Compared(recorded.batch_id, recorded.rows, impossible=said)
     then, now = ledger.decisions(recorded.batch_id), _as_kept(again.decisions)
     forgotten = then["entity_id"].null_count
     then = then.filter(pc.is_valid(then["entity_id"]))
-    differ = _differing(then.select(deciding.DECISIONS.names), now, ["entity_id"])
+    differ = _differing(then.select(tables.DECISIONS.names), now, ["entity_id"])
     if forgotten:  # who was forgotten cannot be found among those of today
         differ = differ.filter(pc.not_equal(differ["what"], _NOT_THEN))
     if not differ.num_rows:
@@ -272,7 +272,7 @@ def _learned_otherwise(workflow: Workflow, lake: Lake, recorded: BatchRow, again
             for f, o in versions
         ]
     except (TableMissing, DeltaError, OSError) as error:
-        return [f"the rows that the rule was fitted to are gone: {promoting.first_line(error)}"]
+        return [f"the rows that the rule was fitted to are gone: {errors.first_line(error)}"]
     if content_digest(sets[0]) == content_digest(sets[1]):
         return []
     return ["outcomes, or the features of earlier days, that the rule is fitted to were restated"]
@@ -289,6 +289,6 @@ def _restated(workflow: Workflow, lake: Lake, recorded: BatchRow, again: decidin
     try:
         then, now = (lake.read(workflow.table("features"), version=v, days=[recorded.day]) for v in versions)
     except (TableMissing, DeltaError, OSError) as error:
-        return nothing, f"the features of then are gone: {promoting.first_line(error)}"
+        return nothing, f"the features of then are gone: {errors.first_line(error)}"
     keys = point_in_time.keys_of([c for c in now.schema.names if c in then.schema.names])
     return _differing(then, now, keys), ""

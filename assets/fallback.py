@@ -1,7 +1,7 @@
 """Whether the rule decides in a version's place, because outcomes have shown that the version does worse.
 
 Belongs here: the ledger's events that say so, and whether one still counts. Does not: the comparison
-(``data_checks.performance``), the steps of a bad day (``assets.deciding``) or the retraining (``assets.retraining``).
+(``data_checks.performance``), the steps of a bad day (``assets.scoring``) or the retraining (``assets.retraining``).
 
 A version is put behind the rule once. It stays there until another version is champion, or a person takes that back: with
 ``signalbox lift``, or by promoting the version anew. What a person took back is not done again.

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from assets import deciding, performing, point_in_time, promoting
+from assets import deciding, lifecycle, performing, point_in_time, scoring
 from assets.lake import Lake
 from assets.workflow import Workflow
 from delivery.ledger import Ledger
@@ -95,7 +95,7 @@ def terms(workflow: Workflow) -> examining.Terms:
         workflow.policy,
         tuple(workflow.features.numeric),
         tuple(workflow.features.categorical),
-        deciding.SEED,
+        scoring.SEED,
     )
 
 
@@ -104,7 +104,7 @@ def asked(workflow: Workflow, device: str) -> dict[str, Any]:
     training = workflow.training
     return {
         "rule": catalog.rule(workflow.model.kind), "min_rows": training.min_rows, "metric": training.metric,
-        "better": training.better, "margin": training.margin, "seed": deciding.SEED, "device": device, "threads": THREADS,
+        "better": training.better, "margin": training.margin, "seed": scoring.SEED, "device": device, "threads": THREADS,
         "terms": terms(workflow),
     }  # fmt: skip
 
@@ -118,14 +118,14 @@ def champion_of(workflow: Workflow, registry: Registry, ledger: Ledger, day: dat
     if not ledger.promotions(workflow.name):
         held = registry.by_alias(workflow.name, CHAMPION)
     else:
-        number = promoting.live(ledger, workflow)["champion"]
+        number = lifecycle.live(ledger, workflow)["champion"]
         try:
             held = None if number is None else registry.by_number(workflow.name, number)
         except ModelMissing:
             held = None
     if held is None or held.trained_day <= day or held.trained_day == date.max:
         return held
-    found = promoting.lineup(registry, ledger, workflow.name, day).versions
+    found = lifecycle.lineup(registry, ledger, workflow.name, day).versions
     return found[0][1] if found else None
 
 
@@ -139,7 +139,7 @@ def opponent(
     if champion is None:
         return None, ""
     try:
-        model = deciding.read_model(workflow, registry, champion)
+        model = scoring.read_model(workflow, registry, champion)
     except (ModelMissing, ModelUnreadable) as error:
         return None, f" Version {champion.number} could not be compared: {error}."
     found = fitting.Champion(f"version {champion.number}", model, champion.trained_day <= split)
@@ -256,8 +256,8 @@ def _both_ways(
     """The verdict on a version's files, and on its twin where it, or the champion, has learned from the held-out days."""
     training, kind = workflow.training, workflow.model.kind
     learner = catalog.learner(kind)
-    how: dict[str, Any] = {"seed": deciding.SEED, "device": "cpu", "threads": THREADS}
-    rule = catalog.rule(kind).fit(held.early, deciding.learner_spec(workflow), **how)
+    how: dict[str, Any] = {"seed": scoring.SEED, "device": "cpu", "threads": THREADS}
+    rule = catalog.rule(kind).fit(held.early, scoring.learner_spec(workflow), **how)
 
     def examined(model: Any, other: Any, **more: Any) -> gate.Verdict:
         verdict, _ = examining.examine(

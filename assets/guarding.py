@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from assets import acting, fallback, promoting
+from assets import acting, fallback, lifecycle, promoting
 from assets.lake import Lake
 from assets.point_in_time import StageSqlError, connect
 from assets.workflow import Regression, Workflow
@@ -154,7 +154,7 @@ def _left_to_the_rule(ledger: Ledger, workflow: Workflow, acted: Sequence[BatchR
     """The days that the rule decided while the champion of that hour was behind it."""
     noted = ledger.events(fallback.KIND, workflow.name)
     ruled = [b for b in acted if b.step == "rule" and noted and b.decided_at >= noted[0].at]
-    return frozenset(b.day for b in ruled if promoting.behind(ledger, workflow.name, b.decided_at) is not None)
+    return frozenset(b.day for b in ruled if lifecycle.behind(ledger, workflow.name, b.decided_at) is not None)
 
 
 def _champion(
@@ -650,18 +650,16 @@ def _acted_or_may(ledger: Ledger, workflow: Workflow) -> tuple[list[BatchRow], l
     """The batches that acted, oldest day first; and they with those that may still be sent, in the order of deciding."""
     every = ledger.batches(workflow.name, kind="decision")
     acted = [b for rows in acting.by_day(every).values() for b in rows]
-    may = {
-        b.day: b for b in every if b.status != "REFUSED" and not b.backfill and ledger.clock() < promoting.over(b.day)
-    }
+    may = {b.day: b for b in every if b.status != "REFUSED" and not b.backfill and ledger.clock() < acting.over(b.day)}
     chosen = {b.batch_id for b in (*acted, *may.values())}
     return acted, [b for b in every if b.batch_id in chosen]
 
 
 def _acting(ledger: Ledger, workflow: Workflow, acted: Sequence[BatchRow]) -> set[int | None]:
     """Who acts now: the champion (None: the rule, where no model does or the champion is behind it) and the challenger."""
-    stands = promoting.live(ledger, workflow)
+    stands = lifecycle.live(ledger, workflow)
     found: set[int | None] = {stands["challenger"][0]} if stands["challenger"] else set()
-    if promoting.behind(ledger, workflow.name, ledger.clock()) is not None:
+    if lifecycle.behind(ledger, workflow.name, ledger.clock()) is not None:
         # a verdict over either counts: the rule decides, and what the champion decided before may still stand
         found.add(None)
     if stands["champion"] is not None or ledger.promotions(workflow.name):

@@ -22,8 +22,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from assets import acting, delivering, guarding, promoting
-from assets.deciding import STEPS
+from assets import acting, delivering, guarding, lifecycle
+from assets.tables import STEPS
 from assets.workflow import Workflow
 from delivery import approvals
 from delivery.guards import TRIED
@@ -141,7 +141,7 @@ def examine(ledger: Ledger, workflow: Workflow, *, until: datetime, window_days:
     name = workflow.name
     batches = [b for b in ledger.batches(name, kind="decision") if b.recorded_at <= until]
     told_by = acting.told(batches)
-    last = delivering.over(max(told_by)) if told_by else until
+    last = acting.over(max(told_by)) if told_by else until
     as_of = last if last < until - timedelta(days=window_days) else until
     since = as_of - timedelta(days=window_days)
     events = [e for e in ledger.events(workflow=name) if e.at <= until]
@@ -162,7 +162,7 @@ def examine(ledger: Ledger, workflow: Workflow, *, until: datetime, window_days:
         "promotions": sum(p.at > since for p in promoted),
         "refused": sum(p.at > since and p.action == "refused" for p in moves),
         "held_for_a_person": sum(p.at > since and p.action == "held" for p in moves),
-        "behind_the_rule": int(promoting.behind(ledger, name, as_of) is not None),
+        "behind_the_rule": int(lifecycle.behind(ledger, name, as_of) is not None),
         "retrainings": sum(e.at > since for e in asked),
         "triggers_held": sum(e.at > since for e in triggers) - sum(e.at > since for e in asked),
         "rollbacks": len(recent),
@@ -310,18 +310,18 @@ def _months(
 def _now(ledger: Ledger, workflow: Workflow, batches: Sequence[BatchRow], now: datetime) -> dict[str, Any]:
     """Who is live at ``now``, and what is open by the newest that the ledger knows."""
     name = workflow.name
-    stop, live = ledger.stopped(name), promoting.live(ledger, name, until=now)
+    stop, live = ledger.stopped(name), lifecycle.live(ledger, name, until=now)
     every = [b for b in ledger.batches(name) if b.recorded_at <= now]
     newest = {b.day: b for b in sorted(batches, key=lambda b: b.sequence)}
     delivered = (b.day for rows in acting.by_day(batches).values() for b in rows if b.delivery == "COMPLETE")
     four_eyes = workflow.delivery.approval.four_eyes if workflow.delivery is not None else False
     held = []
     for b in newest.values():
-        if b.status == "HELD" and b.delivery == "NONE" and now < delivering.over(b.day):
+        if b.status == "HELD" and b.delivery == "NONE" and now < acting.over(b.day):
             stands = approvals.standing(ledger, b, now, four_eyes)
             if not stands.ok:
                 held.append({"batch": b.batch_id, "day": _said(b.day), "approvals_missing": stands.missing,
-                             "until": _said(delivering.over(b.day)), "says": stands.text})  # fmt: skip
+                             "until": _said(acting.over(b.day)), "says": stands.text})  # fmt: skip
     condemned: list[dict[str, Any]] = [
         {"batch": batch, "version": None, "says": says} for batch, says in delivering.condemned(ledger, workflow)
     ]
@@ -331,7 +331,7 @@ def _now(ledger: Ledger, workflow: Workflow, batches: Sequence[BatchRow], now: d
         for batch in one.batches or (None,)
         if batch not in {c["batch"] for c in condemned} or batch is None
     ]
-    challenger, behind = live["challenger"], promoting.behind(ledger, name, now)
+    challenger, behind = live["challenger"], lifecycle.behind(ledger, name, now)
     return {
         "stopped": None if stop is None else {"by": stop.actor or NOBODY, "since": _said(stop.at), "reason": stop.reason},
         "held": held,
@@ -344,7 +344,7 @@ def _now(ledger: Ledger, workflow: Workflow, batches: Sequence[BatchRow], now: d
         "champion_since": _said(live["since"].get("champion")),
         "behind_the_rule": None if behind is None else {"since": _said(behind.at), "says": str(behind.body["text"])},
         "challenger": None if challenger is None else {"version": challenger[0], "stage": challenger[1]},
-        "versions_held": promoting.held(ledger, name, until=now),
+        "versions_held": lifecycle.held(ledger, name, until=now),
         "blocked": list(live.get("blocked", ())),
         "newest_day_decided": _said(max(acting.told(batches), default=None)),
         "newest_day_delivered": _said(max(delivered, default=None)),

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from assets import deciding, point_in_time
+from assets import point_in_time, scoring, tables
 from assets.lake import Lake, TableMissing
 from assets.workflow import SCORES, Workflow
 from data_checks import performance
@@ -53,8 +53,8 @@ def scored(workflow: Workflow, lake: Lake, day: date, without: Collection[date] 
     if not days:
         return _EMPTY
     try:
-        scores = deciding.recorded_scores(workflow, lake, days)
-        scoring = lake.read(workflow.table("scoring"), days=days, columns=["day", "model_version", "step"])
+        scores = tables.recorded_scores(workflow, lake, days)
+        scored_by = lake.read(workflow.table("scoring"), days=days, columns=["day", "model_version", "step"])
     except TableMissing:
         return _EMPTY
     if scores.num_rows == 0:
@@ -74,7 +74,7 @@ def scored(workflow: Workflow, lake: Lake, day: date, without: Collection[date] 
     extra = [f'o."{c}"' for c in answers.schema.names if c in {wanted, "budget"}]
     connection = point_in_time.connect()
     try:
-        for name, table in (("scores", scores), ("scoring", scoring), ("answers", answers)):
+        for name, table in (("scores", scores), ("scoring", scored_by), ("answers", answers)):
             connection.register(name, table)
         rows = connection.sql(
             f"WITH o AS (SELECT * FROM answers WHERE known_at <= $cutoff QUALIFY row_number() OVER "
@@ -170,11 +170,11 @@ def score_by_rule(workflow: Workflow, lake: Lake, day: date, without: Collection
             features = lake.read(workflow.table("features"), version=row.get("features_version"), days=[then])
             features = point_in_time.chosen(workflow, point_in_time.ordered(features), "training.evaluate_on")
             if rule.learns:
-                fitted = deciding.fit_rule(
+                fitted = scoring.fit_rule(
                     workflow, lake, then, row.get("features_version"), row.get("outcomes_version")
                 )
             else:
-                fitted = rule.fit(pa.table({}), deciding.learner_spec(workflow), seed=deciding.SEED, device="cpu", threads=1)  # fmt: skip
+                fitted = rule.fit(pa.table({}), scoring.learner_spec(workflow), seed=scoring.SEED, device="cpu", threads=1)  # fmt: skip
             scores = fitted.score(features)
         except (TableMissing, KeyError, ValueError):
             continue

@@ -1,8 +1,9 @@
 """What becomes of a version: from the gate to shadow, canary, champion, and back; the ledger is the truth, aliases follow it.
 
-Belongs here: the steps of a version's life, and bringing the registry's aliases in line with the ledger. Does not: judging
-(``assets.gating``, ``data_checks.regression``), MLflow's own calls (``models.registry``), what a shadow is measured by
-(``assets.shadowing``), or what starts a step (``orchestration.automation``).
+Belongs here: the steps of a version's life, and bringing the registry's aliases in line with the ledger. Does not: reading
+which version holds which place (``assets.lifecycle``), judging (``assets.gating``, ``data_checks.regression``), MLflow's own
+calls (``models.registry``), what a shadow is measured by (``assets.shadowing``), or what starts a step
+(``orchestration.automation``).
 
 Every move is written to the ledger first and to the registry then. A process that is killed between the two leaves aliases
 behind the ledger; the next admit, advance, rollback or reconcile brings them after. What tells that from an alias which a
@@ -12,19 +13,18 @@ person moved is what the registry remembers of the last time that aliases follow
 from __future__ import annotations
 
 import contextlib
-import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta
 from typing import Any, Literal
 
 import pyarrow.compute as pc
 
-from assets import fallback
+from assets import acting, errors, fallback, lifecycle
 from assets.lake import Lake
 from assets.workflow import Workflow
-from delivery.ledger import Busy, Event, Ledger
+from delivery.ledger import Busy, Ledger
 from models.gate import Verdict
 from models.registry import (
     CHALLENGER,
@@ -38,7 +38,6 @@ from models.registry import (
     Version,
 )
 
-Stage = Literal["shadow", "canary"]
 REQUEST, BEHIND = "request", "registry behind"
 """Kinds of ledger events: an alias moved by a person, with the answer; a move that the registry could not be told of."""
 UNKNOWN = "unknown"
@@ -49,160 +48,6 @@ _PATIENCE_S = 60.0
 
 Judge = Callable[[Version, Version | None], Verdict]
 """Judges a version beside the champion."""
-
-
-def live(ledger: Ledger, workflow: Workflow | str, until: datetime | None = None) -> dict[str, Any]:
-    """Which versions are live, from the ledger alone; with ``until`` (naive UTC) as it stood then.
-
-    ``champion``: number or None. ``previous``: the champion before it, or None. ``challenger``: (number, "shadow" or
-    "canary") or None. ``blocked``: the numbers that were rolled back and not lifted. ``lifted``: those that a person let
-    be promoted again. ``digests``: by number, the digest
-    of the files that were given their place. ``since``: when champion and challenger got their places (naive UTC).
-    """
-    champions: list[int] = []
-    challenger: tuple[int, Stage] | None = None
-    blocked: set[int] = set()
-    lifted: set[int] = set()
-    digests: dict[int, str] = {}
-    since: dict[str, datetime] = {}
-    for one in ledger.promotions(workflow if isinstance(workflow, str) else workflow.name):
-        number, was = one.version, champions[-1:]
-        if number is None or (until is not None and one.at > until):
-            continue
-        if one.evidence.get("digest"):
-            digests[number] = str(one.evidence["digest"])
-        is_challenger = challenger is not None and challenger[0] == number
-        if one.action == "promoted":
-            champions = [*(n for n in champions if n != number), number]
-            challenger = None if is_challenger else challenger
-        elif one.action in ("shadow", "canary"):
-            challenger = (number, "shadow" if one.action == "shadow" else "canary")
-            since["challenger"] = one.at
-        elif one.action == "dropped" and is_challenger:
-            challenger = None
-        elif one.action in ("dropped", "rolled back"):
-            # out of the line for good: a lifted version must be promoted again to decide again
-            champions = [n for n in champions if n != number]
-            challenger = None if is_challenger else challenger
-        if one.action == "rolled back":
-            blocked.add(number)
-            lifted.discard(number)
-        elif one.action == "lifted":
-            blocked.discard(number)
-            lifted.add(number)
-        if champions[-1:] != was:
-            since["champion"] = one.at
-    if challenger is None:
-        since.pop("challenger", None)
-    return {
-        "champion": champions[-1] if champions else None,
-        "previous": champions[-2] if len(champions) > 1 else None,
-        "challenger": challenger,
-        "blocked": sorted(blocked),
-        "lifted": sorted(lifted),
-        "digests": digests,
-        "since": since,
-    }
-
-
-def aliases(state: Mapping[str, Any]) -> dict[str, int | None]:
-    """Where the registry's aliases belong, by what ``live`` says."""
-    challenger = state["challenger"]
-    return {
-        CHAMPION: state["champion"], PREVIOUS: state["previous"], CHALLENGER: challenger[0] if challenger else None,
-    }  # fmt: skip
-
-
-def behind(ledger: Ledger, name: str, until: datetime) -> Event | None:
-    """The event by which the rule decides in place of the champion (``assets.fallback``), as both stood at ``until``
-    (naive UTC); None where the champion decides, or there is none."""
-    if not ledger.events(fallback.KIND, name):
-        return None
-    champion = live(ledger, name, until)["champion"]
-    return None if champion is None else fallback.standing(ledger, name, champion, until)
-
-
-# --- who decides a day --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Lineup:
-    """Who may score a day: the steps of the ladder that have a version, best first, and the challenger beside them."""
-
-    versions: tuple[tuple[str, Version | None, str], ...]
-    """(step, version, why it has none): champion, previous_champion."""
-    challenger: tuple[Version, Stage] | None = None
-    moved: str = ""
-    """An alias stands elsewhere than the ledger says: whose request it waits for; empty where all is in line."""
-
-
-def lineup(registry: Registry, ledger: Ledger | None, name: str, day: date) -> Lineup:
-    """The versions that count for ``day``, by the ledger: an alias that somebody moved decides nothing by itself.
-
-    A day before the champion was trained (a backfill) is scored by the newest versions that had passed their gate by
-    then. Without a ledger, or one that knows no version of the workflow, the registry alone says (``Registry.as_of``).
-    Raises MLflow's error where the registry is down.
-    """
-    if ledger is None or not ledger.promotions(name):
-        return Lineup(_ranked(registry.as_of(name, day)))
-    state, stands = live(ledger, name), registry.standing(name)
-    held = stands.versions.get(state["champion"] or -1)
-    if held is not None and held.trained_day > day:
-        known = [v for v in stands.versions.values() if v.passed and v.trained_day <= day]
-        usable = [v for v in known if not _unusable(v, state)]
-        return Lineup(_ranked(sorted(usable, key=lambda v: (v.trained_day, v.number), reverse=True)))
-    found: list[tuple[str, Version | None, str]] = []
-    for step, number in ((CHAMPION, state["champion"]), (PREVIOUS, state["previous"])):
-        version = stands.versions.get(number or -1)
-        why = _unusable(version, state, number) if number is not None else "the ledger says that no version is live"
-        if not why and version is not None and version.trained_day > day:
-            why = f"version {number} was trained after {day}"
-        if number is not None or step == CHAMPION:
-            found.append((step, None if why else version, f"{step}: {why}"))
-    beside = None
-    if state["challenger"] is not None:
-        version = stands.versions.get(state["challenger"][0])
-        if version is not None and not _unusable(version, state) and version.trained_day <= day:
-            beside = (version, state["challenger"][1])
-    wanted = aliases(state)
-    moved = [
-        f"the alias {alias} stands at {stands.aliases.get(alias, 'no version')}, the ledger says {wanted[alias] or 'none'}"
-        for alias in wanted
-        if stands.aliases.get(alias) != wanted[alias]
-    ]
-    return Lineup(tuple(found), beside, "; ".join(moved))
-
-
-def _ranked(versions: Sequence[Version]) -> tuple[tuple[str, Version | None, str], ...]:
-    return tuple((step, version, "") for step, version in zip((CHAMPION, PREVIOUS), versions, strict=False))
-
-
-def unreachable() -> tuple[type[Exception], ...]:
-    """What is raised where the registry's server or database does not answer as it should."""
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return (MlflowException, SQLAlchemyError, OSError)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error, without the user and password of an address in it."""
-    return re.sub(r"://[^/@\s]*@", "://…@", str(error).partition("\n")[0])
-
-
-def _unusable(version: Version | None, state: Mapping[str, Any], number: int | None = None) -> str:
-    """Why a version may not decide; empty where it may."""
-    if version is None:
-        return f"version {number} is gone from the registry"
-    if version.blocked or version.number in state["blocked"]:
-        return f"version {version.number} was rolled back and is blocked ({version.blocked or 'by the ledger'})"
-    wanted = state["digests"].get(version.number)
-    if wanted is not None and wanted != version.digest:
-        return (
-            f"version {version.number} is not the one that was given its place (digest {version.digest[:12] or 'none'}, "
-            f"recorded {wanted[:12]})"
-        )
-    return ""
 
 
 # --- moves ------------------------------------------------------------------------------------------------------------
@@ -235,14 +80,14 @@ def _begin(registry: Registry, ledger: Ledger, name: str) -> Standing:
     stands = registry.standing(name)
     _adopt(ledger, name, stands)
     if stands.versions and stands.followed is None:
-        stands = replace(stands, followed=aliases(live(ledger, name)))
+        stands = replace(stands, followed=lifecycle.aliases(lifecycle.live(ledger, name)))
         registry.remember(name, stands.followed or {})
     return stands
 
 
 def _follow(registry: Registry, name: str, state: Mapping[str, Any], stands: Standing) -> None:
     """Bring aliases and blocks after the ledger, except an alias that somebody else has moved: that is a request."""
-    wanted = aliases(state)
+    wanted = lifecycle.aliases(state)
     for number in state["blocked"]:
         if number in stands.versions and not stands.versions[number].blocked:
             registry.block(name, number, "rolled back (see the ledger)")
@@ -286,7 +131,7 @@ def _mend(ledger: Ledger, name: str, stands: Standing) -> list[str]:
     """
     done = []
     while stands.versions:
-        state = live(ledger, name)
+        state = lifecycle.live(ledger, name)
         places = {
             "champion": state["champion"], "previous_champion": state["previous"],
             "challenger": state["challenger"][0] if state["challenger"] else None,
@@ -309,7 +154,7 @@ def _mend(ledger: Ledger, name: str, stands: Standing) -> list[str]:
 
 def _record_heir(ledger: Ledger, name: str, of: int, why: str) -> None:
     """Say who stands in for a champion that is out, where the line has somebody."""
-    heir = live(ledger, name)["champion"]
+    heir = lifecycle.live(ledger, name)["champion"]
     if heir is not None:
         ledger.promotion(name, heir, "promoted", "signalbox", {"heir of": of, "reason": why})
 
@@ -347,7 +192,7 @@ def admit(
     with _alone(ledger, name):
         stands = _begin(registry, ledger, name)
         _mend(ledger, name, stands)
-        state = live(ledger, name)
+        state = lifecycle.live(ledger, name)
         if not version.passed:
             action = "held" if held else "refused"
             if not any(p.version == version.number and p.action == action for p in ledger.promotions(name)):
@@ -366,8 +211,10 @@ def admit(
             ledger.promotion(name, version.number, place, actor, told)
         elif place == "champion" and state["champion"] != version.number:
             ledger.promotion(name, version.number, "promoted", actor, told)
-            _drop_challenger(ledger, name, live(ledger, name), actor, f"version {version.number} became champion")
-        _follow(registry, name, live(ledger, name), registry.standing(name))
+            _drop_challenger(
+                ledger, name, lifecycle.live(ledger, name), actor, f"version {version.number} became champion"
+            )
+        _follow(registry, name, lifecycle.live(ledger, name), registry.standing(name))
     return place
 
 
@@ -386,11 +233,6 @@ def _drop_challenger(ledger: Ledger, name: str, state: Mapping[str, Any], actor:
         ledger.promotion(name, state["challenger"][0], "dropped", actor, {"reason": why, "was": state["challenger"][1]})
 
 
-def over(day: date) -> datetime:
-    """When the day that a decision of ``day`` takes effect on has ended: from then on ``day`` is history."""
-    return datetime.combine(day + timedelta(days=2), datetime.min.time())
-
-
 def due(
     workflow: Workflow, ledger: Ledger, lake: Lake, day: date, *, verdict: Mapping[str, Any] | None = None
 ) -> tuple[str, str, dict[str, Any]]:
@@ -399,7 +241,7 @@ def due(
     The move: ``none`` (no challenger), ``waits``, ``canary``, ``champion`` or ``blocked``. ``verdict``: the guard's on the
     canary; left out, the newest in the ledger counts.
     """
-    state, spec = live(ledger, workflow), workflow.promotion
+    state, spec = lifecycle.live(ledger, workflow), workflow.promotion
     if state["challenger"] is None:
         return "none", "there is no challenger", {}
     number, stage = state["challenger"]
@@ -467,7 +309,7 @@ def advance(
     backfill) and a workflow that is stopped move nothing: ``waits``. Raises MLflow's error where the registry is down.
     """
     name = workflow.name
-    if now >= over(day) or ledger.stopped(name) is not None:
+    if now >= acting.over(day) or ledger.stopped(name) is not None:
         return "waits"
     if not ledger.promotions(name):
         return "none"  # the registry alone says who decides
@@ -475,7 +317,7 @@ def advance(
         stands = _begin(registry, ledger, name)
         _mend(ledger, name, stands)
         move, why, evidence = due(workflow, ledger, lake, day, verdict=verdict)
-        state = live(ledger, name)
+        state = lifecycle.live(ledger, name)
         if move in ("canary", "champion", "blocked"):
             number = state["challenger"][0]
             action = {"canary": "canary", "champion": "promoted", "blocked": "rolled back"}[move]
@@ -485,7 +327,7 @@ def advance(
                 said = evidence["verdict"]
                 told |= {"reason": reason_of(said) if said.get("reasons") else why, "trigger": "guard"}
             ledger.promotion(name, number, action, "signalbox", told)
-        _follow(registry, name, live(ledger, name), stands)
+        _follow(registry, name, lifecycle.live(ledger, name), stands)
     return move
 
 
@@ -493,8 +335,8 @@ def _reached(registry: Registry, ledger: Ledger, name: str) -> tuple[Standing | 
     """How the registry stands, or None and what its server said: who takes harm back does not wait for it."""
     try:
         return _begin(registry, ledger, name), ""
-    except unreachable() as lost:
-        return None, first_line(lost)[:300]
+    except errors.unreachable() as lost:
+        return None, errors.first_line(lost)[:300]
 
 
 def step_back(
@@ -513,19 +355,19 @@ def step_back(
             raise ModelMissing(
                 f"model {name!r} has no version {number}{f', as far as the ledger knows: {error}' if error else ''}"
             )
-        state = live(ledger, name)
+        state = lifecycle.live(ledger, name)
         if number not in state["blocked"]:
             ledger.promotion(name, number, "rolled back", actor, {"reason": reason, "trigger": trigger})
         if state["champion"] in (number, None):  # None: a run before this one was killed before it named an heir
-            if live(ledger, name)["champion"] is None and stands is not None:
+            if lifecycle.live(ledger, name)["champion"] is None and stands is not None:
                 _find_heir(ledger, name, stands, number)
             else:
                 _record_heir(ledger, name, number, reason)
-        heir = live(ledger, name)["champion"]
+        heir = lifecycle.live(ledger, name)["champion"]
         if stands is not None:
             if number in stands.versions:
                 registry.block(name, number, reason)
-            _follow(registry, name, live(ledger, name), registry.standing(name))
+            _follow(registry, name, lifecycle.live(ledger, name), registry.standing(name))
         else:
             ledger.note(BEHIND, {"workflow": name, "version": number, "reason": error})
     return int(heir) if heir is not None else None
@@ -533,12 +375,12 @@ def step_back(
 
 def _find_heir(ledger: Ledger, name: str, stands: Standing, of: int) -> None:
     """Where the ledger's line is at its end, the newest version that passed its gate before the harmful one stands in."""
-    state = live(ledger, name)
+    state = lifecycle.live(ledger, name)
     harmful = stands.versions.get(of)
     heirs = [
         v
         for v in stands.versions.values()
-        if v.passed and v.number != of and not _unusable(v, state)
+        if v.passed and v.number != of and not lifecycle.unusable(v, state)
         and (harmful is None or v.trained_day <= harmful.trained_day)
     ]  # fmt: skip
     if heirs:
@@ -561,7 +403,7 @@ def lift(name: str, registry: Registry, ledger: Ledger, number: int, *, actor: s
     """
     with _alone(ledger, name):
         stands, error = _reached(registry, ledger, name)
-        state = live(ledger, name)
+        state = lifecycle.live(ledger, name)
         if stands is not None and number not in stands.versions:
             raise ModelMissing(f"model {name!r} has no version {number}")
         tagged = stands is not None and stands.versions[number].blocked
@@ -573,9 +415,9 @@ def lift(name: str, registry: Registry, ledger: Ledger, number: int, *, actor: s
             raise NotBlocked(f"model {name!r} version {number} is not blocked{where}; there is nothing to lift")
         if stands is not None:
             try:
-                _follow(registry, name, live(ledger, name), stands)
-            except unreachable() as lost:
-                error = first_line(lost)[:300]
+                _follow(registry, name, lifecycle.live(ledger, name), stands)
+            except errors.unreachable() as lost:
+                error = errors.first_line(lost)[:300]
         if error:
             ledger.note(BEHIND, {"workflow": name, "version": number, "reason": error})
     return error
@@ -589,8 +431,8 @@ def pending(registry: Registry, ledger: Ledger, name: str) -> list[str]:
     stands = registry.standing(name)
     if not stands.versions:
         return []
-    state = live(ledger, name)
-    wanted = aliases(state)
+    state = lifecycle.live(ledger, name)
+    wanted = lifecycle.aliases(state)
     said = [
         f"alias {alias}: stands at {stands.aliases.get(alias)}, the ledger says {number}"
         for alias, number in wanted.items()
@@ -637,7 +479,7 @@ def reconcile(
     judge: Judge | None = None,
     actor_of: Callable[[str, str, int | None], str | None] | None = None,
 ) -> list[Answer]:
-    """Answer what people did in MLflow, and bring the aliases in line with the ledger; afterwards they equal ``live``.
+    """Answer what people did in MLflow, and bring the aliases in line with the ledger; afterwards they equal ``lifecycle.live``.
 
     An alias that somebody moved is a request: the version is judged beside the champion (``judge``; left out,
     ``assets.gating.judge``), then either recorded in the ledger, or the alias goes back, with the reason as the version's
@@ -652,7 +494,7 @@ def reconcile(
         if not stands.versions:
             return []
         _mend(ledger, name, stands)
-        _follow(registry, name, live(ledger, name), stands)
+        _follow(registry, name, lifecycle.live(ledger, name), stands)
         asked = _requests(ledger, registry, name)
     answers = []
     for alias, (was, to) in asked.items():
@@ -668,7 +510,7 @@ def reconcile(
 
 def _requests(ledger: Ledger, registry: Registry, name: str) -> dict[str, tuple[int | None, int | None]]:
     """Aliases that somebody moved: where each belongs, and where it stands."""
-    wanted, stands = aliases(live(ledger, name)), registry.standing(name)
+    wanted, stands = lifecycle.aliases(lifecycle.live(ledger, name)), registry.standing(name)
     return {alias: (wanted[alias], to) for alias, to in _moved(wanted, stands).items()}
 
 
@@ -676,7 +518,7 @@ def _judged(
     workflow: Workflow, registry: Registry, ledger: Ledger, alias: str, to: int | None, judge: Judge
 ) -> tuple[Literal["recorded", "put back"], str, Mapping[str, Any]]:
     """The answer to a request, with its reason and the gate's figures (none where it was not asked)."""
-    name, state = workflow.name, live(ledger, workflow)
+    name, state = workflow.name, lifecycle.live(ledger, workflow)
     if alias == PREVIOUS:
         return (
             "put back",
@@ -690,7 +532,7 @@ def _judged(
         return "put back", f"a champion is not taken out by its alias: {how}", {}
     stands = registry.standing(name)
     version = stands.versions.get(to)
-    why = _unusable(version, {**state, "digests": {}}, to)
+    why = lifecycle.unusable(version, {**state, "digests": {}}, to)
     if version is None or why:
         lift = f"; only a named person unblocks it: signalbox lift {name} {to}" if version is not None else ""
         return "put back", why + lift, {}
@@ -703,37 +545,14 @@ def _judged(
         against = stands.versions.get(state["champion"] or -1)
         verdict = judge(version, against if against is not None and against.number != to else None)
     except (ModelMissing, ModelUnreadable) as error:
-        return "put back", f"unreadable: {first_line(error)}", {}
+        return "put back", f"unreadable: {errors.first_line(error)}", {}
     said = "; ".join(verdict.reasons)
     if verdict.passed or verdict.held:  # what is held waits for a person, and here is one
         return "recorded", said or "passed its gate", verdict.figures
-    if _waits(ledger, name, version) and verdict.figures.get("has_seen_them") and "harm" in verdict.figures:
+    if lifecycle.waits(ledger, name, version) and verdict.figures.get("has_seen_them") and "harm" in verdict.figures:
         # no days that it has not seen tell more yet than its gate knew when it held it
         return "recorded", f"{WAITED}; its files, on days that it has learned from: {said}", verdict.figures
     return "put back", f"refused by its gate: {said}", verdict.figures
-
-
-def _waits(ledger: Ledger, name: str, version: Version) -> bool:
-    """Whether a version waits for a person since its gate held it, with the files that it had then."""
-    waiting = _held(ledger, name, None)
-    return version.number in waiting and waiting[version.number] == version.digest
-
-
-def _held(ledger: Ledger, name: str, until: datetime | None) -> dict[int, str | None]:
-    """The digest of every version of which the last word is that its gate held it."""
-    last = {
-        p.version: p
-        for p in ledger.promotions(name)
-        if p.version is not None and p.action != "put back" and (until is None or p.at <= until)
-    }
-    return {number: p.evidence.get("digest") for number, p in last.items() if p.action == "held"}
-
-
-def held(ledger: Ledger, name: str, until: datetime | None = None) -> list[int]:
-    """The versions that wait for a person since their gate held them, as of ``until`` (naive UTC); those that are older than
-    the champion wait for nobody any more."""
-    champion = live(ledger, name, until)["champion"]
-    return sorted(n for n in _held(ledger, name, until) if champion is None or n > champion)
 
 
 def _gate(workflow: Workflow, registry: Registry, lake: Lake, now: datetime) -> Judge:
@@ -742,7 +561,7 @@ def _gate(workflow: Workflow, registry: Registry, lake: Lake, now: datetime) -> 
     day = day if now >= workflow.cutoff_of(day) else day - timedelta(days=1)
 
     def judge(version: Version, against: Version | None) -> Verdict:
-        from assets import gating
+        from assets import gating  # at use: it loads pandas, which most who import this do without
 
         return gating.judge(workflow, lake, registry, version, day, against=against)
 
@@ -752,7 +571,7 @@ def _gate(workflow: Workflow, registry: Registry, lake: Lake, now: datetime) -> 
 def _settle(workflow: Workflow, registry: Registry, ledger: Ledger, one: Answer) -> Answer:
     """Write an answer to the ledger, then bring the alias after it."""
     name = workflow.name
-    state, stands = live(ledger, name), registry.standing(name)
+    state, stands = lifecycle.live(ledger, name), registry.standing(name)
     told = {"reason": one.reason, "alias": one.alias, "request": True, "figures": dict(one.figures)}
     if one.to is not None:
         told["digest"] = stands.versions[one.to].digest
@@ -776,8 +595,8 @@ def _settle(workflow: Workflow, registry: Registry, ledger: Ledger, one: Answer)
         registry.passed(name, one.to)
     elif one.to is not None:
         registry.put_back(name, one.to, one.reason)
-    state = live(ledger, name)
-    wanted = aliases(state)
+    state = lifecycle.live(ledger, name)
+    wanted = lifecycle.aliases(state)
     registry.follow(name, {one.alias: wanted[one.alias]} if stands.aliases.get(one.alias) != wanted[one.alias] else {})
     _follow(registry, name, state, registry.standing(name))
     return one

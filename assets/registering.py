@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from assets import deciding, gating
+from assets import gating, scoring
 from assets.workflow import Workflow
 from models import gate, serving
 from models.catalog import Learner
@@ -55,7 +55,7 @@ def register(
         tags={f"signalbox.{k.replace(' ', '_')}": str(v) for k, v in facts.items()} | gate.tags(fitted.verdict),
         plots=fitted.model.plots(held.rows if held.rows.num_rows else learn),
         card=card,
-        seed=deciding.SEED,
+        seed=scoring.SEED,
         served=serving.describe(workflow.model.kind, fitted.model, learn),
         dataset=dataset,
         curves=curves(fitted.judged, held),

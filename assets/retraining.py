@@ -381,14 +381,14 @@ def _left_to_the_rule(
     No figure says it any more once the days that the version scored have left the window, and it stands for as long as
     neither another version is promoted nor a person takes it back; from then on nothing is asked for any more.
     """
-    from assets import fallback, promoting
+    from assets import fallback, lifecycle
 
-    added, stands = dict(found), promoting.behind(ledger, workflow.name, now)
+    added, stands = dict(found), lifecycle.behind(ledger, workflow.name, now)
     if stands is None:
         return added
     for n in range(workflow.retraining.window_days):
         day = judged - timedelta(days=n)
-        event = promoting.behind(ledger, workflow.name, workflow.cutoff_of(day))
+        event = lifecycle.behind(ledger, workflow.name, workflow.cutoff_of(day))
         told = added.get(day, ())
         if event is not None and event.seq == stands.seq and all(e.cause != "rule" for e in told):
             figures = {**event.body["figures"], "version": event.body["version"]}

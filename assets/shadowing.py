@@ -1,7 +1,7 @@
 """A challenger in the shadow: what it would have decided beside what was, day by day.
 
 Belongs here: the disagreement of two sets of scores through the same policy, its page and its table. Does not: scoring
-(``assets.deciding``), or what a disagreement leads to (``assets.promoting``).
+(``assets.scoring``), or what a disagreement leads to (``assets.promoting``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from assets import deciding, point_in_time
+from assets import deciding, point_in_time, scoring, tables
 from assets.lake import Lake
 from assets.workflow import Workflow
 from models import catalog
@@ -128,13 +128,13 @@ def _score_differences(champion: pa.Table, challenger: pa.Table) -> dict[str, fl
 def of_day(workflow: Workflow, lake: Lake, day: date) -> Disagreement | None:
     """The disagreement of a day that is scored and decided, from what is stored; None where the challenger did not score."""
     (made,) = lake.read(workflow.table("scoring"), days=[day]).to_pylist()
-    theirs = deciding.challenger_scores(workflow, lake, day, made)
+    theirs = tables.challenger_scores(workflow, lake, day, made)
     if theirs is None:
         return None
-    ours = deciding.scores_of(workflow, lake, day, made)
+    ours = tables.scores_of(workflow, lake, day, made)
     features = lake.read(workflow.table("features"), version=made["features_version"], days=[day])
-    standing = deciding.standing_at(workflow, lake, day, made.get("standing_version"))
-    features = deciding.with_standing(workflow, features, standing)
+    standing = tables.standing_at(workflow, lake, day, made.get("standing_version"))
+    features = scoring.with_standing(workflow, features, standing)
     units = pc.unique(deciding.of_policy(workflow, features)["unit"]).sort().to_pylist()
     drawn = deciding.draw_arms(workflow, day, units, lake.read(workflow.table("arms")))
     return disagreement(workflow, day, features, ours, theirs, drawn)

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from assets import deciding, gating, point_in_time, promoting, registering
+from assets import gating, lifecycle, point_in_time, promoting, registering, scoring
 from assets.lake import Lake
 from assets.resources import home
 from assets.workflow import Workflow
@@ -48,7 +48,7 @@ def tune(
     The gate's held-out days begin after ``split`` and nothing here sees them: the days that judge a trial end with what
     had matured by ``split``, and it is fitted on what was known at the cut-off of the day before these begin.
     """
-    training, spec = workflow.training, deciding.learner_spec(workflow)
+    training, spec = workflow.training, scoring.learner_spec(workflow)
     asked = training.search or training.early_stopping
     if asked is None:
         return search.untuned(spec, "")
@@ -67,7 +67,7 @@ def tune(
         say(note)
         return search.untuned(spec, note)
     how: dict[str, Any] = {
-        "metric": training.metric, "better": training.better, "seed": deciding.SEED, "device": device,
+        "metric": training.metric, "better": training.better, "seed": scoring.SEED, "device": device,
         "threads": gating.THREADS, "progress": lambda p: say(f"search: {p}"),
     }  # fmt: skip
     learner = catalog.learner(workflow.model.kind)
@@ -111,7 +111,7 @@ def student(
             teacher_version = made if made.passed else None
         if teacher_version is None:
             return "No student was trained: there is no champion to learn from."
-        teacher, recipe = deciding.read_model(workflow, registry, teacher_version), registry.recipe(teacher_version)
+        teacher, recipe = scoring.read_model(workflow, registry, teacher_version), registry.recipe(teacher_version)
     except (ModelMissing, ModelUnreadable) as error:
         return f"No student was trained: its teacher cannot be read: {error}."
     recipe[students.RECIPE] = training.distill.model_dump(mode="json", exclude={"promote"})
@@ -147,7 +147,7 @@ def student(
         metrics=fitted.metrics,
         facts=facts,
     )
-    tried = promoting.live(ledger, workflow)["challenger"]
+    tried = lifecycle.live(ledger, workflow)["challenger"]
     admitted = fitted.verdict.passed and training.distill.promote and tried is None
     version = registering.register(
         workflow,

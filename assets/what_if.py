@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from assets import deciding, point_in_time
+from assets import deciding, point_in_time, replaying
 from assets.workflow import Workflow
 from data_checks import guardrails
 from models import catalog
@@ -128,7 +128,7 @@ class _World:
         chosen = deciding.of_policy(workflow, inputs.features)
         found = chosen.filter(pc.equal(chosen["entity_id"], entity))
         if found.num_rows != 1:
-            raise deciding.ReplayImpossible(
+            raise replaying.ReplayImpossible(
                 f"{workflow.name}: the features of {inputs.day} hold {entity!r} {found.num_rows} times among what is "
                 "decided on"
             )

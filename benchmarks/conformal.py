@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from assets import deciding, landing, point_in_time
+from assets import landing, point_in_time, scoring
 from assets.lake import Lake
 from assets.workflow import FOLDER, Workflow, load
 from delivery.sandbox.worlds import advertising, tickets
@@ -59,7 +59,7 @@ def judged_days(workflow: Workflow, lake: Lake, span: list[date], day: date) -> 
 
 def fitted(learner: Any, rows: pa.Table, spec: dict[str, Any]) -> Any:
     """As training does it, in one thread so that processor time is comparable."""
-    return learner.fit(rows, spec, seed=deciding.SEED, device="cpu", threads=1)
+    return learner.fit(rows, spec, seed=scoring.SEED, device="cpu", threads=1)
 
 
 def added(learner: Any, module: Any, rows: pa.Table, spec: dict[str, Any], repeats: int = 3) -> str:
@@ -86,7 +86,7 @@ def measure_tickets(root: Path, days: int, teams: int) -> None:
     workflow, lake, span = built(
         "ticket_priority", root, days, lambda day, folder: tickets.export_day(events[day], folder, day)
     )
-    spec = deciding.learner_spec(workflow)
+    spec = scoring.learner_spec(workflow)
     for day in (span[-2 * JUDGED - 1], span[-JUDGED - 1]):
         learn, later = judged_days(workflow, lake, span, day)
         later = point_in_time.rows_where(later, workflow.policy.decide_on)
@@ -106,7 +106,7 @@ def measure_lines(root: Path, days: int, lines: int) -> None:
     start = load(FOLDER / "ad_budget").start
     rows = advertising.history(advertising.World(7, "easy", lines, origin=start), start, days)
     workflow, lake, span = built("ad_budget", root, days, lambda day, folder: advertising.export_day(rows, folder, day))
-    spec = deciding.learner_spec(workflow)
+    spec = scoring.learner_spec(workflow)
     for day in (span[-2 * JUDGED - 1], span[-JUDGED - 1]):
         learn, later = judged_days(workflow, lake, span, day)
         print(f"lines, fitted on {day}: {learn.num_rows} rows; {later.num_rows} in the {JUDGED} days after")

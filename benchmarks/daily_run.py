@@ -62,7 +62,7 @@ def plain() -> None:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    from assets import deciding, delivering, guarding, health, landing, performing, point_in_time
+    from assets import deciding, delivering, guarding, health, landing, performing, point_in_time, scoring
     from assets.resources import resources
     from assets.stages import drift as stage
     from assets.workflow import FOLDER, load
@@ -89,9 +89,9 @@ def plain() -> None:
             reports.write(WORKFLOW, day, "features-contract.html", page.html)
         lake.replace_days(workflow.table(table), rows, [day])
     with given["ledger"].open(given["clock"].now) as book:
-        scored = deciding.score_day(workflow, lake, registry, day, now=now, ledger=book)
+        scored = scoring.score_day(workflow, lake, registry, day, now=now, ledger=book)
         assert scored.step == "champion", scored.reasons
-        deciding.write_scores(workflow, lake, day, scored)
+        scoring.write_scores(workflow, lake, day, scored)
         batch = deciding.decide_day(workflow, lake, day)
         deciding.write_batch(workflow, lake, day, batch, decided_at=now, run_id="plain")
         delivering.record(workflow, book, day, batch, decided_at=now, run_id="plain")

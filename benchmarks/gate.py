@@ -37,7 +37,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from assets import deciding, gating, landing, point_in_time
+from assets import gating, landing, point_in_time, scoring
 from assets.lake import Lake, content_digest
 from assets.workflow import FOLDER, Workflow, load
 from delivery.sandbox.worlds import advertising, tickets
@@ -211,8 +211,8 @@ def trial(place: Place, day: date, tallies: Mapping[str, Tally]) -> None:
     workflow, lake = place.workflow, place.lake
     training, kind = workflow.training, workflow.model.kind
     learner, rule = planted(catalog.learner(kind)), planted(catalog.rule(kind))
-    how: dict[str, Any] = {"seed": deciding.SEED, "device": "cpu", "threads": gating.THREADS}
-    base = deciding.learner_spec(workflow)
+    how: dict[str, Any] = {"seed": scoring.SEED, "device": "cpu", "threads": gating.THREADS}
+    base = scoring.learner_spec(workflow)
     rows = point_in_time.ordered(point_in_time.training_set(workflow, lake, day), "day")
     held = gating.held_out(workflow, lake, day, rows)
     older = day - timedelta(days=OLDER)

@@ -124,7 +124,7 @@ def live(workflow: Any, *, calendar: bool) -> tuple[list[dict[str, Any]], pa.Tab
 
 def every_day(workflow: Any, kept: Path) -> dict[date, Any]:
     """A model for the cut-off of every day; files that stand are read back."""
-    from assets import deciding, point_in_time
+    from assets import point_in_time, scoring
     from assets.resources import resources
     from models import catalog
 
@@ -136,7 +136,7 @@ def every_day(workflow: Any, kept: Path) -> dict[date, Any]:
         if not (folder / "done").exists():
             rows = point_in_time.training_set(workflow, lake, day)
             chosen = point_in_time.rows_where(rows, workflow.training.train_on)
-            model = learner.fit(chosen, deciding.learner_spec(workflow), seed=deciding.SEED, device="cpu", threads=2)
+            model = learner.fit(chosen, scoring.learner_spec(workflow), seed=scoring.SEED, device="cpu", threads=2)
             folder.mkdir(parents=True, exist_ok=True)
             for name, content in model.files().items():
                 (folder / name).write_bytes(content)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from sqlalchemy import Connection, Engine, Row, Table, and_, bindparam, delete, func, insert, or_, select, text, update
 
-from delivery import chain, tables
+from delivery import chain, tables, verify
 from delivery.database import (
     DaySent,
     Fenced,
@@ -36,6 +36,7 @@ from delivery.database import (
     select_bulk,
     writing,
 )  # fmt: skip
+from delivery.events import CHAINED, WORDS, batch_body, body_of, root_of, roots, stored_rows
 from delivery.leases import ABANDONED, Busy, Holder, Lease
 from delivery.people import MARK, PEOPLE, People, digests_in, eraser, in_texts, unsealed
 from delivery.records import (
@@ -70,21 +71,7 @@ __all__ = [
     "utc_now",
 ]  # fmt: skip
 
-CHAINED = {
-    "approval": tables.approvals,
-    "approver": tables.approvers,
-    "rollback": tables.rollbacks,
-    "switch": tables.switches,
-    "promotion": tables.promotions,
-}
-"""Kinds of event that a table repeats row by row."""
 _OWN = frozenset({*CHAINED, "batch", "push begun", "push ended", "taken back", "superseded", "forgotten", "retention"})
-WORDS = (
-    tables.deliveries.c.says, tables.attempts.c.says, tables.batches.c.findings, tables.approvals.c.reason,
-    tables.rollbacks.c.reason, tables.switches.c.reason,
-)  # fmt: skip
-"""Columns of free words, which may quote a name: the chain holds a keyed digest of each text, so that they can be erased."""
-_WORDS = frozenset({"reason", "secret_hash"})
 _JSON = frozenset({"evidence"})
 _GIVEN = (
     "decision_id", "entity_id", "unit", "arm", "arm_probability", "perturbation", "perturbation_probability", "before",
@@ -254,8 +241,6 @@ class Ledger:
     @plainly
     def verify(self, *, head: Head | None = None) -> Verdict:
         """Recompute everything; with a ``head`` exported earlier, also that nothing was cut off since."""
-        from delivery import verify
-
         with reading(self.engine) as connection, connection.begin():
             problems, events, batches, now = verify.examine(connection, self.people, head)
         return Verdict(not problems, events, batches, problems, now)
@@ -1757,57 +1742,3 @@ def _as_json(lists: pa.Array) -> pa.Array:
 
 def _or(value: Any, other: Any) -> Any:
     return other if value is None else value
-
-
-def body_of(values: Mapping[str, Any], people: People) -> dict[str, Any]:
-    """The event's body for a row of a chained table: free words as digests."""
-    return {k: people.text(v) if k in _WORDS else v for k, v in values.items()}
-
-
-def batch_body(values: Mapping[str, Any], people: People) -> dict[str, Any]:
-    """The event's body for a batch: everything that it was recorded with; findings may name somebody."""
-    body = dict(values)
-    body["record"] = json.loads(body["record"])
-    body["pools"] = None if body["pools"] is None else json.loads(body["pools"])
-    body["findings"] = people.text(body["findings"])
-    return body
-
-
-def stored_rows(
-    connection: Connection, table: Table, sequence: int | None = None, *, with_words: bool = False
-) -> pa.Table:
-    """Rows of a table as they are hashed, in the key's order: of one batch all columns but ``sequence``, else all columns.
-
-    Free words are left out, for they may be erased; ``with_words``: they stand in the last column, for ``root_of`` to drop.
-    """
-    fields, columns = [], []
-    for column in table.columns:
-        if (column.name == "sequence" and sequence is not None) or column.name == "says":
-            continue
-        kind = column.type.python_type
-        shown = f'"{column.name}"'
-        if kind is datetime and not is_sqlite(connection):
-            shown = f"to_char({shown}, 'YYYY-MM-DD HH24:MI:SS.US')"  # as SQLite keeps it
-        columns.append(shown)
-        fields.append((column.name, {int: pa.int64(), float: pa.float64()}.get(kind, pa.string())))
-    if with_words and "says" in table.columns:
-        columns.append("says")
-        fields.append(("says", pa.string()))
-    query = f'SELECT {", ".join(columns)} FROM "{table.name}"'
-    key = [c.name for c in table.primary_key.columns if c.name != "sequence" or sequence is None]
-    if sequence is None:
-        # Sorted here: databases sort text each in their own way.
-        return select_bulk(connection, query, [], pa.schema(fields)).sort_by([(name, "ascending") for name in key])
-    order = ", ".join(f'"{name}"' for name in key)
-    return select_bulk(connection, f"{query} WHERE sequence = ? ORDER BY {order}", [sequence], pa.schema(fields))
-
-
-def root_of(rows: pa.Table) -> str:
-    """The Merkle root over rows as ``stored_rows`` gives them."""
-    return chain.merkle_root(chain.leaf_hashes(rows.drop_columns("says") if "says" in rows.column_names else rows))
-
-
-def roots(connection: Connection, sequence: int) -> dict[str, str]:
-    """Merkle roots over what a push left of a batch."""
-    pushed = (tables.deliveries, tables.attempts, tables.conflicts)
-    return {table.name: root_of(stored_rows(connection, table, sequence)) for table in pushed}

@@ -22,7 +22,7 @@ from sqlalchemy import Connection, func, select
 
 from delivery import chain, tables
 from delivery.database import select_bulk
-from delivery.ledger import CHAINED, batch_body, body_of, root_of, stored_rows
+from delivery.events import CHAINED, batch_body, body_of, root_of, stored_rows
 from delivery.people import PEOPLE, People, digests_in
 from delivery.records import FINAL, OPEN, Head
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import dagster as dg
 
-from assets import delivering, guarding, promoting, retraining
+from assets import acting, delivering, errors, guarding, promoting, retraining
 from assets.lake import Lake, TableMissing
 from assets.resources import ClockResource, LakeResource, LandingResource, LedgerResource, RegistryResource
 from assets.workflow import Workflow
@@ -90,7 +90,7 @@ def newest_decided(workflow: Workflow, lake: Lake, book: Ledger, now: datetime) 
         days = {b.day for b in book.batches(workflow.name, since=since, kind="decision") if not b.backfill}
         for day in sorted(days, reverse=True):
             # a kill between ledger and lake is mended while the day's effect lasts
-            if now >= delivering.over(day) or is_decided(workflow, lake, book, day):
+            if now >= acting.over(day) or is_decided(workflow, lake, book, day):
                 return day
     return None
 
@@ -360,8 +360,8 @@ def _registry_sensor(workflow: Workflow) -> dg.SensorDefinition:
         try:
             with ledger.open(clock.now) as book:
                 requests = registry_requests(workflow, registry.registry, book, clock.now())
-        except promoting.unreachable() as error:
-            said = f"{type(error).__name__}: {promoting.first_line(error)}"
+        except errors.unreachable() as error:
+            said = f"{type(error).__name__}: {errors.first_line(error)}"
             return dg.SkipReason(f"MLflow does not answer, nothing is changed and the day goes by the ledger: {said}")
         return requests or dg.SkipReason("the aliases stand where the ledger says")
 

@@ -18,50 +18,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from orchestration import operations, sandbox
+from orchestration.console import Day, Json, a_day, console, ledger, shown, told, workflow_named
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, help=__doc__)
-console = Console()
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output")]
-
-
-Day = Annotated[
-    date | None, typer.Option(parser=operations.a_day, metavar="YYYY-MM-DD", help="The day (UTC); default: the newest")
-]
-
-
-def _shown(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
-    """One JSON document, or a table; what is too long for a cell (reasons) stands below as text."""
-    if as_json:
-        print(json.dumps(rows, default=str))
-        return
-    table = Table(title=title, title_justify="left")
-    short = [{k: v for k, v in row.items() if k != "reasons"} for row in rows]
-    for name in short[0] if short else []:
-        table.add_column(name, overflow="fold")
-    for row in short:
-        table.add_row(*[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()])
-    console.print(table if rows else f"{title}: nothing")
-    for row in rows:
-        told = row.get("reasons") or []
-        if told:
-            console.print(f"[bold]{next(iter(row.values()))}[/bold] {' '.join(told)}", highlight=False)
-
-
-def workflow_named(name: str) -> Any:
-    """A workflow by its name; an unknown or wrong one ends the command with a sentence."""
-    from assets.workflow import FOLDER, WorkflowInvalid, load
-
-    if not (FOLDER / name / "workflow.yaml").is_file():
-        known = sorted(p.parent.name for p in FOLDER.glob("*/workflow.yaml"))
-        raise typer.BadParameter(f"{name!r} is no workflow; there are {', '.join(known)}")
-    try:
-        return load(FOLDER / name)
-    except WorkflowInvalid as error:
-        console.print(f"[red]{error}[/red]")
-        raise typer.Exit(1) from None
 
 
 @app.command()
@@ -70,17 +31,7 @@ def init(as_json: Json = False) -> None:
     from orchestration import runner
 
     at = runner.prepare_home()
-    operations.told({"state": str(at)}, as_json, [f"State lies in {at}"])
-
-
-def every_workflow() -> list[Any]:
-    """Every workflow that can be read; those that cannot are named on standard error."""
-    from assets.workflow import load_all
-
-    found = load_all()
-    for name, why in found.refused.items():
-        Console(stderr=True).print(f"{name} is left out: {why}", style="red", highlight=False, markup=False)
-    return found.workflows
+    told({"state": str(at)}, as_json, [f"State lies in {at}"])
 
 
 @app.command()
@@ -95,11 +46,11 @@ def validate(as_json: Json = False) -> None:
     ]
     for workflow in found.workflows:
         wrong = validation.problems(workflow)
-        told = [*found.shares.get(workflow.name, ()), *validation.notes(workflow)]
+        notes = [*found.shares.get(workflow.name, ()), *validation.notes(workflow)]
         row: dict[str, Any] = {"workflow": workflow.name, "result": "bad" if wrong else "good"}
-        rows.append({**row, **({"reasons": wrong or told} if wrong or told else {})})
+        rows.append({**row, **({"reasons": wrong or notes} if wrong or notes else {})})
     rows.sort(key=lambda row: str(row["workflow"]))
-    _shown(rows if as_json else [{**row, "reasons": ()} for row in rows], "Workflows", as_json)
+    shown(rows if as_json else [{**row, "reasons": ()} for row in rows], "Workflows", as_json)
     for row in () if as_json else rows:
         for line in row.get("reasons", ()):
             console.print(f"{row['workflow']}: {line}", highlight=False, markup=False, soft_wrap=True)
@@ -136,9 +87,7 @@ def run(
     workflow: str,
     job: Annotated[str, typer.Argument(help="daily, prepare, retrain, decide or deliver")] = "daily",
     day: Day = None,
-    since: Annotated[
-        date | None, typer.Option(parser=operations.a_day, metavar="YYYY-MM-DD", help="First day of a range")
-    ] = None,
+    since: Annotated[date | None, typer.Option(parser=a_day, metavar="YYYY-MM-DD", help="First day of a range")] = None,
     now: Annotated[str | None, typer.Option(help="Fixes the clock (ISO 8601, UTC)")] = None,
     again: Annotated[
         bool, typer.Option("--again", help="Decide anew what was sent and still takes effect; daily and decide alone")
@@ -157,7 +106,7 @@ def run(
     last = day or closed_days(found, runner.clock_now(now))
     with _watched(as_json):
         result = runner.run(found, job, since or last, last, now=now, again=again)
-    _shown(
+    shown(
         runner.check_rows(result),
         f"{workflow} {job} {since or last} – {last}: {'done' if result.success else 'FAILED'}",
         as_json,
@@ -171,7 +120,7 @@ def run(
 @app.command()
 def batches(workflow: str, as_json: Json = False) -> None:
     """The batches of a workflow: step, status, how many decisions changed something, and what came of sending them."""
-    with operations.ledger() as book:
+    with ledger() as book:
         found = book.batches(workflow_named(workflow).name)
     rows = [
         {
@@ -181,7 +130,7 @@ def batches(workflow: str, as_json: Json = False) -> None:
         }
         for b in sorted(found, key=lambda b: (b.day, b.sequence))
     ]  # fmt: skip
-    _shown(rows, f"Batches of {workflow}", as_json)
+    shown(rows, f"Batches of {workflow}", as_json)
 
 
 @app.command()
@@ -192,27 +141,27 @@ def decisions(
     as_json: Json = False,
 ) -> None:
     """The decisions of a day with their reasons."""
-    from assets import deciding
+    from assets import tables
     from assets.resources import resources
 
     found = workflow_named(workflow)
     lake = resources()["lake"].lake
     if day is None:
         day = max(lake.read(found.table("batches"), columns=["day"])["day"].to_pylist())
-    rows = deciding.largest_changes(lake.read(found.table("decisions"), days=[day])).slice(0, limit).to_pylist()
-    _shown(rows, f"Decisions of {workflow}, {day}", as_json)
+    rows = tables.largest_changes(lake.read(found.table("decisions"), days=[day])).slice(0, limit).to_pylist()
+    shown(rows, f"Decisions of {workflow}, {day}", as_json)
 
 
 @app.command()
 def replay(workflow: str, decision_id: str, as_json: Json = False) -> None:
     """Make a recorded decision again from its row alone and compare the two to the bit."""
-    from assets import deciding
+    from assets import replaying
     from assets.resources import resources
 
     found = workflow_named(workflow)
     given = resources()
-    result = deciding.replay(found.name, given["lake"].lake, given["registry"].registry, decision_id)
-    _shown([result.as_dict()], f"Replay of {decision_id}", as_json)
+    result = replaying.replay(found.name, given["lake"].lake, given["registry"].registry, decision_id)
+    shown([result.as_dict()], f"Replay of {decision_id}", as_json)
     if not result.equal:
         raise typer.Exit(1)
 
@@ -227,9 +176,9 @@ def demo(as_json: Json = False) -> None:
     """Two workflows over seven weeks, on generated data: the whole story, with a closing summary."""
     from orchestration import demo as story
 
-    told = story.tell(_teller(as_json))
+    summary = story.tell(_teller(as_json))
     if as_json:
-        print(json.dumps(told, default=str))
+        print(json.dumps(summary, default=str))
 
 
 @app.command()
@@ -255,17 +204,19 @@ def serve(as_json: Json = False) -> None:
 
 
 operations.register(app)
+sandbox.register(app)
 
 
 def main() -> None:
     """Entry point: Dagster's state beside the rest, and what a user can mend as a sentence rather than a traceback."""
-    from assets.deciding import FeaturesMissing, ReplayImpossible
     from assets.delivering import NothingToDeliver, TooLate
     from assets.guarding import NoHistory
     from assets.lake import TableMissing
     from assets.point_in_time import StageSqlError
     from assets.promoting import NotBlocked
+    from assets.replaying import ReplayImpossible
     from assets.resources import home
+    from assets.scoring import FeaturesMissing
     from assets.workflow import WorkflowInvalid
     from delivery.approvals import ApprovalError
     from delivery.connectors.base import Misconfigured, Unavailable

@@ -27,7 +27,7 @@ from pyarrow import csv
 from rich.console import Console
 from rich.table import Table
 
-from assets import deciding, delivering, landing, promoting
+from assets import delivering, landing, lifecycle, promoting, scoring, tables
 from assets.lake import Lake
 from assets.resources import home, resources
 from assets.workflow import FOLDER, Workflow, load
@@ -168,7 +168,7 @@ class Company:
         """Somebody changes three of the values that are about to be changed."""
         self.moment[0] = at(day, "06:30")
         rows = self.lake.read(workflow.table("decisions"), days=[day])
-        changed = deciding.largest_changes(rows.filter(pc.field("changed")), 3).to_pylist()
+        changed = tables.largest_changes(rows.filter(pc.field("changed")), 3).to_pylist()
         for row in changed:
             if workflow.name == "ad_budget":
                 self.both.ads.by_hand(row["entity_id"], row["before"] + 50_000_000, f"{PERSON}@example.org")
@@ -246,7 +246,7 @@ class Company:
             self.moment[0] = now
             done = runner.run_op(workflow, "rollback", request, now=now, instance=self.instance)
             with self.ledger(now) as book:
-                state = promoting.live(book, workflow)
+                state = lifecycle.live(book, workflow)
             outcome = "complete" if done.success else "NOT complete"
             report = _report(done)
             self.story.tell(
@@ -324,7 +324,7 @@ class Company:
         files = dict(self.registry.load(champion))
         meta = json.loads(files["meta.json"])
         rows = self.lake.read(workflow.table("features"), days=[day - timedelta(days=1)])
-        _turn_around(meta["elasticities"], rows, deciding.read_model(workflow, self.registry, champion).score(rows))
+        _turn_around(meta["elasticities"], rows, scoring.read_model(workflow, self.registry, champion).score(rows))
         files["meta.json"] = json.dumps(meta, sort_keys=True, ensure_ascii=False).encode()
         made = self.registry.register(
             workflow.name, files, trained_day=day - timedelta(days=1), passed=False, params={"recipe": "{}"}, metrics={}, tags={},

@@ -9,7 +9,7 @@ from datetime import date
 
 import dagster as dg
 
-from assets import delivering, guarding, promoting
+from assets import delivering, guarding, lifecycle, promoting
 from assets.resources import ClockResource, LakeResource, LedgerResource, RegistryResource
 from assets.stages import (
     decisions,
@@ -160,13 +160,13 @@ def _reconcile_job(workflow: Workflow) -> dg.JobDefinition:
             answers = promoting.reconcile(
                 workflow, registry.registry, book, lake.lake, clock.now(), actor_of=alias_log.actor
             )
-            stands = promoting.live(book, workflow)
+            stands = lifecycle.live(book, workflow)
         told = [
             f"{a.alias}: {a.was} → {a.to} by {a.actor}: {a.answer}: {a.reason}" for a in answers
         ]  # fmt: skip
         for line in told or ["nothing was asked; the aliases follow the ledger"]:
             context.log.info(line)
-        places = {alias: number or 0 for alias, number in promoting.aliases(stands).items()}
+        places = {alias: number or 0 for alias, number in lifecycle.aliases(stands).items()}
         context.add_output_metadata({"answers": dg.MetadataValue.json(told), **places})
 
     return _of_one(

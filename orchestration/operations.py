@@ -10,12 +10,11 @@ import contextlib
 import dataclasses
 import functools
 import getpass
-import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,66 +22,23 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from orchestration.console import (
+    As,
+    Json,
+    Reason,
+    a_day,
+    every_workflow,
+    ledger,
+    money_or_level,
+    now,
+    told,
+    who,
+    workflow_named,
+    workflow_of,
+)
+
 if TYPE_CHECKING:
-    from delivery.ledger import BatchRow, Ledger
-
-console = Console()
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output")]
-As = Annotated[str | None, typer.Option("--as", help="Your name as it shall stand in the ledger; default: your login")]
-Reason = Annotated[str, typer.Option("--reason", help="Why, in a sentence; it stands in the ledger")]
-
-
-def a_day(text: str) -> date:
-    """A day as typed; anything else ends the command with a sentence."""
-    try:
-        return date.fromisoformat(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a day such as 2026-03-31") from None
-
-
-def now() -> datetime:
-    """Now, naive UTC."""
-    return datetime.now(UTC).replace(tzinfo=None)
-
-
-@contextlib.contextmanager
-def ledger() -> Iterator[Ledger]:
-    """The ledger, closed afterwards."""
-    from assets.resources import resources
-
-    book = resources()["ledger"].open(now)
-    try:
-        yield book
-    finally:
-        book.close()
-
-
-def told(found: dict[str, Any], as_json: bool, lines: list[str]) -> None:
-    """One JSON document, or the lines."""
-    if as_json:
-        print(json.dumps(found, default=str))
-    else:
-        for line in lines:
-            console.print(line, highlight=False, markup=False)
-
-
-def money_or_level(workflow: Any, value: int | None) -> str:
-    """A value as people say it: money for a budget, the number for a priority."""
-    if value is None:
-        return "–"
-    return f"{value / 1e6:,.2f}" if workflow.policy.kind == "budget_allocation" else str(value)
-
-
-def who(name: str | None) -> str:
-    """The name given, else the login."""
-    return name or getpass.getuser()
-
-
-def workflow_of(batch: BatchRow) -> Any:
-    """The workflow that a batch belongs to."""
-    from orchestration.cli import workflow_named
-
-    return workflow_named(batch.workflow)
+    from delivery.ledger import Ledger
 
 
 def register(app: typer.Typer) -> None:
@@ -107,9 +63,6 @@ def register(app: typer.Typer) -> None:
     people.command("rotate")(rotate_approver)
     people.command("revoke")(revoke_approver)
     app.add_typer(people, name="approvers")
-    from orchestration import sandbox
-
-    sandbox.register(app)
 
 
 def status(
@@ -124,7 +77,6 @@ def status(
     Where nothing was decided for 30 days, it says so, and the figures are of the 30 days before.
     """
     from assets import health
-    from orchestration.cli import every_workflow, workflow_named
     from orchestration.runner import clock_now
 
     moment = clock_now(at)
@@ -144,7 +96,7 @@ def show(
     batch: str, limit: Annotated[int, typer.Option(help="How many of the largest changes")] = 10, as_json: Json = False
 ) -> None:
     """A batch: what it would change or has changed, in sum and the largest first; what was objected; what became of it."""
-    from assets import deciding
+    from assets import tables
     from delivery.approvals import standing
     from delivery.judging import BESIDE
 
@@ -156,8 +108,8 @@ def show(
         stands = standing(book, found, now(), four_eyes)
         rows = book.deliveries(batch)
         stopped = book.stopped(found.workflow)
-    largest = deciding.largest_changes(decisions, limit).to_pylist()
-    sums = deciding.totals(decisions)
+    largest = tables.largest_changes(decisions, limit).to_pylist()
+    sums = tables.totals(decisions)
     there = {d.entity: d.stands for d in rows if d.entity is not None}
     for row in largest:
         row["stands"] = there.get(row["entity_id"])
@@ -238,7 +190,7 @@ def deliver(
     as_json: Json = False,
 ) -> None:
     """Send a batch downstream and verify it by reading back; run again to go on where an earlier run ended."""
-    from assets import delivering
+    from assets import acting, delivering
     from delivery import push as pushing
 
     with ledger() as book:
@@ -248,9 +200,7 @@ def deliver(
         try:
             if dry_run:
                 diff = pushing.dry_run(book, connector, found.batch_id, settings=workflow.delivery.push, clock=now)
-                late_note = (
-                    [] if now() < delivering.over(found.day) else ["its day is over: it is sent with --late only"]
-                )
+                late_note = [] if now() < acting.over(found.day) else ["its day is over: it is sent with --late only"]
                 told(
                     diff.as_dict() | {"notes": [*diff.notes, *late_note]},
                     as_json,
@@ -430,8 +380,6 @@ def resume(workflow: str, reason: Reason, name: As = None, as_json: Json = False
 
 
 def _switch(workflow: str, stopped: bool, reason: str, name: str | None, as_json: bool) -> None:
-    from orchestration.cli import workflow_named
-
     workflow_named(workflow)
     with ledger() as book:
         book.switch(workflow, stopped, who(name), reason)
@@ -529,7 +477,6 @@ def lift(workflow: str, version: int, reason: Reason, name: As = None, as_json: 
     """Take the block off a model version that was rolled back, so that it may be promoted again."""
     from assets import promoting
     from orchestration import runner
-    from orchestration.cli import workflow_named
 
     workflow_named(workflow)
     with ledger() as book:
@@ -618,7 +565,6 @@ def power(
     from assets import guarding
     from assets.resources import resources
     from orchestration.automation import closed_days
-    from orchestration.cli import workflow_named
 
     found = workflow_named(workflow)
     if found.regression is None:
@@ -680,7 +626,6 @@ def remap(
     """
     from assets import landing
     from assets.resources import resources
-    from orchestration.cli import workflow_named
 
     found, given = workflow_named(workflow), resources()
     done = landing.remap(found, given["lake"].lake, given["landing"].root, now=now(), since=since)

@@ -30,7 +30,7 @@ import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
-from assets import deciding, point_in_time, promoting
+from assets import point_in_time, promoting, scoring
 from assets.lake import Lake
 from assets.resources import home, resources
 from assets.workflow import FOLDER, Workflow, load
@@ -297,7 +297,7 @@ def _ads(workflow: Workflow, lake: Lake, registry: Registry) -> dict[str, Figure
     rows = point_in_time.training_set(workflow, lake, ADS_JUDGED[1]).filter(span)
     answers = lake.read(workflow.table("outcomes"), columns=["for_day", "value"])
     answers = answers.filter((pc.field("for_day") >= pa.scalar(first)) & (pc.field("for_day") <= pa.scalar(last)))
-    bar = ResponseRule.fit(rows, deciding.learner_spec(workflow), seed=0, device="cpu", threads=1).expect(rows)
+    bar = ResponseRule.fit(rows, scoring.learner_spec(workflow), seed=0, device="cpu", threads=1).expect(rows)
     ours = np.full(rows.num_rows, np.nan)
     day = np.array(rows["day"].to_pylist())
     by_champion = 0
@@ -307,7 +307,7 @@ def _ads(workflow: Workflow, lake: Lake, registry: Registry) -> dict[str, Figure
         if made["step"] == "rule":
             ours[mine] = bar[mine]
             continue
-        model = deciding.read_model(workflow, registry, registry.by_number(workflow.name, made["model_version"]))
+        model = scoring.read_model(workflow, registry, registry.by_number(workflow.name, made["model_version"]))
         ours[mine] = model.expect(rows.filter(pa.array(mine)))
     value = rows["value"].to_numpy()
     by_rule, by_ours = np.abs(bar - value), np.abs(ours - value)

@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 
 from assets.resources import home
+from orchestration.console import ledger, told
 
 _RUNNING = "running.json"
 
@@ -55,7 +56,7 @@ def up(
     """Start both systems and wait; Ctrl-C ends them. A state folder that has one goes on where it was."""
     from assets.workflow import FOLDER, load
     from delivery.sandbox import systems
-    from orchestration import operations, runner
+    from orchestration import runner
 
     state = runner.prepare_home()
     setup, queue = systems.Setup.read(folder()), None
@@ -75,7 +76,7 @@ def up(
             f"Help desk        {pages}  next day {next_days[1]}",
             "Their tokens lie in the state folder; every `signalbox` command finds them. Ctrl-C ends both.",
         ]
-        operations.told(running | {"pages": pages, "next_day": next_days[0]}, as_json, lines)
+        told(running | {"pages": pages, "next_day": next_days[0]}, as_json, lines)
         sys.stdout.flush()
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
@@ -91,14 +92,14 @@ def advance(
     from assets import delivering
     from delivery.sandbox.helpdesk import Controls
     from delivery.sandbox.systems import Setup
-    from orchestration import operations, runner
+    from orchestration import runner
 
     if Setup.read(folder()) is None or not (folder() / _RUNNING).exists():
         raise SystemExit("No sandbox is running on this state folder; start one with: signalbox sandbox up")
     at = runner.prepare_home() / "landing"
     ads, desk = os.environ["SIGNALBOX_ADS_ENDPOINT"], os.environ["SIGNALBOX_HELPDESK_URL"].removesuffix("/helpdesk/api")
     try:
-        with operations.ledger() as book:
+        with ledger() as book:
             day = date.fromisoformat(
                 httpx.get(f"{ads}/sandbox/state", headers=_bearer()).raise_for_status().json()["next_day"]
             )
@@ -120,7 +121,7 @@ def advance(
     for path in (at / "ad_budget" / "export" / f"advertising_{day}.csv.gz", Path(served["export"])):
         os.utime(path, (came, came))
     line = f"{day} is over: {answer['rows']} advertising rows, {served['events']} ticket events landed"
-    operations.told({"day": day, "advertising": answer, "tickets": served}, as_json, [line])
+    told({"day": day, "advertising": answer, "tickets": served}, as_json, [line])
 
 
 def _bearer() -> dict[str, str]:

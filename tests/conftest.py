@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from assets import deciding, landing, point_in_time
+from assets import deciding, landing, point_in_time, scoring
 from assets.lake import Lake
 from assets.workflow import FOLDER, Workflow, load
 from delivery.sandbox.worlds import advertising, tickets
@@ -82,7 +82,7 @@ class Bench:
         rows = point_in_time.training_set(self.workflow, self.lake, day)
         chosen = point_in_time.rows_where(rows, self.workflow.training.train_on)
         learner = catalog.learner(self.workflow.model.kind)
-        return learner.fit(chosen, deciding.learner_spec(self.workflow), seed=deciding.SEED, device="cpu", threads=1)
+        return learner.fit(chosen, scoring.learner_spec(self.workflow), seed=scoring.SEED, device="cpu", threads=1)
 
     def register(
         self, registry: Registry, day: date, *, passed: bool = True, files: Any = None, served: Any = None
@@ -95,8 +95,8 @@ class Bench:
     def decide(self, registry: Registry, day: date, now: datetime | None = None) -> deciding.Batch:
         """Score and decide a day as the stages do."""
         now = now or self.morning(day)
-        scored = deciding.score_day(self.workflow, self.lake, registry, day, now=now)
-        deciding.write_scores(self.workflow, self.lake, day, scored)
+        scored = scoring.score_day(self.workflow, self.lake, registry, day, now=now)
+        scoring.write_scores(self.workflow, self.lake, day, scored)
         batch = deciding.decide_day(self.workflow, self.lake, day)
         deciding.write_batch(self.workflow, self.lake, day, batch, decided_at=now, run_id="test")
         return batch

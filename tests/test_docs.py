@@ -203,13 +203,13 @@ def test_every_section_of_a_workflow_has_its_fields_in_the_docs() -> None:
 
 
 def schemas() -> dict[str, list[str]]:
-    from assets import deciding, delivering, landing
+    from assets import delivering, landing, tables
 
     named = re.compile(r'(?:table\("|f"\{(?:workflow\.)?name\}/)([a-z_]+)"')
     written = {n for f in (ROOT / "assets").rglob("*.py") for n in named.findall(f.read_text())}
     return {
-        "decisions": [*deciding.DECISIONS.names, "decision_id", "batch_id", "day", *deciding.RECORD.names],
-        "batches": deciding._BATCHES.names,
+        "decisions": [*tables.DECISIONS.names, "decision_id", "batch_id", "day", *tables.RECORD.names],
+        "batches": tables.BATCHES.names,
         "decision_outcomes": [*delivering._DECIDED.names, "known_at", "day"],
         "quarantine": landing.QUARANTINE.names,
         "files": landing.FILES.names,

@@ -2,6 +2,8 @@
 
 import ast
 import tomllib
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,81 @@ def test_imports_run_one_way(room: str) -> None:
         or (name == "dagster" and room not in ("orchestration", "assets"))
     ]
     assert modules(room) and not wrong, "\n".join(wrong)
+
+
+def at_run(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Every import of a module that is ever done, also inside functions: all but those for type checkers alone."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif isinstance(node, ast.If) and ast.unparse(node.test).split(".")[-1] == "TYPE_CHECKING":
+            yield from at_run(ast.Module(node.orelse, []))
+        else:
+            yield from at_run(node)
+
+
+def graph(sources: Mapping[str, str]) -> dict[str, dict[str, int]]:
+    """Of each module (dotted name → source) the modules that it imports, with the line. A package stands for its
+    ``__init__``: who imports a module of it does not count as importing that."""
+    found: dict[str, dict[str, int]] = {}
+    for name, source in sources.items():
+        mine = found[name] = {}
+        for node in at_run(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                wanted = [(alias.name, alias.name) for alias in node.names]
+            else:
+                assert not node.level, f"{name}:{node.lineno}: imports name the module from its room on"
+                wanted = [(f"{node.module}.{alias.name}", str(node.module)) for alias in node.names]
+            for place in (one if one in sources else other for one, other in wanted):
+                if place in sources:
+                    mine.setdefault(place, node.lineno)
+    return found
+
+
+def circle(imports: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Modules of which each imports the next and the last one the first, which stands at both ends; none: an empty list."""
+    done: set[str] = set()
+
+    def walk(name: str, way: list[str]) -> list[str]:
+        if name in way:
+            return [*way[way.index(name) :], name]
+        if name in done:
+            return []
+        met = next((c for other in sorted(imports[name]) if (c := walk(other, [*way, name]))), [])
+        done.add(name)
+        return met
+
+    return next((c for name in sorted(imports) if (c := walk(name, []))), [])
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    sources = {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file.read_text()
+        for room in ALLOWED
+        for file in modules(room)
+    }
+    imports = graph(sources)
+    met = circle(imports)
+    steps = [f"{one}:{imports[one][other]} imports {other}" for one, other in pairwise(met)]
+    assert len(sources) > 100
+    assert not met, "\n".join(["an import circle; move what both ends need to a third module:", *steps])
+
+
+@pytest.mark.parametrize(
+    ("sources", "found"),
+    [
+        ({"a.x": "from a import y", "a.y": "from a import z", "a.z": "import os"}, []),
+        ({"a.x": "from a import y", "a.y": "from a.z import f", "a.z": "def f():\n    import a.x"}, ["a.x", "a.y", "a.z", "a.x"]),
+        ({"a.x": "from a import y", "a.y": "if TYPE_CHECKING:\n    from a import x"}, []),
+        ({"a.x": "from a import y", "a.y": "if TYPE_CHECKING:\n    pass\nelse:\n    from a import x"}, ["a.x", "a.y", "a.x"]),
+        ({"a.x": "import a.y", "a.y": "class C:\n    try:\n        from a.x import f\n    except ImportError:\n        pass"}, ["a.x", "a.y", "a.x"]),
+        ({"a": "from a import x", "a.x": "from a import y", "a.y": ""}, []),
+        ({"a": "from a.x import f", "a.x": "from a import g"}, ["a", "a.x", "a"]),
+        ({"a.x": "import x", "x": ""}, []),
+    ],
+)  # fmt: skip
+def test_circles_are_seen_wherever_the_import_stands(sources: dict[str, str], found: list[str]) -> None:
+    assert circle(graph(sources)) == found
 
 
 @pytest.mark.parametrize("room", ALLOWED)

@@ -11,7 +11,7 @@ from typing import Any
 
 import dagster as dg
 
-from assets import deciding, delivering, facts, shadowing
+from assets import deciding, delivering, facts, shadowing, tables
 from assets.lake import Lake
 from assets.progress import each
 from assets.resources import ClockResource, LakeResource, LedgerResource, RegistryResource, ReportsResource, preview
@@ -135,9 +135,9 @@ def _shown(batch: deciding.Batch | None) -> dict[str, Any]:
         "decisions": batch.decisions.num_rows,
         "changed": batch.changed,
         "for review": batch.review,
-        "entities by arm": dg.MetadataValue.json(deciding.by_arm(batch.decisions)),
-        "totals": dg.MetadataValue.json(deciding.totals(batch.decisions)),
-        "largest changes": preview(deciding.largest_changes(batch.decisions)),
+        "entities by arm": dg.MetadataValue.json(tables.by_arm(batch.decisions)),
+        "totals": dg.MetadataValue.json(tables.totals(batch.decisions)),
+        "largest changes": preview(tables.largest_changes(batch.decisions)),
         "certificate": dg.MetadataValue.json(batch.certificates),
     }
 

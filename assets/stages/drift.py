@@ -14,7 +14,7 @@ import dagster as dg
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from assets import acting, deciding, promoting
+from assets import acting, lifecycle, scoring, tables
 from assets.lake import Lake
 from assets.progress import each
 from assets.resources import ClockResource, LakeResource, LedgerResource, RegistryResource, ReportsResource
@@ -105,7 +105,7 @@ def importances(
 ) -> tuple[Version | None, dict[str, float] | None, str]:
     """The champion of ``day``, the share of its gain in each feature, and a sentence where that is not known.
 
-    By the ledger (``promoting.lineup``): an alias that somebody moved changes nothing before it is answered.
+    By the ledger (``lifecycle.lineup``): an alias that somebody moved changes nothing before it is answered.
     """
     from lightgbm.basic import LightGBMError
     from mlflow.exceptions import MlflowException
@@ -113,11 +113,11 @@ def importances(
 
     champion: Version | None = None
     try:
-        line = promoting.lineup(registry, ledger, workflow.name, day).versions
+        line = lifecycle.lineup(registry, ledger, workflow.name, day).versions
         champion = next((version for _, version, _ in line if version is not None), None)
         if champion is None:
             return None, None, f"columns weigh alike: no champion for {day}"
-        return champion, deciding.read_model(workflow, registry, champion).gains(), ""
+        return champion, scoring.read_model(workflow, registry, champion).gains(), ""
     except (
         ModelMissing,
         ModelUnreadable,
@@ -197,8 +197,7 @@ def _judge_scores(workflow: Workflow, lake: Lake, day: date, others: Collection[
     columns = ["day", *numeric]
     rows = _judged_rows(workflow)
     current, past = (
-        deciding.recorded_scores(workflow, lake, d, where=rows, columns=columns).select(columns)
-        for d in (window, before)
+        tables.recorded_scores(workflow, lake, d, where=rows, columns=columns).select(columns) for d in (window, before)
     )
     if not numeric or min(current.num_rows, past.num_rows) < workflow.drift.min_rows:
         return _Scores(

@@ -10,7 +10,7 @@ from datetime import date, timedelta
 import dagster as dg
 import pyarrow as pa
 
-from assets import delivering, guarding
+from assets import acting, guarding
 from assets import health as loop
 from assets.resources import ClockResource, LakeResource, LedgerResource, ReportsResource, preview
 from assets.stages.common import days, stage
@@ -41,7 +41,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         try:
             found = {
                 # a day that is made again sees what the ledger knew by the end of the day on which it took effect
-                day: loop.examine(book, workflow, until=min(clock.now(), delivering.over(day)))
+                day: loop.examine(book, workflow, until=min(clock.now(), acting.over(day)))
                 for day in span
             }
         finally:

@@ -12,7 +12,7 @@ import dagster as dg
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from assets import acting, fallback, performing, promoting
+from assets import acting, fallback, lifecycle, performing
 from assets.lake import Lake
 from assets.progress import each
 from assets.resources import ClockResource, LakeResource, LedgerResource, RegistryResource, ReportsResource
@@ -65,11 +65,11 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
             for day in each("performance", span, len(span)):
                 performing.score_by_rule(workflow, lake.lake, day, others)
                 judged[day] = performing.judge(workflow, lake.lake, registry.registry, day, others)
-                left[day] = promoting.behind(book, workflow.name, workflow.cutoff_of(day))
+                left[day] = lifecycle.behind(book, workflow.name, workflow.cutoff_of(day))
                 row = fallback.worse(metric, judged[day])
                 # a day whose effect is over says nothing of now, and only the champion can be put back
-                now = clock.now() < promoting.over(day)
-                if row is None or not now or row["version"] != promoting.live(book, workflow)["champion"]:
+                now = clock.now() < acting.over(day)
+                if row is None or not now or row["version"] != lifecycle.live(book, workflow)["champion"]:
                     continue
                 if noted := fallback.note(book, workflow.name, day, row):
                     context.log.warning(f"{day}: from now on the rule decides: {noted}")

@@ -1,7 +1,7 @@
 """The stage ``scores``: what a model, or the rule, says of each entity of a day.
 
-Belongs here: the asset. Does not: the steps of a bad day (``assets.deciding``), who is champion and challenger
-(``assets.promoting``) or the learners (``models.learners``).
+Belongs here: the asset. Does not: the steps of a bad day (``assets.scoring``), who is champion and challenger
+(``assets.lifecycle``) or the learners (``models.learners``).
 """
 
 from datetime import date, datetime
@@ -9,7 +9,7 @@ from typing import Any
 
 import dagster as dg
 
-from assets import deciding, facts, promoting
+from assets import deciding, errors, facts, promoting, scoring
 from assets.lake import Lake
 from assets.progress import each
 from assets.resources import ClockResource, LakeResource, LedgerResource, RegistryResource, preview
@@ -25,15 +25,15 @@ def moved_on(
     """Move the challenger on before the day is scored, if it is due; what came of it and why. Never in the day's way."""
     if now > workflow.deadline_of(day):
         return "waits", "the deadline has passed, or the day is a backfill"
-    later: tuple[type[Exception], ...] = (*promoting.unreachable(), Busy)
+    later: tuple[type[Exception], ...] = (*errors.unreachable(), Busy)
     try:
         why = promoting.due(workflow, ledger, lake, day)[1]
         return promoting.advance(workflow, registry, ledger, lake, day, now), why
     except later as error:
-        return "waits", f"{type(error).__name__}: {promoting.first_line(error)}"
+        return "waits", f"{type(error).__name__}: {errors.first_line(error)}"
 
 
-def _unread(scored: deciding.Scored) -> dict[str, Any]:
+def _unread(scored: scoring.Scored) -> dict[str, Any]:
     """Columns that are missing where they never were in training: in how many rows, and whose."""
     return {column: {"rows": len(names), "such as": list(names[:5])} for column, names in scored.unread.items()}
 
@@ -59,7 +59,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         clock: ClockResource,
     ) -> dg.MaterializeResult:
         steps: dict[date, tuple[bool, str]] = {}
-        last: deciding.Scored | None = None
+        last: scoring.Scored | None = None
         left: dict[str, str] = {}
         moves: dict[str, str] = {}
         span = days(context)
@@ -77,11 +77,11 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
                 move, why = "none", ""
                 if not found.asked:
                     move, why = moved_on(workflow, registry.registry, book, lake.lake, day, clock.now())
-                scored = deciding.score_day(
+                scored = scoring.score_day(
                     workflow, lake.lake, registry.registry, day, now=clock.now(), ledger=book,
                     late=False if found.asked else None,
                 )  # fmt: skip
-            deciding.write_scores(workflow, lake.lake, day, scored)
+            scoring.write_scores(workflow, lake.lake, day, scored)
             if move != "none":
                 moves[str(day)] = f"{move}: {why}"
                 context.log.info(f"challenger, {day}: {move}: {why}")

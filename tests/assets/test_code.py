@@ -41,7 +41,7 @@ def changed(file: Path) -> None:
     "file",
     [
         "assets/workflows/ad_budget/features.sql", "assets/workflows/ad_budget/outcomes.sql",
-        "assets/workflows/ad_budget/sources/export.sql", "assets/deciding.py", "models/learners/response.py",
+        "assets/workflows/ad_budget/sources/export.sql", "assets/scoring.py", "assets/deciding.py", "models/learners/response.py",
         "data_checks/guardrails.py", "delivery/push.py", "delivery/connectors/google_ads.py",
     ],
 )  # fmt: skip

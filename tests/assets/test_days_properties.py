@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from assets import acting, deciding, delivering, facts, guarding
+from assets import acting, delivering, facts, guarding, scoring
 from assets.workflow import FOLDER, Workflow, load
 from delivery import approvals
 from delivery.connectors.base import Capabilities
@@ -122,7 +122,7 @@ class Days(RuleBasedStateMachine):
         self.clock.sleep((datetime.combine(day + timedelta(days=1), time()) - self.clock()).total_seconds())
         self.exports[day] = self.values()
         for one in self.exports:
-            if self.clock() >= delivering.over(one) and one not in self.past:
+            if self.clock() >= acting.over(one) and one not in self.past:
                 self.past[one] = self.figures(one)
         self.clock.sleep(4 * 3600)
 
@@ -155,12 +155,12 @@ class Days(RuleBasedStateMachine):
         self.clock.sleep(60)
         found = facts.today(self.workflow, self.ledger, day, self.clock(), again=again)
         was = [b.batch_id for b in self.batches() if b.day == day]
-        over = self.clock() >= delivering.over(day)
+        over = self.clock() >= acting.over(day)
         assert not (was and over and found.decides), f"{day} is over and decided, and would be decided anew"
         assert again or not found.decides or not any(b.acted for b in self.batches() if b.day == day)
         if not found.decides:
             return
-        standing = deciding.standing_of(self.workflow, self.ledger, day, self.clock())
+        standing = scoring.standing_of(self.workflow, self.ledger, day, self.clock())
         before = self.exports[day] | dict(
             zip(standing["entity_id"].to_pylist(), standing["value"].to_pylist(), strict=True)
         )
@@ -214,7 +214,7 @@ class Days(RuleBasedStateMachine):
     @rule(which=st.integers(0, 20), crash=st.none() | st.integers(1, 40))
     def send_by_hand(self, which: int, crash: int | None) -> None:
         """Somebody sends whichever batch, of a day that is not over."""
-        rows = [b for b in self.batches() if self.clock() < delivering.over(b.day)]
+        rows = [b for b in self.batches() if self.clock() < acting.over(b.day)]
         if rows:
             self.push(rows[which % len(rows)].batch_id, crash, "")
 
@@ -278,7 +278,7 @@ class Days(RuleBasedStateMachine):
         assert batch.status == "READY" or batch.batch_id in self.approved, (
             f"{batch.batch_id} was sent, and is {batch.status}"
         )
-        assert not batch.backfill and self.clock() < delivering.over(batch.day) + timedelta(hours=1)
+        assert not batch.backfill and self.clock() < acting.over(batch.day) + timedelta(hours=1)
         later = [b.batch_id for b in self.batches() if b.day == batch.day and b.sequence > batch.sequence]
         assert not later, f"{batch.batch_id} was sent after {later} had been decided"
         assert not self.ledger.pending_rollbacks(self.workflow.name)

@@ -20,9 +20,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from assets import deciding, delivering
-from assets.deciding import FeaturesMissing, ReplayImpossible, replay
+from assets import deciding, delivering, replaying, scoring, tables
 from assets.lake import Lake, TableMissing, content_digest
+from assets.replaying import ReplayImpossible, replay
+from assets.scoring import FeaturesMissing
 from delivery.ledger import Ledger
 from models.registry import CHAMPION, ModelUnreadable, Registry
 from tests.support.properties import examples
@@ -201,13 +202,13 @@ def test_the_deadline_holds_while_the_day_can_still_take_effect(
     small: Any, registry: Registry, clock: time, days_on: int, step: str
 ) -> None:
     now = datetime.combine(small.last + timedelta(days=days_on), clock)
-    assert deciding.score_day(small.workflow, small.lake, registry, small.last, now=now).step == step
+    assert scoring.score_day(small.workflow, small.lake, registry, small.last, now=now).step == step
 
 
 def test_a_backfill_without_features_asks_for_them(small: Any, registry: Registry) -> None:
     empty(small, small.last)
     with pytest.raises(FeaturesMissing):
-        deciding.score_day(
+        scoring.score_day(
             small.workflow, small.lake, registry, small.last, now=small.morning(small.last + timedelta(days=9))
         )
 
@@ -280,12 +281,12 @@ def test_units_keep_their_arm_while_others_join(small: Any, registry: Registry) 
     assert after.pop("newcomer") in small.workflow.arms.shares
     assert after == units[0]
     for row in small.decided(days[-1]):
-        assert deciding.replay_row(row, small.lake, registry).equal, "drawn as it was: one after the other"
+        assert replaying.replay_row(row, small.lake, registry).equal, "drawn as it was: one after the other"
 
 
 def test_largest_changes_come_first() -> None:
     table = pa.table({"entity_id": ["a", "b", "c", "d"], "before": [10, 10, None, 10], "after": [11, 3, 2, 3]})
-    found = deciding.largest_changes(table, 3)
+    found = tables.largest_changes(table, 3)
     assert found["entity_id"].to_pylist() == ["b", "d", "c"]
 
 
@@ -303,7 +304,7 @@ FEATURES = st.lists(
 
 
 @settings(max_examples=examples(40), suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=FEATURES, step=st.sampled_from(deciding.STEPS), shift=st.integers(0, 60))
+@given(rows=FEATURES, step=st.sampled_from(tables.STEPS), shift=st.integers(0, 60))
 def test_money_is_conserved_in_every_arm_and_the_holdout_is_left_alone(
     ads: Any, rows: list[Any], step: str, shift: int
 ) -> None:
@@ -388,9 +389,9 @@ def test_a_decision_is_made_again_from_its_row_alone(bench: Any, registry: Regis
     assert bench.decided(bench.last) != rows
     changed = [r for r in rows if r["changed"]]
     for row in [*changed[:2], rows[0], rows[-1]]:
-        again = deciding.replay_row(row, bench.lake, registry)
+        again = replaying.replay_row(row, bench.lake, registry)
         assert again.equal and again.same_code, again.as_dict()
-        assert again.recorded == {c: row[c] for c in deciding.DECISIONS.names}
+        assert again.recorded == {c: row[c] for c in tables.DECISIONS.names}
         assert again.as_dict()["equal to the bit"] is True
 
 
@@ -417,7 +418,7 @@ def test_a_changed_record_does_not_pass_for_the_decision(
 ) -> None:
     small.decide(registry, small.last)
     row = next(r for r in small.decided(small.last) if r["changed"])
-    again = deciding.replay_row({**row, column: value}, small.lake, registry)
+    again = replaying.replay_row({**row, column: value}, small.lake, registry)
     assert not again.equal
     assert again.as_dict()["equal to the bit"] is False and again.as_dict()["differs in"] == column
 
@@ -425,7 +426,7 @@ def test_a_changed_record_does_not_pass_for_the_decision(
 def test_code_that_changed_since_is_told(small: Any, registry: Registry) -> None:
     small.decide(registry, small.last)
     row = {**small.decided(small.last)[0], "code_digest": "other"}
-    again = deciding.replay_row(row, small.lake, registry)
+    again = replaying.replay_row(row, small.lake, registry)
     assert again.equal and not again.same_code
 
 
@@ -448,7 +449,7 @@ def test_a_table_that_retention_has_cut_is_named(
     row = small.decided(small.last)[0]
     lose(small.lake, small.workflow.table(table))
     with pytest.raises(ReplayImpossible, match=f"ad_budget.*{table}"):
-        deciding.replay_row(row, small.lake, registry)
+        replaying.replay_row(row, small.lake, registry)
 
 
 @pytest.mark.parametrize(
@@ -459,7 +460,7 @@ def test_a_version_that_is_gone_is_named(small: Any, registry: Registry, column:
     small.decide(registry, small.last)
     row = {**small.decided(small.last)[0], column: value}
     with pytest.raises(ReplayImpossible, match=why):
-        deciding.replay_row(row, small.lake, registry)
+        replaying.replay_row(row, small.lake, registry)
 
 
 def test_a_decision_that_was_never_recorded_is_not_replayed(small: Any, registry: Registry) -> None:
@@ -474,14 +475,14 @@ def test_a_model_that_is_gone_or_changed_is_named(small: Any, registry: Registry
     small.decide(registry, small.last)
     row = small.decided(small.last)[0]
     with pytest.raises(ReplayImpossible, match="version 2 is not the one that decided"):
-        deciding.replay_row({**row, "model_digest": "0" * 64}, small.lake, registry)
+        replaying.replay_row({**row, "model_digest": "0" * 64}, small.lake, registry)
     spoil(registry, small, 2, "tampered")
-    deciding._model.cache_clear()
+    scoring._model.cache_clear()
     with pytest.raises(ModelUnreadable, match=r"'ad_budget' version 2: file .*differs"):
-        deciding.replay_row(row, small.lake, registry)
+        replaying.replay_row(row, small.lake, registry)
     registry.client.delete_model_version("ad_budget", "2")
     with pytest.raises(ReplayImpossible, match="'ad_budget' has no version 2"):
-        deciding.replay_row(row, small.lake, registry)
+        replaying.replay_row(row, small.lake, registry)
     assert registry.by_alias("ad_budget", CHAMPION) is None
 
 
@@ -505,9 +506,9 @@ class Dying(Lake):
         return super().replace_days(table, data, days)
 
 
-def scored(bench: Any, registry: Registry, hour: int = 4, **more: Any) -> deciding.Scored:
+def scored(bench: Any, registry: Registry, hour: int = 4, **more: Any) -> scoring.Scored:
     now = bench.morning(bench.last, hour)
-    return deciding.score_day(bench.workflow, bench.lake, registry, bench.last, now=now, **more)
+    return scoring.score_day(bench.workflow, bench.lake, registry, bench.last, now=now, **more)
 
 
 @pytest.mark.parametrize("table", ["scores", "scoring"])
@@ -516,13 +517,13 @@ def test_a_run_killed_between_scores_and_their_record_decides_nothing_of_the_day
 ) -> None:
     by_model, by_rule = scored(bench, registry), scored(bench, registry, hour=7)
     assert (by_model.step, by_rule.step) == ("champion", "rule")
-    deciding.write_scores(bench.workflow, bench.lake, bench.last, by_model)
+    scoring.write_scores(bench.workflow, bench.lake, bench.last, by_model)
     good = deciding.decide_day(bench.workflow, bench.lake, bench.last)
     with pytest.raises(Killed):
-        deciding.write_scores(bench.workflow, Dying(bench.lake.root, table), bench.last, by_rule)
+        scoring.write_scores(bench.workflow, Dying(bench.lake.root, table), bench.last, by_rule)
     again = deciding.decide_day(bench.workflow, bench.lake, bench.last)
     assert again.batch_id == good.batch_id and again.decisions.equals(good.decisions)
-    recorded = deciding.recorded_scores(bench.workflow, bench.lake, [bench.last])
+    recorded = tables.recorded_scores(bench.workflow, bench.lake, [bench.last])
     kept = recorded.drop_columns(["day", "scoring_id"]).select(by_model.table.schema.names)
     keys = [(k, "ascending") for k in ("entity_id", "moment") if k in kept.schema.names]
     assert kept.sort_by(keys).equals(by_model.table.sort_by(keys).cast(kept.schema))
@@ -530,7 +531,7 @@ def test_a_run_killed_between_scores_and_their_record_decides_nothing_of_the_day
         bench.workflow, bench.lake, bench.last, again, decided_at=bench.morning(bench.last), run_id="r"
     )
     for row in bench.decided(bench.last)[:10]:
-        assert deciding.replay_row(row, bench.lake, registry).equal
+        assert replaying.replay_row(row, bench.lake, registry).equal
 
 
 def test_of_two_runs_at_once_the_record_and_its_scores_are_of_one(bench: Any, registry: Registry) -> None:
@@ -541,14 +542,14 @@ def test_of_two_runs_at_once_the_record_and_its_scores_are_of_one(bench: Any, re
     class Slow(Lake):
         def replace_days(self, table: str, data: pa.Table, days: Sequence[date]) -> int:
             if table.endswith("/scoring"):
-                deciding.write_scores(workflow, Lake(self.root), day, by_rule)
+                scoring.write_scores(workflow, Lake(self.root), day, by_rule)
             return super().replace_days(table, data, days)
 
-    deciding.write_scores(workflow, Slow(bench.lake.root), day, by_model)
+    scoring.write_scores(workflow, Slow(bench.lake.root), day, by_model)
     batch = deciding.decide_day(workflow, bench.lake, day)
     assert batch.step == "champion" and batch.record["model_version"] == 2
     deciding.write_batch(workflow, bench.lake, day, batch, decided_at=bench.morning(day), run_id="r")
-    assert all(deciding.replay_row(row, bench.lake, registry).equal for row in bench.decided(day)[:10])
+    assert all(replaying.replay_row(row, bench.lake, registry).equal for row in bench.decided(day)[:10])
 
 
 def test_of_runs_at_once_in_threads_the_record_and_its_scores_are_of_one(small: Any, registry: Registry) -> None:
@@ -556,12 +557,12 @@ def test_of_runs_at_once_in_threads_the_record_and_its_scores_are_of_one(small: 
 
     def write(step: str) -> None:
         for _ in range(4):
-            deciding.write_scores(small.workflow, small.lake, small.last, both[step])
+            scoring.write_scores(small.workflow, small.lake, small.last, both[step])
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(write, [*both, *both]))
     (made,) = small.lake.read(small.workflow.table("scoring"), days=[small.last]).to_pylist()
-    read = deciding.scores_of(small.workflow, small.lake, small.last, made)
+    read = tables.scores_of(small.workflow, small.lake, small.last, made)
     want = both[made["step"]].table
     assert read.sort_by("entity_id").equals(want.sort_by("entity_id").cast(read.schema))
 
@@ -574,7 +575,7 @@ def test_scores_from_before_they_were_named_are_read_as_they_stand(bench: Any, r
     bench.lake.replace_days(table, rows, [bench.last])
     again = deciding.decide_day(bench.workflow, bench.lake, bench.last)
     assert again.batch_id == good.batch_id and again.decisions.equals(good.decisions)
-    assert deciding.recorded_scores(bench.workflow, bench.lake, [bench.last]).num_rows > 0
+    assert tables.recorded_scores(bench.workflow, bench.lake, [bench.last]).num_rows > 0
 
 
 # --- arms -------------------------------------------------------------------------------------------------------------
@@ -632,13 +633,13 @@ class Spoilt:
 def spoil_scores(
     monkeypatch: pytest.MonkeyPatch, bench: Any, value: float, versions: set[int], column: str, only: int | None = None
 ) -> None:
-    honest = deciding.read_model
+    honest = scoring.read_model
 
     def read(workflow: Any, registry: Registry, version: Any) -> Any:
         model = honest(workflow, registry, version)
         return Spoilt(model, value, column, only) if version.number in versions else model
 
-    monkeypatch.setattr(deciding, "read_model", read)
+    monkeypatch.setattr(scoring, "read_model", read)
 
 
 COLUMNS = {"ad_budget": ("values", "level"), "ticket_priority": ("p_miss_now", "effort_hours")}
@@ -663,8 +664,8 @@ def test_a_champion_without_usable_numbers_leaves_it_to_the_next_step(
 def test_a_rule_without_usable_numbers_changes_nothing(
     bench: Any, empty_registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest, column = deciding.fit_rule, COLUMNS[bench.workflow.name][0]
-    monkeypatch.setattr(deciding, "fit_rule", lambda *given: Spoilt(honest(*given), float("nan"), column, None))
+    honest, column = scoring.fit_rule, COLUMNS[bench.workflow.name][0]
+    monkeypatch.setattr(scoring, "fit_rule", lambda *given: Spoilt(honest(*given), float("nan"), column, None))
     batch = bench.decide(empty_registry, bench.last)
     assert batch.step == "no_change" and batch.changed == 0 and batch.decisions.num_rows
     assert "the rule's scores cannot be used" in batch.reasons[-1] and column in batch.reasons[-1]
@@ -704,9 +705,9 @@ def test_an_addresss_secret_stays_out_of_the_recorded_spec(small: Any, registry:
             assert b"hunter2" not in file.read_bytes(), file
     assert "hunter2" not in there.lake.read(there.workflow.table("specs"))["said"].to_pylist()[0]
     row = next(r for r in there.decided(there.last) if r["changed"])
-    said = deciding.spec_of(there.workflow.name, there.lake, row["spec_digest"])
+    said = replaying.spec_of(there.workflow.name, there.lake, row["spec_digest"])
     assert "adv_{day}" in said.sources["export"].files
-    assert deciding.replay_row(row, there.lake, registry).equal
+    assert replaying.replay_row(row, there.lake, registry).equal
 
 
 def test_a_spec_without_secrets_keeps_its_text_and_its_digest(bench: Any) -> None:
@@ -757,7 +758,7 @@ def test_what_stood_before_a_day_is_what_others_proved_last_else_what_its_own_fi
             ("too early", 2, 1, "z", "rollback", other, at[0] - timedelta(hours=1)),
         )
     )
-    found = deciding.standing_of(small.workflow, book, day, at[8])  # type: ignore[arg-type]
+    found = scoring.standing_of(small.workflow, book, day, at[8])  # type: ignore[arg-type]
     stood = {r["entity_id"]: (r["value"], r["batch_id"], r["verified_at"]) for r in found.to_pylist()}
     assert stood == {"late": (7, "y", at[1]), "taken back": (1, "x-rollback", at[6]), "own": (3, "x", at[5])}
 
@@ -780,12 +781,12 @@ def test_where_the_day_shows_no_budget_what_was_proven_since_it_last_did_stands(
     ages = {"three ago": 3, "two ago": 2, "of the day": 0, "one ago": 1, "never set": None}
     rows = pa.table({"entity_id": list(ages), "budget_age": pa.array(ages.values(), pa.int64())})
     until = ads.morning(day, 4)
-    found = deciding.standing_of(ads.workflow, book, day, until, rows)  # type: ignore[arg-type]
+    found = scoring.standing_of(ads.workflow, book, day, until, rows)  # type: ignore[arg-type]
     assert {r["entity_id"]: r["value"] for r in found.to_pylist()} == {"three ago": 6, "two ago": 2}
     book.table = book.table.slice(0, 5)
-    found = deciding.standing_of(ads.workflow, book, day, until, rows)  # type: ignore[arg-type]
+    found = scoring.standing_of(ads.workflow, book, day, until, rows)  # type: ignore[arg-type]
     assert {r["entity_id"]: r["value"] for r in found.to_pylist()} == {"three ago": 3, "two ago": 2}
-    plain = deciding.standing_of(ads.workflow, book, day, until)  # type: ignore[arg-type]
+    plain = scoring.standing_of(ads.workflow, book, day, until)  # type: ignore[arg-type]
     assert not plain.num_rows, "nothing was proven since the day ended"
 
 
@@ -804,7 +805,7 @@ def test_a_day_starts_from_what_stands_and_is_replayed_from_it(bench: Any, regis
     features = bench.lake.version(bench.workflow.table("features"))
     before = {r["entity_id"]: r["before"] for r in bench.decided(bench.last)}
     plain = batch_row(bench)
-    deciding.write_scores(bench.workflow, bench.lake, bench.last, scored(bench, registry, ledger=book))
+    scoring.write_scores(bench.workflow, bench.lake, bench.last, scored(bench, registry, ledger=book))
     batch = deciding.decide_day(bench.workflow, bench.lake, bench.last)
     assert batch.record["standing_version"] is not None and batch.batch_id != plain["batch_id"]
     assert plain["standing_version"] is None and batch.record["features_version"] == features
@@ -819,17 +820,17 @@ def test_a_day_starts_from_what_stands_and_is_replayed_from_it(bench: Any, regis
     rows = bench.decided(bench.last)
     live_on(bench, registry)
     for row in [r for r in rows if r["entity_id"] == entity] + rows[:3]:
-        assert deciding.replay_row(row, bench.lake, registry).equal
+        assert replaying.replay_row(row, bench.lake, registry).equal
     _cut(bench.lake, bench.workflow.table("standing"))
     with pytest.raises(ReplayImpossible, match="standing"):
-        deciding.replay_row(rows[0], bench.lake, registry)
+        replaying.replay_row(rows[0], bench.lake, registry)
 
 
 def test_deciding_again_from_the_same_standing_names_the_same_version(bench: Any, registry: Registry) -> None:
     _, _, book = moved_since(bench, registry)
     ids = []
     for _ in range(2):
-        deciding.write_scores(bench.workflow, bench.lake, bench.last, scored(bench, registry, ledger=book))
+        scoring.write_scores(bench.workflow, bench.lake, bench.last, scored(bench, registry, ledger=book))
         ids.append(deciding.decide_day(bench.workflow, bench.lake, bench.last).batch_id)
     assert ids[0] == ids[1]
 
@@ -839,7 +840,7 @@ def test_a_backfill_sees_what_stood_when_its_day_would_have_been_decided(bench: 
     later = bench.morning(bench.last + timedelta(days=3))
     extra = proofs((entity, value + 1, value, "z-rb", "rollback", bench.last, later - timedelta(hours=2)))
     book.table = pa.concat_tables([book.table, extra])
-    made = deciding.score_day(bench.workflow, bench.lake, registry, bench.last, now=later, ledger=book)  # type: ignore[arg-type]
+    made = scoring.score_day(bench.workflow, bench.lake, registry, bench.last, now=later, ledger=book)  # type: ignore[arg-type]
     assert made.standing["value"].to_pylist() == [value], "a value of days later was seen"
 
 
@@ -847,7 +848,7 @@ def test_only_the_moment_that_is_decided_on_takes_what_stands(queue: Any) -> Non
     features = queue.lake.read(queue.workflow.table("features"), days=[queue.last])
     chosen = deciding.of_policy(queue.workflow, features).to_pylist()[0]
     stands = {"entity_id": [chosen["entity_id"]], "value": [77], "batch_id": ["b"], "verified_at": [None]}
-    moved = deciding.with_standing(queue.workflow, features, pa.table(stands, schema=deciding.STANDING))
+    moved = scoring.with_standing(queue.workflow, features, pa.table(stands, schema=tables.STANDING))
     mine = [r for r in moved.to_pylist() if r["entity_id"] == chosen["entity_id"]]
     assert {r["moment"]: r["priority"] for r in mine}["open"] == 77
     was = {r["moment"]: r["priority"] for r in features.to_pylist() if r["entity_id"] == chosen["entity_id"]}
@@ -871,7 +872,7 @@ def test_a_kill_between_ledger_and_lake_is_made_good_from_the_ledger(
 ) -> None:
     w, lake, day, now = bench.workflow, bench.lake, bench.last, bench.morning(bench.last)
     bench.decide(empty_of(registry, bench), day)  # what stood in the lake before
-    deciding.write_scores(w, lake, day, scored(bench, registry))
+    scoring.write_scores(w, lake, day, scored(bench, registry))
     batch = deciding.decide_day(w, lake, day)
     assert deciding.complete_lake(w, lake, book, day) is None, "the ledger knows nothing of the day"
     delivering.record(w, book, day, batch, decided_at=now, run_id="r")
@@ -890,7 +891,7 @@ def test_a_kill_between_ledger_and_lake_is_made_good_from_the_ledger(
             if column in ("certificates", "findings"):
                 found, wanted = ([json.loads(text) for text in texts] for texts in (found, wanted))
             assert found == wanted, (name, column)
-    assert all(deciding.replay_row(row, lake, registry).equal for row in bench.decided(day)[:5])
+    assert all(replaying.replay_row(row, lake, registry).equal for row in bench.decided(day)[:5])
 
 
 def empty_of(registry: Registry, bench: Any) -> Registry:
@@ -917,7 +918,7 @@ def test_a_row_with_a_value_that_was_never_missing_keeps_what_stands_and_is_name
     """LightGBM would read it as 0; the rest of the day is decided as ever, and the row is replayed as it was."""
     bench = queue.copy(tmp_path / "queue")
     table, name = bench.workflow.table("features"), bench.workflow.name
-    assert "updates" not in deciding.read_model(bench.workflow, registry, registry.by_number(name, 2)).encoding.nulls
+    assert "updates" not in scoring.read_model(bench.workflow, registry, registry.by_number(name, 2)).encoding.nulls
     bench.decide(registry, bench.last)
     moved = [d["entity_id"] for d in bench.decided(bench.last) if d["changed"]]
     gone, rows = moved[:3], bench.lake.read(table, days=[bench.last])
@@ -925,7 +926,7 @@ def test_a_row_with_a_value_that_was_never_missing_keeps_what_stands_and_is_name
     empty = pc.if_else(here, pa.scalar(None, rows["updates"].type), rows["updates"])
     place = rows.schema.get_field_index("updates")
     bench.lake.replace_days(table, rows.set_column(place, "updates", empty), [bench.last])
-    scored = deciding.score_day(bench.workflow, bench.lake, registry, bench.last, now=bench.morning(bench.last))
+    scored = scoring.score_day(bench.workflow, bench.lake, registry, bench.last, now=bench.morning(bench.last))
     assert scored.step == "champion" and {c: sorted(n) for c, n in scored.unread.items()} == {"updates": sorted(gone)}
     said = "3 rows have no score: updates is missing there, and never was in the training of version 2"
     assert scored.reasons == (said,)
@@ -948,7 +949,7 @@ def without_value(bench: Any, column: str, gone: Sequence[str] | None) -> None:
 
 def knowing(monkeypatch: pytest.MonkeyPatch, column: str, versions: set[int]) -> None:
     """These versions have met a missing value of ``column`` in training."""
-    honest = deciding.read_model
+    honest = scoring.read_model
 
     def read(workflow: Any, registry: Registry, version: Any) -> Any:
         model = honest(workflow, registry, version)
@@ -956,7 +957,7 @@ def knowing(monkeypatch: pytest.MonkeyPatch, column: str, versions: set[int]) ->
             return model
         return replace(model, encoding=replace(model.encoding, nulls=(*model.encoding.nulls, column)))
 
-    monkeypatch.setattr(deciding, "read_model", read)
+    monkeypatch.setattr(scoring, "read_model", read)
 
 
 def test_a_version_without_a_score_for_most_rows_leaves_the_day_to_the_next_step(
@@ -1005,6 +1006,6 @@ def test_a_challenger_without_a_score_for_most_rows_has_not_scored_the_day(
     with Ledger.open(f"sqlite:///{tmp_path / 'l.db'}", key=b"k" * 16, clock=lambda: now) as ledger:
         ledger.promotion(name, 2, "promoted", "run", {"digest": digests[2]})
         ledger.promotion(name, 1, "canary", "run", {"digest": digests[1]})
-        made = deciding.score_day(bench.workflow, bench.lake, registry, bench.last, now=now, ledger=ledger)
+        made = scoring.score_day(bench.workflow, bench.lake, registry, bench.last, now=now, ledger=ledger)
     assert made.step == "champion" and made.beside is not None
     assert made.beside.table is None and "updates is missing there" in made.beside.reason

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.compute as pc
 import pytest
 
-from assets import deciding, delivering, point_in_time
+from assets import delivering, point_in_time, replaying, tables
 from assets.stages import delivery as stage
 from assets.workflow import Workflow
 from delivery import push as pushing
@@ -59,9 +59,9 @@ def test_a_decision_is_made_again_from_the_ledgers_record_alone(bench: Bench, re
     for decided in random.Random(1).sample(bench.decided(bench.last), 3):
         found = book.decision(decided["decision_id"])
         found |= {"day": row.day} | dict(row.record)
-        again = deciding.replay_row(found, bench.lake, registry)
+        again = replaying.replay_row(found, bench.lake, registry)
         assert again.equal, again.as_dict()
-        assert {c: found[c] for c in deciding.DECISIONS.names} == {c: decided[c] for c in deciding.DECISIONS.names}
+        assert {c: found[c] for c in tables.DECISIONS.names} == {c: decided[c] for c in tables.DECISIONS.names}
 
 
 def test_the_same_batch_is_recorded_once_and_a_day_decided_again_counts_as_decided_last(

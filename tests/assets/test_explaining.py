@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from assets import deciding, explaining, landing, point_in_time, what_if
+from assets import deciding, explaining, landing, point_in_time, scoring, tables, what_if
 from assets.explaining import Explanation, explain
 from delivery import rollback
 from delivery.connectors.base import Capabilities, Change, Reading, Write, Written
@@ -170,7 +170,7 @@ def test_the_chain_leads_from_downstream_to_the_rows_of_the_files(world: World, 
     assert [t["outcome"] for t in sent["tries"]["each"]] == ["accepted"] and sent["prior"] == row["before"]
     assert said["batch"]["batch_id"] == row["batch_id"] and said["batch"]["digest"]
     assert said["approvals"]["given"] == []
-    assert {c: said["decision"][c] for c in deciding.DECISIONS.names} == {c: row[c] for c in deciding.DECISIONS.names}
+    assert {c: said["decision"][c] for c in tables.DECISIONS.names} == {c: row[c] for c in tables.DECISIONS.names}
     version = registry.by_number(bench.workflow.name, 2)
     assert (said["model"]["version"], said["model"]["digest"]) == (2, version.digest)
     assert said["model"]["run_id"] == version.run_id and said["model"]["run"]["status"] == "FINISHED"
@@ -492,7 +492,7 @@ def test_what_is_gone_is_said_in_its_place_and_the_rest_is_told(
 ) -> None:
     bench = lines.bench.copy(tmp_path / "lost")
     losing(bench, registry)
-    deciding._model.cache_clear()
+    scoring._model.cache_clear()
     told = explain(lines.ledger, bench.lake, registry, lines.some()["decision_id"])
     found = gone(told.as_dict())
     assert set(found) == lost and not set(found) & kept, found

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from assets import code, deciding, delivering, facts
+from assets import code, deciding, delivering, facts, scoring
 from delivery.ledger import BatchRow, Ledger
 from models.registry import Registry
 from tests.conftest import Bench
@@ -81,8 +81,8 @@ def book(bench: Bench, tmp_path: Path) -> Iterator[Ledger]:
 
 def recorded(bench: Bench, registry: Registry, book: Ledger, now: datetime | None = None) -> BatchRow:
     now = now or bench.morning(bench.last)
-    scored = deciding.score_day(bench.workflow, bench.lake, registry, bench.last, now=now, ledger=book)
-    deciding.write_scores(bench.workflow, bench.lake, bench.last, scored)
+    scored = scoring.score_day(bench.workflow, bench.lake, registry, bench.last, now=now, ledger=book)
+    scoring.write_scores(bench.workflow, bench.lake, bench.last, scored)
     batch = deciding.decide_day(bench.workflow, bench.lake, bench.last)
     made = delivering.record(bench.workflow, book, bench.last, batch, decided_at=now, run_id="r")
     deciding.write_batch(bench.workflow, bench.lake, bench.last, batch, decided_at=now, run_id="r")

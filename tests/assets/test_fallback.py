@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from assets import deciding, delivering, facts, fallback, performing, promoting, retraining
+from assets import deciding, delivering, facts, fallback, performing, promoting, replaying, retraining, scoring
 from assets.resources import ClockResource, LedgerResource, resources
 from assets.stages import performance as stage
 from assets.workflow import Retraining
@@ -52,9 +52,9 @@ def book(tmp_path: Path, small: Bench, registry: Registry, moment: list[datetime
         yield opened
 
 
-def score(bench: Bench, registry: Registry, book: Ledger, **more: Any) -> deciding.Scored:
+def score(bench: Bench, registry: Registry, book: Ledger, **more: Any) -> scoring.Scored:
     now = bench.morning(bench.last, 5)
-    return deciding.score_day(bench.workflow, bench.lake, registry, bench.last, now=now, ledger=book, **more)
+    return scoring.score_day(bench.workflow, bench.lake, registry, bench.last, now=now, ledger=book, **more)
 
 
 def test_the_day_of_a_version_that_does_worse_is_the_rule_s_until_another_is_champion(
@@ -95,7 +95,7 @@ def test_what_was_found_later_changes_nothing_of_an_earlier_hour(
     assert score(small, registry, book).step == "champion"
     # a backfill sees what was known by the day's deadline
     late = small.morning(small.last) + timedelta(days=9)
-    made = deciding.score_day(small.workflow, small.lake, registry, small.last, now=late, ledger=book)
+    made = scoring.score_day(small.workflow, small.lake, registry, small.last, now=late, ledger=book)
     assert made.step == "champion"
 
 
@@ -111,7 +111,7 @@ def test_a_day_that_the_rule_took_is_replayed_and_recomputed_to_the_bit(
     small: Bench, registry: Registry, book: Ledger
 ) -> None:
     fallback.note(book, "ad_budget", small.last, BEHIND)
-    deciding.write_scores(small.workflow, small.lake, small.last, score(small, registry, book))
+    scoring.write_scores(small.workflow, small.lake, small.last, score(small, registry, book))
     batch = deciding.decide_day(small.workflow, small.lake, small.last)
     now = small.morning(small.last, 5)
     row = delivering.record(small.workflow, book, small.last, batch, decided_at=now, run_id="test")
@@ -120,7 +120,7 @@ def test_a_day_that_the_rule_took_is_replayed_and_recomputed_to_the_bit(
     assert batch.step == "rule" and "does worse than the rule" in batch.reasons[0]
     decided = small.decided(small.last)
     changed = next(d for d in decided if d["changed"])
-    assert deciding.replay("ad_budget", small.lake, registry, changed["decision_id"]).equal
+    assert replaying.replay("ad_budget", small.lake, registry, changed["decision_id"]).equal
     compared = facts.compare(small.workflow, small.lake, registry, book, row)
     assert compared.equal, compared.says
     # a new champion since then is a cause, and named
@@ -136,16 +136,16 @@ def test_the_rule_of_a_day_is_what_it_would_have_been_then(queue: Bench, registr
     bench = replace(bench, workflow=workflow)
     scored_on = bench.days[-6:]
     for day in scored_on:
-        made = deciding.score_day(workflow, bench.lake, registry, day, now=bench.morning(day))
+        made = scoring.score_day(workflow, bench.lake, registry, day, now=bench.morning(day))
         version = registry.by_number("ticket_priority", 1)
         made = replace(made, model=version)  # the first of these days have no version of their own
-        deciding.write_scores(workflow, bench.lake, day, made)
+        scoring.write_scores(workflow, bench.lake, day, made)
     day = bench.last
     added = performing.score_by_rule(workflow, bench.lake, day)
     assert added == [d for d in scored_on if d <= day - timedelta(days=4)] and added
     assert performing.score_by_rule(workflow, bench.lake, day) == [], "once"
     then = added[0]
-    rule = deciding.fit_rule(workflow, bench.lake, then, None, None)
+    rule = scoring.fit_rule(workflow, bench.lake, then, None, None)
     rows = bench.lake.read(workflow.table("features"), days=[then]).filter(pc.field("moment") == "intake")
     known = bench.lake.read(workflow.table("rule_scores"), days=[then])
     expected = dict(zip(rows["entity_id"].to_pylist(), rule.p_miss(rows), strict=True))
@@ -161,14 +161,14 @@ def test_outcomes_that_show_it_put_the_champion_behind_and_ask_for_a_training(
 ) -> None:
     """Through the stage: the champion's scores are three times too high on the days whose outcomes are known."""
     for day in small.days[-8:]:
-        made = deciding.score_day(small.workflow, small.lake, registry, day, now=small.morning(day))
+        made = scoring.score_day(small.workflow, small.lake, registry, day, now=small.morning(day))
         high = made.table
         for name in ("values",):
             flat = pa.array(3 * np.asarray(pc.list_flatten(high[name])))
             lists = pa.ListArray.from_arrays(high[name].combine_chunks().offsets, flat)
             high = high.set_column(high.schema.get_field_index(name), name, lists)
         champion = registry.by_number("ad_budget", 2)
-        deciding.write_scores(
+        scoring.write_scores(
             small.workflow, small.lake, day, replace(made, table=high, model=champion, step="champion")
         )
     monkeypatch.setenv("SIGNALBOX_HOME", str(small.root))
@@ -190,7 +190,7 @@ def test_outcomes_that_show_it_put_the_champion_behind_and_ask_for_a_training(
     with given["ledger"].open(clock) as book:
         (event,) = book.events(fallback.KIND, "ad_budget")
         assert event.body["version"] == 2 and event.body["figures"]["worse_low"] > 0
-        made = deciding.score_day(
+        made = scoring.score_day(
             small.workflow, small.lake, registry, small.last, now=small.morning(small.last, 5), ledger=book
         )
     assert made.step == "rule"

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from assets import deciding, gating, performing, point_in_time, promoting
+from assets import gating, lifecycle, performing, point_in_time, promoting, scoring
 from delivery.ledger import Ledger
 from models import catalog, examining, gate
 from models.registry import Registry, Version
@@ -59,7 +59,7 @@ class Versions:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, empty_registry_folder: Path, ads: Bench) -> Versions:
     registry = moved(empty_registry_folder, tmp_path_factory.mktemp("gating") / "registry")
-    recipe = {"recipe": json.dumps(deciding.learner_spec(ads.workflow))}
+    recipe = {"recipe": json.dumps(scoring.learner_spec(ads.workflow))}
     files = ads.fit(ads.last).files()
     return Versions(
         registry,
@@ -131,8 +131,8 @@ def test_a_version_that_knows_the_held_out_days_by_heart_is_refused_by_its_twin(
     ads: Bench, made: Versions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     young = loose(ads, calibration=None, min_rows=20)
-    spec = {**deciding.learner_spec(ads.workflow), **OVERFITTED}
-    monkeypatch.setattr(deciding, "learner_spec", lambda workflow: spec)
+    spec = {**scoring.learner_spec(ads.workflow), **OVERFITTED}
+    monkeypatch.setattr(scoring, "learner_spec", lambda workflow: spec)
     by_heart = register(young, made.registry, ads.last, params={"recipe": json.dumps(spec)})
     monkeypatch.undo()
     found = judge(young, made, by_heart, made.champion)
@@ -267,7 +267,7 @@ def desk(ads: Bench, empty_registry: Registry, tmp_path: Path, monkeypatch: pyte
     day = bench.last - timedelta(days=4)
     champion = empty_registry.register(
         bench.workflow.name, fitted(bench, day).files(), trained_day=day, passed=True,
-        params={"recipe": json.dumps(deciding.learner_spec(bench.workflow))}, metrics={}, tags={}, plots={}, card="card",
+        params={"recipe": json.dumps(scoring.learner_spec(bench.workflow))}, metrics={}, tags={}, plots={}, card="card",
         seed=1,
     )  # fmt: skip
     with Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}", key=KEY, clock=lambda: bench.morning(bench.last)) as book:
@@ -279,7 +279,7 @@ def desk(ads: Bench, empty_registry: Registry, tmp_path: Path, monkeypatch: pyte
 def fitted(bench: Bench, day: date) -> Any:
     """As a retraining fits: with its number of threads."""
     rows = point_in_time.training_set(bench.workflow, bench.lake, day)
-    spec, how = deciding.learner_spec(bench.workflow), {"seed": deciding.SEED, "device": "cpu"}
+    spec, how = scoring.learner_spec(bench.workflow), {"seed": scoring.SEED, "device": "cpu"}
     return catalog.learner("response").fit(rows, spec, threads=gating.THREADS, **how)
 
 
@@ -326,12 +326,12 @@ def test_spoilt_newest_labels_hold_a_retraining_until_a_person_asks_for_it(desk:
     assert told.evidence["figures"]["disagreement"]["ratio"] > 1.5
     assert any("it is held for a person" in r for r in told.evidence["verdict"])
     assert desk.tags(made)["signalbox.gate"] == "held" and "signalbox.gate_held" in desk.tags(made)
-    live = promoting.live(desk.ledger, bench.workflow)
+    live = lifecycle.live(desk.ledger, bench.workflow)
     assert live["champion"] == desk.champion.number and live["challenger"] is None
     desk.registry.client.set_registered_model_alias(made.name, "champion", str(made.number))
     (answer,) = promoting.reconcile(bench.workflow, desk.registry, desk.ledger, bench.lake, bench.morning(bench.last))
     assert answer.answer == "recorded" and answer.reason.startswith(promoting.WAITED), answer
-    assert promoting.live(desk.ledger, bench.workflow)["champion"] == made.number
+    assert lifecycle.live(desk.ledger, bench.workflow)["champion"] == made.number
     assert desk.tags(made)["signalbox.gate"] == "passed"
 
 

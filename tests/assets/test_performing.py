@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from assets import deciding, performing
+from assets import performing, scoring
 from assets.lake import Lake
 from assets.resources import resources
 from assets.stages import performance as stage
@@ -180,8 +180,8 @@ def test_the_asset_tells_every_day_once_with_numbers_page_and_words(
     workflow = bench.workflow.model_copy(update={"training": training, "retraining": spec})
     days = bench.days[-8:]
     for day in days:
-        scored = deciding.score_day(workflow, bench.lake, registry, day, now=bench.morning(day))
-        deciding.write_scores(workflow, bench.lake, day, scored)
+        scored = scoring.score_day(workflow, bench.lake, registry, day, now=bench.morning(day))
+        scoring.write_scores(workflow, bench.lake, day, scored)
     monkeypatch.setenv("SIGNALBOX_HOME", str(bench.root))
     monkeypatch.setenv("SIGNALBOX_MLFLOW_URI", registry.uri)
     given = {k: v for k, v in resources(None).items() if k in ("lake", "ledger", "registry", "clock", "reports")}

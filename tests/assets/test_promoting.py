@@ -19,9 +19,24 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from assets import deciding, delivering, explaining, guarding, health, point_in_time, promoting, shadowing
+from assets import (
+    acting,
+    deciding,
+    delivering,
+    errors,
+    explaining,
+    guarding,
+    health,
+    point_in_time,
+    promoting,
+    replaying,
+    scoring,
+    shadowing,
+    tables,
+)
 from assets.lake import content_digest
-from assets.promoting import NotBlocked, admit, advance, aliases, lift, live, reconcile, step_back
+from assets.lifecycle import aliases, live
+from assets.promoting import NotBlocked, admit, advance, lift, reconcile, step_back
 from assets.workflow import FOLDER, Promotion, Workflow, WorkflowInvalid, load
 from delivery.ledger import Ledger
 from models.gate import Verdict
@@ -125,16 +140,16 @@ class Firm:
         wanted = {k: v for k, v in aliases(live(self.ledger, self.workflow)).items() if v is not None}
         return self.registry.standing(self.workflow.name).aliases == wanted
 
-    def score(self, day: date | None = None, now: datetime | None = None) -> deciding.Scored:
+    def score(self, day: date | None = None, now: datetime | None = None) -> scoring.Scored:
         day = day or self.day
         now = now or self.bench.morning(day)
-        return deciding.score_day(self.workflow, self.bench.lake, self.registry, day, now=now, ledger=self.ledger)
+        return scoring.score_day(self.workflow, self.bench.lake, self.registry, day, now=now, ledger=self.ledger)
 
     def decide(self, day: date | None = None, now: datetime | None = None) -> deciding.Batch:
         """Score, decide and measure a day as the stages do."""
         day = day or self.day
         now = now or self.bench.morning(day)
-        deciding.write_scores(self.workflow, self.bench.lake, day, self.score(day, now))
+        scoring.write_scores(self.workflow, self.bench.lake, day, self.score(day, now))
         batch = deciding.decide_day(self.workflow, self.bench.lake, day)
         deciding.write_batch(self.workflow, self.bench.lake, day, batch, decided_at=now, run_id="test")
         delivering.record(self.workflow, self.ledger, day, batch, decided_at=now, run_id="test")
@@ -573,7 +588,7 @@ def test_with_mlflow_down_nothing_changes_and_the_day_goes_on(
     (tmp_path / "garbage.db").write_bytes(b"no database at all, but long enough to look like one" * 100)
     firm.registry = Registry(f"sqlite:///{tmp_path / 'garbage.db'}", (tmp_path / "a").as_uri())
     for act in (firm.reconcile, firm.advance):
-        with pytest.raises(promoting.unreachable()):
+        with pytest.raises(errors.unreachable()):
             act()
     scored = firm.score()
     assert scored.step == "rule" and "the registry cannot be read" in scored.reasons[0]
@@ -701,7 +716,7 @@ def test_in_the_shadow_a_challenger_scores_and_nobody_acts_on_it(firm: Firm) -> 
     assert content_digest(batch.decisions) == content_digest(alone.decisions)
     assert batch.record["challenger_version"] is None and batch.record["model_version"] == 2
     scores = firm.bench.lake.read(firm.workflow.table("shadow_scores"), days=[firm.day])
-    theirs = deciding.read_model(firm.workflow, firm.registry, firm.version(3))
+    theirs = scoring.read_model(firm.workflow, firm.registry, firm.version(3))
     features = firm.bench.lake.read(firm.workflow.table("features"), days=[firm.day])
     again = theirs.score(point_in_time.ordered(features))
     assert set(scores["version"].to_pylist()) == {3}
@@ -733,7 +748,7 @@ def test_the_disagreement_counts_what_would_have_been_decided_otherwise(firm: Fi
 
 def test_a_challenger_that_agrees_with_itself_differs_in_nothing(queue: Bench, registry: Registry) -> None:
     """Priorities: the same scores twice, and scores turned around."""
-    scored = deciding.score_day(queue.workflow, queue.lake, registry, queue.last, now=queue.morning(queue.last))
+    scored = scoring.score_day(queue.workflow, queue.lake, registry, queue.last, now=queue.morning(queue.last))
     features = queue.lake.read(queue.workflow.table("features"), days=[queue.last])
     units = sorted(set(deciding.of_policy(queue.workflow, features)["unit"].to_pylist()))
     drawn = deciding.draw_arms(queue.workflow, queue.last, units, None)
@@ -758,14 +773,14 @@ def test_a_challenger_that_fails_harms_no_day(firm: Firm, stage: Promotion, monk
     firm.says(stage, SHARES)
     alone = firm.decide()
     firm.admit(3)
-    real = deciding.read_model
+    real = scoring.read_model
 
     def read(workflow: Workflow, registry: Registry, version: Version) -> Any:
         if version.number == 3:
             raise ZeroDivisionError("a bug of its own")
         return real(workflow, registry, version)
 
-    monkeypatch.setattr(deciding, "read_model", read)
+    monkeypatch.setattr(scoring, "read_model", read)
     batch = firm.decide()
     assert content_digest(batch.decisions) == content_digest(alone.decisions) and batch.step == "champion"
     assert batch.record["challenger_version"] is None
@@ -781,14 +796,14 @@ def test_a_challenger_with_other_scores_leaves_its_arm_to_the_champion(
     firm.says(CANARY, SHARES)
     alone = firm.decide()
     firm.admit(3)
-    real = deciding._beside
+    real = scoring._beside
 
-    def beside(*given_: Any) -> deciding.Beside:
+    def beside(*given_: Any) -> scoring.Beside:
         found = real(*given_)
         assert found.table is not None
         return replace(found, table=found.table.drop_columns(["values"]))
 
-    monkeypatch.setattr(deciding, "_beside", beside)
+    monkeypatch.setattr(scoring, "_beside", beside)
     batch = firm.decide()
     assert content_digest(batch.decisions) == content_digest(alone.decisions)
     assert batch.record["challenger_version"] is None and "decided by the champion" in batch.reasons[0]
@@ -845,23 +860,23 @@ def test_a_canary_decides_its_arm_and_nothing_else_and_every_decision_replays(ca
     drawn = deciding.draw_arms(workflow, day, units, lake.read(workflow.table("arms")))
     alone = {}
     for number in (2, 3):
-        scores = deciding.read_model(workflow, canary.registry, canary.version(number)).score(
+        scores = scoring.read_model(workflow, canary.registry, canary.version(number)).score(
             point_in_time.ordered(features)
         )
         made_, _ = deciding.decide(workflow, day, features, scores, drawn, "champion")
         alone[number] = {r["entity_id"]: r for r in made_.to_pylist()}
     for arm, mine in by_arm.items():
         by = 3 if arm == "challenger" else 2
-        assert all({c: r[c] for c in deciding.DECISIONS.names} == alone[by][r["entity_id"]] for r in mine), arm
+        assert all({c: r[c] for c in tables.DECISIONS.names} == alone[by][r["entity_id"]] for r in mine), arm
     assert any(alone[2][r["entity_id"]]["reasons"] != r["reasons"] for r in by_arm["challenger"]), "the models differ"
     (batch,) = canary.ledger.batches(workflow.name, model_version=3)
     assert batch.record["challenger_version"] == 3, "a rollback of the challenger finds it"
 
     theirs, ours = by_arm["challenger"][0], by_arm["champion"][0]
-    found = deciding.made_from(theirs, lake, canary.registry)
-    assert found.learner is deciding.read_model(workflow, canary.registry, canary.version(3))
-    champions = deciding.made_from(ours, lake, canary.registry)
-    assert champions.learner is deciding.read_model(workflow, canary.registry, canary.version(2))
+    found = replaying.made_from(theirs, lake, canary.registry)
+    assert found.learner is scoring.read_model(workflow, canary.registry, canary.version(3))
+    champions = replaying.made_from(ours, lake, canary.registry)
+    assert champions.learner is scoring.read_model(workflow, canary.registry, canary.version(2))
     assert champions.scores_in is not None and found.scores_in is not None
     elsewhere = pc.if_else(pc.equal(drawn["unit"], ours["unit"]), "challenger", drawn["arm"])
     there = champions.scores_in(drawn.set_column(drawn.schema.get_field_index("arm"), "arm", elsewhere))
@@ -874,11 +889,11 @@ def test_a_canary_decides_its_arm_and_nothing_else_and_every_decision_replays(ca
 
     _days_later(canary)
     for one in [*by_arm["challenger"][:3], *by_arm["champion"][:2], rows[0], rows[-1]]:
-        again = deciding.replay_row(one, lake, canary.registry)
+        again = replaying.replay_row(one, lake, canary.registry)
         assert again.equal and again.same_code, again.as_dict()
     altered = {**theirs, "challenger_digest": "0" * 64}
-    with pytest.raises(deciding.ReplayImpossible, match="version 3 is not the one that decided"):
-        deciding.replay_row(altered, lake, canary.registry)
+    with pytest.raises(replaying.ReplayImpossible, match="version 3 is not the one that decided"):
+        replaying.replay_row(altered, lake, canary.registry)
 
 
 def test_a_decision_of_the_arm_challenger_is_explained_by_the_challenger(firm: Firm) -> None:
@@ -892,10 +907,10 @@ def test_a_decision_of_the_arm_challenger_is_explained_by_the_challenger(firm: F
     assert told.links["replay"]["equal"] is True and "gone" not in told.links["would_change"]
     features = firm.bench.lake.read(firm.workflow.table("features"), days=[firm.day])
     row = features.filter(pc.equal(features["entity_id"], mine["entity_id"]))
-    (score,) = deciding.read_model(firm.workflow, firm.registry, firm.version(3)).score(row).to_pylist()
+    (score,) = scoring.read_model(firm.workflow, firm.registry, firm.version(3)).score(row).to_pylist()
     said = told.links["score"]["score"]
     assert said == {k: v for k, v in score.items() if k not in ("entity_id", "moment")}
-    (ours,) = deciding.read_model(firm.workflow, firm.registry, firm.version(2)).score(row).to_pylist()
+    (ours,) = scoring.read_model(firm.workflow, firm.registry, firm.version(2)).score(row).to_pylist()
     assert said["values"] != ours["values"]
     assert "arm challenger was decided by the challenger" in "\n".join(told.lines())
 
@@ -922,12 +937,12 @@ def test_state_folders_from_before_there_were_challengers_go_on(firm: Firm) -> N
     assert deciding.decide_day(w, lake, earlier).record["challenger_version"] is None
     assert shadowing.report(w, lake, earlier, firm.page) is None
     row = firm.bench.decided(earlier)[0]
-    assert "challenger_version" not in row and deciding.replay_row(row, lake, firm.registry).equal
+    assert "challenger_version" not in row and replaying.replay_row(row, lake, firm.registry).equal
     firm.says(CANARY, SHARES)
     firm.admit(3)
     firm.decide()
     row = firm.bench.decided(earlier)[0]
-    assert row["challenger_version"] is None and deciding.replay_row(row, lake, firm.registry).equal
+    assert row["challenger_version"] is None and replaying.replay_row(row, lake, firm.registry).equal
     assert {r["challenger_version"] for r in firm.bench.decided(firm.day)} == {3}
     assert lake.read(w.table("batches")).num_rows == 2
 
@@ -1046,7 +1061,7 @@ def test_backfills_and_stopped_workflows_move_nothing(firm: Firm) -> None:
     firm.admit(3)
     firm.decide()
     later = firm.day + timedelta(days=1)
-    over = promoting.over(later)
+    over = acting.over(later)
     assert advance(firm.workflow, firm.registry, firm.ledger, firm.bench.lake, later, over) == "waits"
     firm.ledger.switch(NAME, True, "ann", "look first")
     assert firm.advance() == "waits"
@@ -1203,7 +1218,7 @@ def test_a_specification_of_an_earlier_release_is_still_read(firm: Firm) -> None
     for digest, one in (("older", older), ("broken", broken)):
         row = pa.table({"digest": [digest], "said": [json.dumps(one)], "kept": ["spec"]})
         lake.replace(table, row, predicate=f"digest = '{digest}'", partition_by=["kept"])
-    read = deciding.spec_of(NAME, lake, "older")
+    read = replaying.spec_of(NAME, lake, "older")
     assert read.model_dump_json(exclude={"folder"}) == firm.workflow.model_dump_json(exclude={"folder"})
-    with pytest.raises(deciding.ReplayImpossible, match="not understood any more"):
-        deciding.spec_of(NAME, lake, "broken")
+    with pytest.raises(replaying.ReplayImpossible, match="not understood any more"):
+        replaying.spec_of(NAME, lake, "broken")

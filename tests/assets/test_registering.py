@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from assets import deciding, gating, point_in_time, registering
+from assets import gating, point_in_time, registering, scoring
 from models import catalog, fitting
 from models.registry import Registry, Version
 from tests.conftest import Bench, moved
@@ -42,7 +42,7 @@ def trained(bench: Bench, registry: Registry) -> Version:
     rows = point_in_time.ordered(point_in_time.training_set(workflow, bench.lake, day), "day")
     held = gating.held_out(workflow, bench.lake, day, rows)
     learn = point_in_time.rows_where(rows, workflow.training.train_on)
-    spec = deciding.learner_spec(workflow)
+    spec = scoring.learner_spec(workflow)
     fitted = fitting.fit_and_judge(
         learn, held.early, held.rows, learner=catalog.learner(workflow.model.kind), champion=None, spec=spec, day=day,
         decided=held.decided, **gating.asked(workflow, "cpu"),
@@ -65,7 +65,7 @@ def registered(
     rows, scores = {}, {}
     for name, one in benches.items():
         rows[name] = point_in_time.ordered(one.lake.read(one.workflow.table("features"), days=[one.last]))
-        scored = deciding.score_day(one.workflow, one.lake, registry, one.last, now=one.morning(one.last))
+        scored = scoring.score_day(one.workflow, one.lake, registry, one.last, now=one.morning(one.last))
         assert scored.step == "champion"
         scores[name] = scored.table
     return Registered(registry, versions, rows, scores)

@@ -183,7 +183,7 @@ def test_the_command_says_what_it_did_and_what_to_run_next(tmp_path: Path, monke
     events = before.contract.events.model_copy(update={"rows": ()})
     changed = before.model_copy(update={"contract": before.contract.model_copy(update={"events": events})})
     ingest(changed, Lake(str(tmp_path / "lake")), tmp_path / "landing", now=LATER)
-    monkeypatch.setattr("orchestration.cli.workflow_named", lambda name: changed)
+    monkeypatch.setattr("orchestration.operations.workflow_named", lambda name: changed)
     said = CliRunner().invoke(cli.app, ["remap", "ad_budget", "--since", str(FIRST)])
     assert said.exit_code == 0, said.output
     assert "1 files mapped again, 0 gone, 0 refused" in said.output

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pytest
 from pydantic import ValidationError
 
-from assets import deciding, gating, point_in_time, promoting, tuning
+from assets import gating, lifecycle, point_in_time, scoring, tuning
 from assets.workflow import Promotion, Training
 from delivery.ledger import Ledger
 from models import booster, catalog, fitting, search, students
@@ -63,7 +63,7 @@ def test_a_search_learns_and_judges_on_days_before_the_gates(
     assert pc.max(later["outcome_known_at"]).as_py().replace(tzinfo=None) <= bench.workflow.cutoff_of(split)
     assert found.trials.num_rows == 3 and kept.is_file()
     assert len(said) == 3 and said[0].startswith("search: trial 1:") and "0 trials" in said[-1]
-    spec = deciding.learner_spec(bench.workflow)
+    spec = scoring.learner_spec(bench.workflow)
     assert set(found.spec) == set(spec) and {k for k in spec if spec[k] != found.spec[k]} <= set(
         search.SPACES[spec["kind"]]
     )
@@ -73,13 +73,13 @@ def test_without_enough_earlier_rows_the_section_stays_and_it_is_said(ads: Bench
     bench = asking(ads, early_stopping={"validation_days": 2}, min_rows=100_000)
     said: list[str] = []
     found = tuning.tune(bench.workflow, bench.lake, bench.last - timedelta(days=4), device="cpu", say=said.append)
-    assert found.spec == deciding.learner_spec(bench.workflow) and not found.trials.num_rows
+    assert found.spec == scoring.learner_spec(bench.workflow) and not found.trials.num_rows
     assert "Nothing was searched" in found.note and "100000 are needed" in said[0]
 
 
 def test_nothing_asked_changes_nothing(ads: Bench) -> None:
     found = tuning.tune(ads.workflow, ads.lake, ads.last - timedelta(days=4), device="cpu", say=print)
-    assert found.spec == deciding.learner_spec(ads.workflow) and found.card == "" and found.note == ""
+    assert found.spec == scoring.learner_spec(ads.workflow) and found.card == "" and found.note == ""
     with tuning.resumable(ads.workflow):
         assert booster._resumable.get() is None
 
@@ -124,7 +124,7 @@ def recipe(bench: Bench, registry: Registry, day: date) -> Any:
 
     made = registry.register(
         bench.workflow.name, bench.fit(day).files(), trained_day=day, passed=True,
-        params={"recipe": json.dumps(deciding.learner_spec(bench.workflow))}, metrics={}, tags={}, plots={}, card="c",
+        params={"recipe": json.dumps(scoring.learner_spec(bench.workflow))}, metrics={}, tags={}, plots={}, card="c",
         seed=1,
     )  # fmt: skip
     registry.promote(made)
@@ -150,7 +150,7 @@ def test_a_student_is_judged_registered_and_admitted_as_asked(
     if promote:
         assert student.passed and said.endswith("its gate: passed; champion.")
         assert ledger.promotions(bench.workflow.name)[-1].version == student.number
-        assert promoting.live(ledger, bench.workflow)["champion"] == student.number
+        assert lifecycle.live(ledger, bench.workflow)["champion"] == student.number
     else:
         assert champion.number == teacher.number and not student.passed and "registered only" in said
         assert not ledger.promotions(bench.workflow.name)
@@ -160,7 +160,7 @@ def test_a_student_is_judged_registered_and_admitted_as_asked(
     files = empty_registry.load(student)
     expected = students.distill(
         catalog.learner("response").from_files(empty_registry.load(teacher)), learn, {"rounds": 20},
-        seed=deciding.SEED, device="cpu", threads=gating.THREADS,
+        seed=scoring.SEED, device="cpu", threads=gating.THREADS,
     )  # fmt: skip
     assert files["level.txt"] == expected.files()["level.txt"]
     # and the next candidate can be compared with it: its recipe fits, teacher first
@@ -177,7 +177,7 @@ def test_a_student_never_teaches_and_without_a_champion_there_is_none(
 ) -> None:
     bench = asking(ads, distill={"rounds": 5})
     teacher = recipe(bench, empty_registry, bench.last)
-    monkeypatch.setattr(Registry, "recipe", lambda self, v: {**deciding.learner_spec(bench.workflow), "distill": {}})
+    monkeypatch.setattr(Registry, "recipe", lambda self, v: {**scoring.learner_spec(bench.workflow), "distill": {}})
     failed = teacher.__class__(**{**vars(teacher), "passed": False})
     rows = point_in_time.training_set(bench.workflow, bench.lake, bench.last)
     held = gating.held_out(bench.workflow, bench.lake, bench.last, rows)
@@ -217,7 +217,7 @@ def test_a_retraining_searches_first_and_teaches_after(
     assert "## Search" in card and "By a search of 1 trials" in card and "| 0" in card and "| 1" in card
     made, *taught = empty_registry.versions("ad_budget")
     recipe = json.loads(empty_registry.client.get_run(made.run_id).data.params["recipe"])
-    assert set(recipe) == set(deciding.learner_spec(bench.workflow))
+    assert set(recipe) == set(scoring.learner_spec(bench.workflow))
     assert not list((tuning.folder(bench.workflow) / "unfinished").iterdir())
     assert (tuning.folder(bench.workflow) / "search.db").is_file()
     if made.passed:

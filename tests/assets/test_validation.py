@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from assets import acting, deciding, point_in_time, validation
+from assets import acting, point_in_time, scoring, validation
 from assets.workflow import ENGINE_COLUMNS, FOLDER, WorkflowInvalid, load
 from models import catalog
 
@@ -327,7 +327,7 @@ def test_a_priority_that_the_system_has_no_name_for_is_found(tmp_path: Path) -> 
 def test_what_the_response_model_is_said_to_need_it_refuses_to_be_without(ads: Any) -> None:
     kind, workflow = catalog.KINDS["response"], ads.workflow
     rows = point_in_time.training_set(workflow, ads.lake, ads.last)
-    spec = {**deciding.learner_spec(workflow), "rounds": 2}
+    spec = {**scoring.learner_spec(workflow), "rounds": 2}
     needed = (*kind.features, *kind.outcomes)
 
     def used(table: Any) -> None:
@@ -353,7 +353,7 @@ def test_what_a_candidate_may_be_judged_by_is_measured_of_model_and_rule(
     bench = request.getfixturevalue(name)
     kind, workflow = bench.workflow.model.kind, bench.workflow
     rows = point_in_time.training_set(workflow, bench.lake, bench.last)
-    spec = {**deciding.learner_spec(workflow), "rounds": 2}
+    spec = {**scoring.learner_spec(workflow), "rounds": 2}
     for one in (catalog.learner(kind), catalog.rule(kind)):
         measured = one.fit(rows, spec, seed=1, device="cpu", threads=1).evaluate(rows)
         assert set(catalog.KINDS[kind].metrics) <= set(measured)

@@ -112,10 +112,10 @@ def test_one_row_at_a_time(tickets):
 
 
 def test_the_rules_say_what_they_went_by(ads, queue, lines, tickets):
-    from assets import deciding
+    from assets import scoring
 
     for bench, kind, rows in ((ads, ResponseRule, lines[1]), (queue, DurationRule, tickets[2])):
-        rule = deciding.fit_rule(bench.workflow, bench.lake, bench.last, None, None)
+        rule = scoring.fit_rule(bench.workflow, bench.lake, bench.last, None, None)
         assert isinstance(rule, kind)
         because = rule.because(rows.slice(0, 1))
         assert because.heads == () and because.parts and "No model scored" in because.says

@@ -190,12 +190,12 @@ def test_early_stopping_ends_at_the_most_rounds() -> None:
 
 
 def test_rounds_found_for_a_real_learner_are_those_of_the_least_error(ads: Any) -> None:
-    from assets import deciding, point_in_time
+    from assets import point_in_time, scoring
 
     rows = point_in_time.training_set(ads.workflow, ads.lake, ads.last)
     cut = rows.num_rows * 2 // 3
     before, later = rows.slice(0, cut), rows.slice(cut)
-    spec = {**deciding.learner_spec(ads.workflow), "learning_rate": 0.2}
+    spec = {**scoring.learner_spec(ads.workflow), "learning_rate": 0.2}
     learner = catalog.learner("response")
     how: dict[str, Any] = {"seed": 3, "device": "cpu", "threads": 1}
     found = search.stop_early(

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from assets import deciding, point_in_time
+from assets import point_in_time, scoring
 from models import catalog, students
 from tests.conftest import Bench
 
@@ -20,7 +20,7 @@ def world(shared: Bench) -> tuple[pa.Table, Any, dict[str, Any]]:
     """Rows with outcomes, a teacher of 120 trees, and its recipe."""
     workflow = shared.workflow.model_copy(update={"model": shared.workflow.model.model_copy(update={"rounds": 120})})
     rows = point_in_time.training_set(workflow, shared.lake, shared.last)
-    spec = deciding.learner_spec(workflow)
+    spec = scoring.learner_spec(workflow)
     return rows, catalog.learner(workflow.model.kind).fit(rows, spec, **HOW), spec
 
 

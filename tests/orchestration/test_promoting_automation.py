@@ -16,7 +16,7 @@ import flask
 import mlflow.store.db.utils
 import pytest
 
-from assets import gating, promoting
+from assets import gating, lifecycle, promoting
 from assets.resources import resources
 from assets.workflow import Promotion
 from delivery.ledger import Ledger
@@ -92,7 +92,7 @@ def test_a_moved_alias_starts_one_run_that_answers_it(
 
         monkeypatch.setattr(gating, "judge", judged)
         assert answer().success and seen == [2]
-        assert promoting.live(book, NAME)["champion"] == 1 and stands(registry) == {CHAMPION: 1, "previous_champion": 2}
+        assert lifecycle.live(book, NAME)["champion"] == 1 and stands(registry) == {CHAMPION: 1, "previous_champion": 2}
 
         monkeypatch.setattr(mlflow.store.db.utils, "MAX_RETRY_COUNT", 1)
         garbage = bench.root / "garbage.db"
@@ -128,7 +128,7 @@ def test_a_challenger_spends_its_day_in_the_shadow_and_is_champion_the_morning_a
     assert (row["day"], row["version"], row["scored"], row["stage"]) == (bench.days[-2], 1, True, "shadow")
     page = tmp_path / "home" / "reports" / NAME / bench.days[-2].isoformat() / "shadow.html"
     assert "Version 1 (shadow) beside version 2" in page.read_text() and row["page"].endswith("shadow.html")
-    assert promoting.live(book, NAME)["champion"] == 1
+    assert lifecycle.live(book, NAME)["champion"] == 1
     assert book.promotions(NAME)[-1].evidence["day"] == str(bench.last)
     again = runner.run(
         bench.workflow, "decide", bench.last, bench.last, now=bench.morning(bench.last + timedelta(days=5)).isoformat()

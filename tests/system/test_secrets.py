@@ -375,9 +375,9 @@ def words_in_ledger(batch_id: str) -> str:
 
 
 def cli_now() -> Any:
-    from orchestration import operations
+    from orchestration import console
 
-    return operations.now()
+    return console.now()
 
 
 def failing_deliveries(firm: Firm, name: str, morning: Morning, token: str, wrong: str) -> None:
