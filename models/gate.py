@@ -200,7 +200,7 @@ def judge(
     bars = [("the rule's", rule[metric], 0.0, True)]
     if champion is not None:
         bars.append(("the champion's", champion[metric], margin, False))
-        if same_rows is not None:
+        if same_rows is not None and same_rows != mine:
             bars.append((_SAME_ROWS, same_rows, margin, False))
     harm = None if evidence is None or evidence.against != "champion" else evidence.harm
     for whose, theirs, slack, strictly in bars:
@@ -231,6 +231,8 @@ def judge(
             )
     if champion is None:
         reasons.append("there is no champion yet")
+    elif same_rows == mine:
+        reasons.append(f"the champion's recipe on the same rows has the same {metric}")
     figures: dict[str, Any] = {
         "metric": metric, "better": better, "margin": margin, "rows": rows,
         **{who: one[metric] for who, one in judged.items()},

@@ -255,6 +255,8 @@ def test_what_newer_rows_are_worth_may_be_chance_and_what_the_recipe_is_worth_ma
     if passes:
         assert found.figures["champion's recipe"] == same_rows
         assert any("a difference of +5.00% [-2.00%, +11.00%] may be chance" in reason for reason in found.reasons)
+        alike = "the champion's recipe on the same rows has the same mae" in found.reasons
+        assert alike is (same_rows == 1.05), "an ordinary retraining has the champion's recipe"
         beaten = {**figures, "rule": {"mae": 1.04}}
         assert not judge(**said, **beaten, spec=GateSpec(), same_rows=same_rows).passed, "the rule must be beaten"
 
