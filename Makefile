@@ -7,13 +7,14 @@ export SIGNALBOX_HOME ?= $(CURDIR)/.signalbox
 export DAGSTER_HOME := $(SIGNALBOX_HOME)/dagster
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: demo serve test lint bench soak lock install real clean
+.PHONY: demo serve check test lint bench soak lock install real clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   two workflows with days of history, on generated data"
 	@echo "make serve  the pages: Dagster, MLflow, Evidently, reports"
-	@echo "make test   lint, types and tests        make bench  the measurements of docs/benchmarks.md"
+	@echo "make check  lint, types and the quick tests, in about a minute and a half: before each commit"
+	@echo "make test   lint, types and every test    make bench  the measurements of docs/benchmarks.md"
 	@echo "make soak   hundreds of kills in the middle of pushes and rollbacks, and what stood afterwards; then every"
 	@echo "            property test at random, TIMES=25 as many examples, for at most MINUTES=60"
 	@echo "make real   both workflows on the real data sets below DATA=../shared/data"
@@ -41,6 +42,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What is not slow is said in tests/conftest.py. One import of the libraries a worker, so a file stays with one worker.
+check: lint
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 # The crash test runs by itself: it prints what was killed when, and its kills should land where a quiet machine puts them.
 test: lint

@@ -23,12 +23,101 @@ from tests.support import postgres as postgres_server
 from tests.support import properties
 from tests.support.moving import readdressed
 
+HERE = Path(__file__).parent
+HEAVY = frozenset(
+    {"ads", "queue", "bench", "registry", "empty_registry", "empty_registry_folder", "_two_versions", "postgres"}
+)
+"""A test that uses one of these fixtures is slow: each takes seconds to make, once for every worker. They go by name: a file's own
+fixture of such a name makes its tests slow, too."""
+SLOW = (
+    "assets/test_acting.py",
+    "assets/test_days_properties.py",
+    "assets/test_deciding.py",
+    "assets/test_delivering.py",
+    "assets/test_desk_story.py",
+    "assets/test_drift_stage.py",
+    "assets/test_explaining.py",
+    "assets/test_facts.py",
+    "assets/test_fallback.py",
+    "assets/test_gating.py",
+    "assets/test_guarding.py",
+    "assets/test_health.py",
+    "assets/test_ingest_stage.py",
+    "assets/test_lake.py",
+    "assets/test_landing.py",
+    "assets/test_landing_moves.py",
+    "assets/test_performing.py",
+    "assets/test_promoting.py",
+    "assets/test_readers.py",
+    "assets/test_registering.py",
+    "assets/test_remap.py",
+    "assets/test_shipped_sql.py",
+    "assets/test_tuning.py",
+    "assets/test_validation.py",
+    "data_checks/test_drift.py",
+    "data_checks/test_drift_calibration.py",
+    "data_checks/test_regression_simulations.py",
+    "delivery/test_between_batches.py",
+    "delivery/test_helpdesk.py",
+    "delivery/test_ledger.py",
+    "delivery/test_ledger_properties.py",
+    "delivery/test_ledger_tampering.py",
+    "delivery/test_liars.py",
+    "delivery/test_peers.py",
+    "delivery/test_push.py",
+    "delivery/test_push_properties.py",
+    "delivery/test_rest_examples.py",
+    "delivery/test_rollback.py",
+    "delivery/test_rollback_properties.py",
+    "delivery/test_sandbox_advertising.py",
+    "delivery/test_sandbox_helpdesk.py",
+    "delivery/test_sql_table.py",
+    "delivery/test_systems.py",
+    "delivery/test_world_advertising.py",
+    "delivery/test_world_tickets.py",
+    "models/test_conformal.py",
+    "models/test_contributions.py",
+    "models/test_examining.py",
+    "models/test_gpu.py",
+    "models/test_missing_values.py",
+    "models/test_registry.py",
+    "models/test_students.py",
+    "orchestration/test_assembly.py",
+    "orchestration/test_automation.py",
+    "orchestration/test_delivery_automation.py",
+    "orchestration/test_guarding.py",
+    "orchestration/test_operations.py",
+    "orchestration/test_progress.py",
+    "orchestration/test_promoting_automation.py",
+    "orchestration/test_queue.py",
+    "orchestration/test_status.py",
+    "system/",
+)
+"""Folders and files that as a whole take too long for ``make check``: they run Dagster, servers, kills, months or simulations.
+
+A single slow test in a quick file is marked ``@pytest.mark.slow`` where it stands.
+"""
+
 properties.load_profile()  # before any test module is imported: what ``@settings`` does not say, it takes from here
 _BEGAN = monotonic()
 
 
+def _is_slow(path: Path) -> bool:
+    return path.is_relative_to(HERE) and path.relative_to(HERE).as_posix().startswith(SLOW)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Where only quick tests are asked for, a slow file is not even imported: that alone takes seconds."""
+    quick = config.getoption("markexpr") == "not slow"
+    return True if quick and collection_path.suffix == ".py" and _is_slow(collection_path) else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The real data take minutes in one file: begun first, they do not keep everybody waiting at the end."""
+    """Mark what is slow. The real data take minutes in one file: begun first, they do not keep everybody waiting at the end."""
+    for item in items:
+        if _is_slow(item.path) or HEAVY & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
     items.sort(key=lambda item: "test_real_data" not in item.nodeid)
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -24,7 +25,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 ROOT = Path(__file__).parent.parent
-DOCS = [ROOT / "README.md", ROOT / "mlflow" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOP = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")]
+DOCS = [*TOP, ROOT / "mlflow" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ROOMS = ("orchestration", "assets", "models", "data_checks", "delivery", "benchmarks")
 GENERATED = re.compile(r"<!-- generated: (?P<what>[^>]+?) -->\n(?P<table>.*?)<!-- end -->", re.S)
 NAMED_COLUMNS = re.compile(r"<!-- columns: (?P<what>\w+) -->\n\n?(?P<table>(?:\|.*\n)+)")
@@ -296,6 +298,66 @@ def test_every_command_and_option_that_is_named_exists(page: Path) -> None:
             assert target in targets, f"{page.name}: make {target}"
         for module in re.findall(r"python -m (benchmarks[\w.]*)", name):
             assert importlib.util.find_spec(module), f"{page.name}: {module}"
+
+
+def test_every_file_that_contributing_names_exists() -> None:
+    page = ROOT / "CONTRIBUTING.md"
+    spans = {name.split()[-1] if " " in name else name for name in names(page)}
+    files = {name for name in spans if re.fullmatch(r"\.?[\w-][\w./-]*(?:/|\.(?:md|toml|yaml|lock|py))", name)}
+    # what a workflow's own folder holds
+    files -= {"workflow.yaml", "contract.yaml"}
+    gone = sorted(name for name in files if not (ROOT / name).exists())
+    assert len(files) > 40 and not gone, gone
+
+
+OWN = {
+    "connector": (r"(?:GoogleAds|Helpdesk|Rest|SqlTable|FileDrop)Settings", (), "delivery/connectors/"),
+    "kind of model": (r"(?:Duration|Response)(?:Model|Learner)", ("duration", "response"), "models/learners/"),
+    "kind of policy": (r"(?:Budget|Priority)Policy", ("budget_allocation", "priority_queue"), "models/"),
+}
+"""What is added → names of those that exist in code, their kinds, the folder that holds a module of each."""
+OWN_MODULES = {
+    "connector": {"rest_spec", "google_ads", "helpdesk", "rest", "sql_table", "file_drop"},
+    "kind of model": {"duration", "response"},
+    "kind of policy": {"budget", "priority"},
+}
+
+
+@pytest.mark.parametrize("what", OWN)
+def test_contributing_lists_the_files_that_know_one_kind_from_another(what: str) -> None:
+    called, kinds, folder = OWN[what]
+    found = set()
+    for file in (f for room in ("assets", "models", "delivery", "orchestration") for f in (ROOT / room).rglob("*.py")):
+        path = file.relative_to(ROOT).as_posix()
+        if path in {f"{folder}{name}.py" for name in OWN_MODULES[what]} or path.startswith("delivery/sandbox/"):
+            continue
+        text = file.read_text()
+        if not re.search(rf"{called}|{'|'.join(kinds) or called}", text):
+            continue
+        for node in ast.walk(ast.parse(text)):
+            name = node.name if isinstance(node, ast.alias) else getattr(node, "id", getattr(node, "attr", None))
+            by_name = isinstance(name, str) and re.fullmatch(called, name)
+            kind = what != "connector" and isinstance(node, ast.Constant) and node.value in kinds
+            if by_name or (kind and not path.startswith("delivery/")):
+                found.add(path)
+    section = re.search(rf"^### A {what}: .*?(?=^##)", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S)
+    assert section, what
+    assert set(re.findall(r"^- `([\w/.]+)`", section[0], re.M)) == found
+
+
+def test_every_promise_of_security_names_a_test() -> None:
+    page = (ROOT / "SECURITY.md").read_text()
+    rows = re.findall(r"^\| \*\*.*", page, re.M)
+    assert len(rows) > 10
+    assert not [row for row in rows if not re.search(r"`tests/[\w/]+\.py::\w+`", row)]
+
+
+def test_the_change_log_begins_with_what_is_unreleased_and_knows_the_version() -> None:
+    import tomllib
+
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    found = re.findall(r"^## \[(.+?)\](?: - (\d{4}-\d\d-\d\d))?$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert found[0] == ("Unreleased", "") and found[1][0] == version and all(day for _, day in found[1:])
 
 
 def _claims(folder: Path, start: date, days: int) -> None:

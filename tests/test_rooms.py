@@ -157,6 +157,18 @@ def test_the_folder_mlflow_never_shadows_the_package() -> None:
     assert set(wheel["packages"]) == set(ALLOWED)
 
 
+@pytest.mark.parametrize("room", ALLOWED)
+def test_who_imports_a_room_gets_its_types(room: str) -> None:
+    assert (ROOT / room / "py.typed").is_file(), "without it a type checker takes the room's types for unknown"
+
+
+def test_what_is_said_to_be_slow_exists() -> None:
+    from tests import conftest
+
+    assert not [name for name in conftest.SLOW if not (ROOT / "tests" / name).exists()]
+    assert not [name for name in conftest.HEAVY if not hasattr(conftest, name)]
+
+
 def test_the_lock_is_hashed_and_names_no_index() -> None:
     lines = (ROOT / "requirements.lock").read_text().splitlines()
     pins = [line for line in lines if line and not line.startswith((" ", "#"))]

@@ -330,6 +330,7 @@ def test_scores_of_later_days_change_nothing_and_order_neither() -> None:
     assert judge(rows, before, **args).equals(judge(seen, before, **args))
 
 
+@pytest.mark.slow
 def test_without_a_change_a_limit_of_a_tenth_is_rarely_passed() -> None:
     """30 worlds in which nothing happens, 100 rows a day."""
     passed = {"realised": 0, "estimated": 0}
@@ -371,6 +372,7 @@ def test_days_on_which_the_rule_scored_nothing_do_not_count_beside_it(ruled: int
     assert found["first"] == last - timedelta(days=2) and "of 3 days" in found["text"]
 
 
+@pytest.mark.slow
 def test_a_version_as_good_as_the_rule_is_rarely_found_worse() -> None:
     """60 windows in which both say nearly the same, equally well."""
     rng = np.random.default_rng(12)

@@ -377,6 +377,7 @@ def test_outcomes_without_any_spread_prove_nothing() -> None:
         assert judged(design, flat, before).verdict in ("INCONCLUSIVE", "CONTINUE"), design
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("design", DESIGNS)
 def test_power_rises_with_the_harm_and_says_so_in_a_sentence(design: str) -> None:
     observed, before = world(design, days=42, harm=0.0)

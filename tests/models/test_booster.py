@@ -236,6 +236,7 @@ booster.train(x, y, encoding=booster.Encoding(tuple("abcdef"), {}), rounds=40, s
 """
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_and_gives_the_bytes_of_one_that_was_not(tmp_path, caplog):
     kept = tmp_path / "kept.booster"
     with subprocess.Popen(

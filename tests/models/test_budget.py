@@ -168,6 +168,7 @@ def test_only_one_line_ends_off_its_points_and_without_the_exact_search_the_gap_
             assert plan.gap <= max(np.ptp(v) for _, v in lines)
 
 
+@pytest.mark.slow
 def test_under_a_target_return_the_bound_is_the_optimum_with_both_constraints(monkeypatch):
     monkeypatch.setattr("models.budget.EXACT_POINTS", 0)
     rng, seen = np.random.default_rng(6), {"infeasible": 0, "return binds": 0, "money binds": 0, "neither": 0}

@@ -77,6 +77,7 @@ def test_higher_can_be_better() -> None:
     assert found.trials["chosen"][0].as_py() and values[0] == max(values)
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_where_it_stopped_and_ends_as_if_it_had_not_been(tmp_path: Path, caplog: Any) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "tests.support.searched", str(tmp_path / "kept"), "13"],
