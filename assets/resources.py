@@ -1,15 +1,13 @@
 """What an asset may ask for: the lake, the registry, the landing zone, the reports and the time.
 
-Belongs here: Dagster resources and the settings behind them. Does not: what is done with them (the stages do).
-Everything lies below ``SIGNALBOX_HOME`` unless a variable says otherwise; nothing is read from the network.
+Belongs here: Dagster resources. Does not: the settings behind them (``assets.settings``), or what is done with them (the
+stages do).
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
 from collections.abc import Callable
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -19,59 +17,10 @@ import dagster as dg
 import pyarrow as pa
 
 from assets.lake import Lake
+from assets.settings import home, ledger_key, ledger_url, mlflow_artifacts, mlflow_uri, setting
 from assets.workflow import utc
-from delivery.ledger import Ledger, LedgerError
+from delivery.ledger import Ledger
 from models.registry import Registry
-
-
-def home() -> Path:
-    """The folder of all state: ``SIGNALBOX_HOME``, else ``.signalbox`` in the current folder."""
-    return Path(os.environ.get("SIGNALBOX_HOME") or ".signalbox").resolve()
-
-
-def _setting(name: str, default: str) -> str:
-    return os.environ.get(f"SIGNALBOX_{name}") or default
-
-
-def mlflow_uri() -> str:
-    """MLflow's server or database: ``SIGNALBOX_MLFLOW_URI``, else SQLite in the state folder."""
-    return _setting("MLFLOW_URI", f"sqlite:///{home() / 'mlflow.db'}")
-
-
-def mlflow_artifacts() -> str:
-    """Where new experiments put their artifacts: ``SIGNALBOX_MLFLOW_ARTIFACTS``, else the state folder."""
-    return _setting("MLFLOW_ARTIFACTS", (home() / "mlflow-artifacts").as_uri())
-
-
-def ledger_url() -> str:
-    """The ledger's database: ``SIGNALBOX_LEDGER_URL``, else SQLite in the state folder."""
-    return _setting("LEDGER_URL", f"sqlite:///{home() / 'ledger.db'}")
-
-
-def ledger_key() -> bytes:
-    """The key under which names of people and entities are digested: ``SIGNALBOX_LEDGER_KEY``, else a file made once.
-
-    Whoever loses it can no longer tell which digest was whose; it belongs in the backup, apart from the ledger's.
-    """
-    given = os.environ.get("SIGNALBOX_LEDGER_KEY")
-    if given:
-        if len(given.encode()) < 16:
-            raise LedgerError(
-                "SIGNALBOX_LEDGER_KEY is too short: 16 random bytes at least; leave it out for a key file"
-            )
-        return given.encode()
-    path = home() / "ledger.key"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f"ledger.key.{os.getpid()}")
-        handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            file.write(secrets.token_hex(32).encode())
-        # a link fails where another process was first, and nobody ever reads half a key
-        with contextlib.suppress(FileExistsError):
-            os.link(fresh, path)
-        fresh.unlink()
-    return path.read_bytes()
 
 
 class LakeResource(dg.ConfigurableResource):
@@ -153,17 +102,17 @@ def resources(now: str | None = None) -> dict[str, Any]:
     """Every resource under its name, from the settings in the environment."""
     at = home()
     return {
-        "lake": LakeResource(root=_setting("LAKE", str(at / "lake"))),
-        "landing": LandingResource(root=_setting("LANDING", str(at / "landing"))),
+        "lake": LakeResource(root=setting("LAKE", str(at / "lake"))),
+        "landing": LandingResource(root=setting("LANDING", str(at / "landing"))),
         "registry": RegistryResource(
-            ui=_setting("MLFLOW_UI", "http://127.0.0.1:5000"),
+            ui=setting("MLFLOW_UI", "http://127.0.0.1:5000"),
         ),
         "ledger": LedgerResource(),
         "reports": ReportsResource(
-            root=_setting("REPORTS", str(at / "reports")),
-            ui=_setting("REPORTS_UI", "http://127.0.0.1:8001"),
-            evidently_workspace=_setting("EVIDENTLY_WORKSPACE", str(at / "evidently")),
-            evidently_ui=_setting("EVIDENTLY_UI", "http://127.0.0.1:8000"),
+            root=setting("REPORTS", str(at / "reports")),
+            ui=setting("REPORTS_UI", "http://127.0.0.1:8001"),
+            evidently_workspace=setting("EVIDENTLY_WORKSPACE", str(at / "evidently")),
+            evidently_ui=setting("EVIDENTLY_UI", "http://127.0.0.1:8000"),
         ),
         "clock": ClockResource(fixed=now),
     }

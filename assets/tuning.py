@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from assets import gating, lifecycle, point_in_time, promoting, registering, scoring
 from assets.lake import Lake
-from assets.resources import home
+from assets.settings import home
 from assets.workflow import Workflow
 from delivery.ledger import Ledger
 from models import booster, catalog, fitting, gate, search, students

@@ -24,7 +24,7 @@ def prepare() -> None:
     """Four weeks of history, a first model, and the file of one more day in the landing zone."""
     import dagster as dg
 
-    from assets.resources import home
+    from assets.settings import home
     from assets.workflow import FOLDER, load
     from delivery.sandbox.worlds import advertising
     from orchestration import demo, runner

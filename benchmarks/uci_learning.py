@@ -35,7 +35,7 @@ JUDGED_FROM = date(2016, 4, 1)
 
 def _prepare(data: Path) -> Any:
     """The workflow with events, features and outcomes of every day, made once."""
-    from assets.resources import home
+    from assets.settings import home
     from assets.workflow import load
     from orchestration import real_data, runner
 
@@ -81,7 +81,8 @@ def live(workflow: Any, *, calendar: bool) -> tuple[list[dict[str, Any]], pa.Tab
     import dagster as dg
 
     from assets import retraining
-    from assets.resources import home, resources
+    from assets.resources import resources
+    from assets.settings import home
     from assets.stages import decisions, drift, performance, scoring, training
     from orchestration.automation import retrain_request
 

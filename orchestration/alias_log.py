@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from assets.resources import home
+from assets.settings import home
 
 _ALIAS = "/mlflow/registered-models/alias"
 

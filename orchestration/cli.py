@@ -215,8 +215,8 @@ def main() -> None:
     from assets.point_in_time import StageSqlError
     from assets.promoting import NotBlocked
     from assets.replaying import ReplayImpossible
-    from assets.resources import home
     from assets.scoring import FeaturesMissing
+    from assets.settings import home
     from assets.workflow import WorkflowInvalid
     from delivery.approvals import ApprovalError
     from delivery.connectors.base import Misconfigured, Unavailable

@@ -29,7 +29,8 @@ from rich.table import Table
 
 from assets import delivering, landing, lifecycle, promoting, scoring, tables
 from assets.lake import Lake
-from assets.resources import home, resources
+from assets.resources import resources
+from assets.settings import home
 from assets.workflow import FOLDER, Workflow, load
 from delivery import approvals
 from delivery.ledger import Ledger

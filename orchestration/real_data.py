@@ -32,7 +32,8 @@ from rich.table import Table
 
 from assets import point_in_time, promoting, scoring
 from assets.lake import Lake
-from assets.resources import home, resources
+from assets.resources import resources
+from assets.settings import home
 from assets.workflow import FOLDER, Workflow, load
 from models.learners.duration import calibration_plot, figures
 from models.learners.response import ResponseRule

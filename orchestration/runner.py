@@ -15,7 +15,8 @@ from typing import Any
 
 import dagster as dg
 
-from assets.resources import ClockResource, home, resources
+from assets.resources import ClockResource, resources
+from assets.settings import home
 from assets.workflow import Workflow
 from models.registry import Registry
 from orchestration.assembly import build

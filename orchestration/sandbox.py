@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from assets.resources import home
+from assets.settings import home
 from orchestration.console import ledger, told
 
 _RUNNING = "running.json"

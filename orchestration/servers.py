@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 
-from assets.resources import mlflow_artifacts, mlflow_uri, resources
+from assets.resources import resources
+from assets.settings import mlflow_artifacts, mlflow_uri
 from orchestration import runner, sandbox
 
 _ROOT = Path(__file__).resolve().parent.parent

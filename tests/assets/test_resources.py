@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from assets.resources import home, mlflow_uri, resources
+from assets.resources import resources
+from assets.settings import home, mlflow_uri
 from assets.workflow import load_all
 
 

@@ -68,7 +68,7 @@ def written(morning: Morning) -> dict[str, str]:
 
 
 def ledger_file() -> str:
-    from assets.resources import home
+    from assets.settings import home
 
     return str(home() / "ledger.db")
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from assets.resources import home, resources
+from assets.resources import resources
+from assets.settings import home
 from assets.workflow import FOLDER, Workflow, load
 from data_checks.contract import ExpectationSpec
 from delivery.sandbox.worlds import advertising, tickets
