@@ -1,5 +1,8 @@
-"""The data of the product: one asset a stage of a workflow, and what the stages are made of.
+"""The Dagster assets: one module a stage of a workflow, in the order in which the data flows, and the resources that they ask for.
 
-Belongs here: stages (thin Dagster assets), workflow files, the lake, the resources an asset may ask for.
-Does not: schedules, sensors and commands (``orchestration``), algorithms (``models``, ``data_checks``, ``delivery``).
+Each module of a stage has ``build(workflow)``, which makes the stage's asset. An asset is thin: read, call one pure function,
+write, return what a person would look at.
+
+Belongs here: what Dagster runs and shows. Does not: what the stages do (``pipeline``), schedules, sensors and commands
+(``orchestration``).
 """

@@ -1,6 +1,6 @@
 """What an asset may ask for: the lake, the registry, the landing zone, the reports and the time.
 
-Belongs here: Dagster resources. Does not: the settings behind them (``assets.settings``), or what is done with them (the
+Belongs here: Dagster resources. Does not: the settings behind them (``pipeline.settings``), or what is done with them (the
 stages do).
 """
 
@@ -16,11 +16,11 @@ from typing import Any
 import dagster as dg
 import pyarrow as pa
 
-from assets.lake import Lake
-from assets.settings import home, ledger_key, ledger_url, mlflow_artifacts, mlflow_uri, setting
-from assets.workflow import utc
 from delivery.ledger import Ledger
 from models.registry import Registry
+from pipeline.lake import Lake
+from pipeline.settings import home, ledger_key, ledger_url, mlflow_artifacts, mlflow_uri, setting
+from pipeline.workflow import utc
 
 
 class LakeResource(dg.ConfigurableResource):

@@ -8,7 +8,7 @@ each budget. Its share is
     true value of leaving them).
 
 Here belongs the measuring only: the truth is `delivery.sandbox.worlds.advertising`, the policy `models.elasticity`
-and `models.budget`.
+and `models.policies.budget`.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from delivery.sandbox.worlds.advertising import Setting, World, history
-from models.budget import allocate
 from models.elasticity import fit_elasticities, response
+from models.policies.budget import allocate
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Micros = np.ndarray[Any, np.dtype[np.int64]]

@@ -1,6 +1,6 @@
 """How long the budget policy takes, beside a general solver (SLSQP) on the same lines.
 
-Belongs here: timing of `models.budget`. Does not: whether its plans are right (tests/models/test_budget.py).
+Belongs here: timing of `models.policies.budget`. Does not: whether its plans are right (tests/models/policies/test_budget.py).
 Run: ``python -m benchmarks.budget_policy [lines ...]``
 """
 
@@ -17,8 +17,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of the linear algebra s
 import numpy as np
 import pyarrow as pa
 
-from models.arms import Explore
-from models.budget import MICROS, allocate, decide
+from models.policies.arms import Explore
+from models.policies.budget import MICROS, allocate, decide
 
 POINTS = 9
 LIMIT = {"cap": 2**60, "largest_change": 0.3}

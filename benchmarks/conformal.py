@@ -2,7 +2,7 @@
 how many lines they hold, and what they add to a fit.
 
 Belongs here: both generated worlds through the workflows' own SQL. Does not: the proof that the quantile covers
-(tests/models/test_conformal.py), the method (``models/conformal.py``).
+(tests/models/evaluation/test_conformal.py), the method (``models/evaluation/conformal.py``).
 
 Run: ``python -m benchmarks.conformal [--days 56] [--teams 8] [--lines 120]`` (about six minutes on two idle cores).
 
@@ -25,11 +25,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from assets import landing, point_in_time, scoring
-from assets.lake import Lake
-from assets.workflow import FOLDER, Workflow, load
 from delivery.sandbox.worlds import advertising, tickets
 from models.learners import duration, response
+from pipeline import ingest, point_in_time
+from pipeline.decisions import scoring
+from pipeline.lake import Lake
+from pipeline.workflow import FOLDER, Workflow, load
 
 JUDGED = 10
 LEVELS = (0.9, 0.85, 0.8)
@@ -43,7 +44,7 @@ def built(name: str, root: Path, days: int, write: Callable[[date, Path], Path])
     folder = (root / "landing" / name / workflow.sources["export"].files).parent
     for day in span:
         write(day, folder)
-    landing.ingest(workflow, lake, root / "landing", now=datetime.combine(span[-1] + timedelta(days=1), clock(4)))
+    ingest.ingest(workflow, lake, root / "landing", now=datetime.combine(span[-1] + timedelta(days=1), clock(4)))
     for stage, made in (("features", point_in_time.features), ("outcomes", point_in_time.outcomes)):
         tables = [table for _, table in made(workflow, lake, span)]
         lake.replace_days(workflow.table(stage), pa.concat_tables(tables, promote_options="default"), span)

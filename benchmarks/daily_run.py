@@ -24,10 +24,10 @@ def prepare() -> None:
     """Four weeks of history, a first model, and the file of one more day in the landing zone."""
     import dagster as dg
 
-    from assets.settings import home
-    from assets.workflow import FOLDER, load
     from delivery.sandbox.worlds import advertising
     from orchestration import demo, runner
+    from pipeline.settings import home
+    from pipeline.workflow import FOLDER, load
 
     runner.prepare_home()
     workflow = load(FOLDER / WORKFLOW)
@@ -45,8 +45,8 @@ def prepare() -> None:
 
 def with_dagster() -> None:
     """The day through the job, as ``signalbox run`` does it."""
-    from assets.workflow import FOLDER, load
     from orchestration import runner
+    from pipeline.workflow import FOLDER, load
 
     workflow = load(FOLDER / WORKFLOW)
     day = workflow.start + timedelta(days=HISTORY)
@@ -62,11 +62,13 @@ def plain() -> None:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    from assets import deciding, delivering, guarding, health, landing, performing, point_in_time, scoring
+    from assets import drift as stage
     from assets.resources import resources
-    from assets.stages import drift as stage
-    from assets.workflow import FOLDER, load
     from data_checks import contract, drift, performance
+    from pipeline import dispatch, ingest, point_in_time
+    from pipeline.decisions import decide, scoring
+    from pipeline.monitoring import labels, loop_health, verdicts
+    from pipeline.workflow import FOLDER, load
 
     gc.set_threshold(200_000, 50, 50)  # as the runner does
     workflow = load(FOLDER / WORKFLOW)
@@ -74,7 +76,7 @@ def plain() -> None:
     now = datetime.combine(day + timedelta(days=1), datetime.min.time()).replace(hour=4)
     given = resources(now.isoformat())
     lake, registry, reports = given["lake"].lake, given["registry"].registry, given["reports"]
-    landing.ingest(workflow, lake, given["landing"].root, now=now, days=[day])
+    ingest.ingest(workflow, lake, given["landing"].root, now=now, days=[day])
     landed = lake.read(workflow.table("events"), days=[day])
     landed = landed.filter(pc.is_null(landed["superseded_at"]))
     promised = workflow.contract
@@ -92,9 +94,9 @@ def plain() -> None:
         scored = scoring.score_day(workflow, lake, registry, day, now=now, ledger=book)
         assert scored.step == "champion", scored.reasons
         scoring.write_scores(workflow, lake, day, scored)
-        batch = deciding.decide_day(workflow, lake, day)
-        deciding.write_batch(workflow, lake, day, batch, decided_at=now, run_id="plain")
-        delivering.record(workflow, book, day, batch, decided_at=now, run_id="plain")
+        batch = decide.decide_day(workflow, lake, day)
+        decide.write_batch(workflow, lake, day, batch, decided_at=now, run_id="plain")
+        dispatch.record(workflow, book, day, batch, decided_at=now, run_id="plain")
 
         spec, table = workflow.drift, workflow.table("features")
         numeric, categorical = workflow.drift_columns
@@ -111,14 +113,14 @@ def plain() -> None:
         reports.write(WORKFLOW, day, "drift.json", json.dumps(report.json, sort_keys=True, indent=1))
         drift.save(reports.evidently_workspace, WORKFLOW, report, timestamp=datetime.combine(day, datetime.min.time()))
 
-        judged = performing.judge(workflow, lake, registry, day)
+        judged = labels.judge(workflow, lake, registry, day)
         lake.replace_days(workflow.table("performance"), judged, [day])
         if judged.num_rows:
-            text = performance.report(WORKFLOW, judged, judged, performing.kind_of(workflow))
+            text = performance.report(WORKFLOW, judged, judged, labels.kind_of(workflow))
             reports.write(WORKFLOW, day, "performance.html", text)
-        delivering.outcomes_of_decisions(workflow, lake, book, day)
-        guarding.judge_day(workflow, lake, book, day)
-        health.plot(health.examine(book, workflow, until=now))
+        dispatch.outcomes_of_decisions(workflow, lake, book, day)
+        verdicts.judge_day(workflow, lake, book, day)
+        loop_health.plot(loop_health.examine(book, workflow, until=now))
 
 
 def _timed(what: str, template: Path, folder: Path) -> float:

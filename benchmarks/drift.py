@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from assets.lake import Lake
 from data_checks import drift
+from pipeline.lake import Lake
 
 START = date(2026, 1, 5)
 REFERENCE_DAYS = 28

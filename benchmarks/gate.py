@@ -1,7 +1,7 @@
 """Planted candidates before the gate: how often the present gate, and the one before it, let each pass.
 
 Belongs here: worlds with a champion of a week, candidates whose true loss is known, and the table of docs/benchmarks.md. Does
-not: the gate (``models.gate``, ``models.fitting``), the worlds (``delivery.sandbox.worlds``), or the data (``../shared/data``).
+not: the gate (``models.evaluation.gate``, ``models.training.fit``), the worlds (``delivery.sandbox.worlds``), or the data (``../shared/data``).
 
 Run: ``python -m benchmarks.gate [--trials 6] [--days 3] [--data ../shared/data]``; exits with 1 where a bad recipe passes the present gate.
 
@@ -37,11 +37,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from assets import gating, landing, point_in_time, scoring
-from assets.lake import Lake, content_digest
-from assets.workflow import FOLDER, Workflow, load
 from delivery.sandbox.worlds import advertising, tickets
-from models import catalog, comparing, examining, fitting
+from models import catalog
+from models.evaluation import evaluate, paired
+from models.training import fit as fitting
+from pipeline import ingest, point_in_time
+from pipeline.decisions import scoring
+from pipeline.lake import Lake, content_digest
+from pipeline.lifecycle import gate
+from pipeline.workflow import FOLDER, Workflow, load
 
 FIRST_SEED = 9001
 HISTORY, AFTER, OLDER = 80, 7, 7
@@ -80,7 +84,7 @@ def _smaller(name: str, start: date | None = None) -> Workflow:
 
 def _described(workflow: Workflow, root: Path, days: Sequence[date]) -> Lake:
     lake = Lake(str(root / "lake"))
-    landing.ingest(workflow, lake, root / "landing", now=datetime.combine(days[-1] + timedelta(days=1), clock(4)))
+    ingest.ingest(workflow, lake, root / "landing", now=datetime.combine(days[-1] + timedelta(days=1), clock(4)))
     for stage, made in (("features", point_in_time.features), ("outcomes", point_in_time.outcomes)):
         tables = [table for _, table in made(workflow, lake, days)]
         lake.replace_days(workflow.table(stage), pa.concat_tables(tables, promote_options="default"), list(days))
@@ -184,7 +188,7 @@ def noise_for(loss: Callable[[float], float], target: float) -> float:
 def _spoilt(rows: pa.Table, kind: str, day: date, maturity: int) -> pa.Table:
     """Of the newest days every outcome wrong."""
     newest = pc.greater(rows["day"], pa.scalar(day - timedelta(days=maturity or 3)))
-    column = comparing.KINDS[kind].actual
+    column = paired.KINDS[kind].actual
     was = rows[column]
     wrong = pc.multiply(was, 3.0) if kind == "response" else pc.if_else(pc.is_valid(was), True, was)
     return rows.set_column(rows.schema.get_field_index(column), column, pc.if_else(newest, wrong, was))
@@ -211,20 +215,20 @@ def trial(place: Place, day: date, tallies: Mapping[str, Tally]) -> None:
     workflow, lake = place.workflow, place.lake
     training, kind = workflow.training, workflow.model.kind
     learner, rule = planted(catalog.learner(kind)), planted(catalog.rule(kind))
-    how: dict[str, Any] = {"seed": scoring.SEED, "device": "cpu", "threads": gating.THREADS}
+    how: dict[str, Any] = {"seed": scoring.SEED, "device": "cpu", "threads": gate.THREADS}
     base = scoring.learner_spec(workflow)
     rows = point_in_time.ordered(point_in_time.training_set(workflow, lake, day), "day")
-    held = gating.held_out(workflow, lake, day, rows)
+    held = gate.held_out(workflow, lake, day, rows)
     older = day - timedelta(days=OLDER)
-    aged_day = gating.twin_day(workflow, older)
-    aged, champions_rows = gating._known(workflow, lake, aged_day), gating._known(workflow, lake, older)
+    aged_day = gate.twin_day(workflow, older)
+    aged, champions_rows = gate._known(workflow, lake, aged_day), gate._known(workflow, lake, older)
     later = point_in_time.training_set(workflow.model_copy(update={
         "training": training.model_copy(update={"history_days": (place.until - day).days})}), lake, place.until)  # fmt: skip
     ahead = (pc.field("day") > pc.scalar(day)) & (pc.field("day") <= pc.scalar(day + timedelta(days=AFTER)))
-    test, actual = comparing.known(kind, point_in_time.rows_where(later.filter(ahead), training.evaluate_on))
+    test, actual = paired.known(kind, point_in_time.rows_where(later.filter(ahead), training.evaluate_on))
 
     def loss(model: Any) -> float:
-        found = comparing.losses(kind, training.metric, comparing.KINDS[kind].predict(model, test), actual)
+        found = paired.losses(kind, training.metric, paired.KINDS[kind].predict(model, test), actual)
         assert found is not None
         return float(found.mean())
 
@@ -246,7 +250,7 @@ def trial(place: Place, day: date, tallies: Mapping[str, Tally]) -> None:
         )
         fitted = fitting.fit_and_judge(
             learned, held.early, judged, learner=learner, champion=opponent, newest=held.newest, spec=spec, day=day,
-            decided=held.decided, **gating.asked(workflow, "cpu") | {"rule": rule},
+            decided=held.decided, **gate.asked(workflow, "cpu") | {"rule": rule},
         )  # fmt: skip
         tally = tallies[name]
         tally.new.append(fitted.verdict.word)
@@ -265,7 +269,7 @@ def trial(place: Place, day: date, tallies: Mapping[str, Tally]) -> None:
 
 def _before(
     place: Place,
-    held: gating.Held,
+    held: gate.Held,
     judged: pa.Table,
     learner: Any,
     rule: Any,
@@ -278,12 +282,12 @@ def _before(
     training = place.workflow.training
     twin, simple = learner.fit(held.early, spec, **how), rule.fit(held.early, spec, **how)
     other = opponent.model if opponent.clean else learner.fit(held.early, its, **how)
-    if comparing.same(twin, other, judged):
+    if paired.same(twin, other, judged):
         figures = [one.evaluate(judged)[training.metric] for one in (twin, simple)]
         return bool(figures[0] < figures[1])
-    verdict, _ = examining.examine(
+    verdict, _ = evaluate.examine(
         twin, simple, other, judged, metric=training.metric, better=training.better, margin=training.margin,
-        terms=gating.terms(place.workflow), decided=held.decided,
+        terms=gate.terms(place.workflow), decided=held.decided,
     )  # fmt: skip
     return bool(verdict.passed)
 

@@ -1,7 +1,7 @@
 """How many processor seconds it takes to land 1,000,000 rows of each workflow: read, judged, written to the lake.
 
 Belongs here: files as the shipped workflows' upstream systems leave them, one a day, and the timing of one whole ``ingest``.
-Does not: whether the right rows land (tests/assets/test_landing.py).
+Does not: whether the right rows land (tests/pipeline/ingest/test_landing.py).
 Run: ``python -m benchmarks.landing [--rows 1000000] [--days 20] [--against CHECKOUT]``; with another checkout the same files
 are landed by its code, too, and must not take less.
 """
@@ -120,9 +120,9 @@ def write(root: Path, workflow: str, rows: int, days: int) -> None:
 
 def land(root: Path, workflow: str) -> tuple[float, int, int]:
     """Processor seconds (user and system) of one ingest into a new lake, rows accepted and quarantined."""
-    from assets.lake import Lake
-    from assets.landing import ingest
-    from assets.workflow import FOLDER, load
+    from pipeline.ingest import ingest
+    from pipeline.lake import Lake
+    from pipeline.workflow import FOLDER, load
 
     loaded, now = load(FOLDER / workflow), datetime(2026, 6, 1, 2)
     with tempfile.TemporaryDirectory(prefix="signalbox-bench-") as lake:

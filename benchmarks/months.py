@@ -29,13 +29,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from assets.workflow import FOLDER, Workflow
-from assets.workflow import load as load_workflow
 from benchmarks.priority_policy import Known, daily_priorities
 from data_checks import regression
 from delivery.sandbox.worlds import advertising, tickets
-from models import arms, budget
-from models.priority import PriorityPolicy
+from models.policies import arms, budget
+from models.policies.priority import PriorityPolicy
+from pipeline.workflow import FOLDER, Workflow
+from pipeline.workflow import load as load_workflow
 
 Kind = Literal["clean", "nothing", "slight", "harmful"]
 START = date(2026, 3, 2)

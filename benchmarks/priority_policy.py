@@ -1,7 +1,7 @@
 """Measures the ticket policy against the usual rules in the generated ticket world.
 
 Belongs here: the discrete-event replay of one world under several rules, with paired seeds. Does not: the world's truth
-(``delivery/sandbox/worlds/tickets.py``), the policy (``models/priority.py``).
+(``delivery/sandbox/worlds/tickets.py``), the policy (``models/policies/priority.py``).
 
 Run: ``python -m benchmarks.priority_policy [--seeds 30]``.
 
@@ -12,7 +12,7 @@ subcategory, impact, due time, team, and per category and subcategory the mean a
 resolved in the first 21 days. The seeds are not those on which the defaults of the policy were chosen.
 
 Free: every rule orders the queue itself. Keys are set when a ticket joins a queue and again at every full hour.
-Daily: as the product acts. At 06:00 the open tickets get priorities 1 to 5 from ``models.priority.decide``; tickets
+Daily: as the product acts. At 06:00 the open tickets get priorities 1 to 5 from ``models.policies.priority.decide``; tickets
 that arrive during the day stand in the same queue with the priority that people gave them; within a priority the
 oldest goes first.
 """
@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from delivery.sandbox.worlds.tickets import DAY, EPOCH, HOUR, Order, World, history, service_seconds
-from models.priority import PriorityPolicy, decide, index
+from models.policies.priority import PriorityPolicy, decide, index
 
 START = date(2026, 1, 5)
 BEFORE, JUDGED = 21, 21

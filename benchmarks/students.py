@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from models import students
 from models.learners.duration import DurationLearner
+from models.training import distillation
 
 
 def rows(n: int, columns: int, seed: int) -> pa.Table:
@@ -69,13 +69,13 @@ def main() -> None:
         begun = time.perf_counter()
         model = teacher
         if settings:
-            model = students.distill(teacher, learn, {"rounds": settings[0], "leaves": settings[1]}, **how)
+            model = distillation.distill(teacher, learn, {"rounds": settings[0], "leaves": settings[1]}, **how)
         trained = time.perf_counter() - begun
         begun = time.perf_counter()
         model.score(other)
         rate = said.score / (time.perf_counter() - begun)
         base = base or rate
-        agrees = students.agreement(teacher, model, other)
+        agrees = distillation.agreement(teacher, model, other)
         brier = model.evaluate(other)["brier"]
         print(
             f"| {name} | {f'{trained:.1f} s' if settings else ''} | {rate:,.0f} | {rate / base:.1f}× | {agrees['size_share']:.0%} "

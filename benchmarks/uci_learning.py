@@ -1,7 +1,7 @@
 """The loop on UCI 498, day by day from March to May 2016: retrained by triggers, beside trained once and trained every day.
 
 Belongs here: living the days through the product's own assets, and the table and the plot of docs/real_data.md. Does not: the
-triggers (``assets.retraining``), drift, figures or gates (``data_checks``, ``models``), or the data (``../shared/data``).
+triggers (``pipeline.lifecycle.retraining``), drift, figures or gates (``data_checks``, ``models``), or the data (``../shared/data``).
 
 Run: ``python -m benchmarks.uci_learning [--data ../shared/data] [--state FOLDER] [--plot FILE]``; about half an hour on two
 cores. A state folder that stands is gone on with: what was prepared and trained for ``every day`` is kept there by day.
@@ -35,9 +35,9 @@ JUDGED_FROM = date(2016, 4, 1)
 
 def _prepare(data: Path) -> Any:
     """The workflow with events, features and outcomes of every day, made once."""
-    from assets.settings import home
-    from assets.workflow import load
     from orchestration import real_data, runner
+    from pipeline.settings import home
+    from pipeline.workflow import load
 
     plan = real_data.PLANS["ticket_priority"]
     folder = home() / "workflows" / "ticket_priority"
@@ -80,11 +80,11 @@ def live(workflow: Any, *, calendar: bool) -> tuple[list[dict[str, Any]], pa.Tab
     """
     import dagster as dg
 
-    from assets import retraining
+    from assets import decisions, drift, performance, scoring, training
     from assets.resources import resources
-    from assets.settings import home
-    from assets.stages import decisions, drift, performance, scoring, training
     from orchestration.automation import retrain_request
+    from pipeline.lifecycle import retraining
+    from pipeline.settings import home
 
     # a state of its own for each way: MLflow keeps its database open for as long as the process lives
     own = Path(tempfile.mkdtemp(prefix="lived-", dir=home()))
@@ -125,9 +125,10 @@ def live(workflow: Any, *, calendar: bool) -> tuple[list[dict[str, Any]], pa.Tab
 
 def every_day(workflow: Any, kept: Path) -> dict[date, Any]:
     """A model for the cut-off of every day; files that stand are read back."""
-    from assets import point_in_time, scoring
     from assets.resources import resources
     from models import catalog
+    from pipeline import point_in_time
+    from pipeline.decisions import scoring
 
     lake = resources()["lake"].lake
     learner = catalog.learner(workflow.model.kind)
@@ -149,8 +150,8 @@ def every_day(workflow: Any, kept: Path) -> dict[date, Any]:
 
 def foreseen(workflow: Any, models: dict[date, Any], lived: dict[str, pa.Table]) -> pa.Table:
     """P(missed) of every ticket at its first event by each way of training, with what became of it; one row a ticket."""
-    from assets import point_in_time
     from assets.resources import resources
+    from pipeline import point_in_time
 
     lake = resources()["lake"].lake
     parts = []

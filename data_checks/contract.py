@@ -1,7 +1,7 @@
 """Is this table what was promised: Great Expectations suites built from ``contract.yaml``.
 
 Belongs here: what an expectation may say, running a suite over a table, the results and a page of them. Does not: row
-rules and quarantine (``assets.landing``), or reading the contract (``assets.workflow``).
+rules and quarantine (``pipeline.ingest``), or reading the contract (``pipeline.workflow``).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Belongs here: compressing columns, distances, null shares, volume, new and vanished categories and columns, the verdict of a
 day, the report and its place in an Evidently workspace. Does not: what chance alone gives (``data_checks.drift_calibration``),
-choosing the windows (``assets.stages.drift``) or what follows from drift (``assets.retraining``).
+choosing the windows (``assets.drift``) or what follows from drift (``pipeline.lifecycle.retraining``).
 
 Distances only, never p-values of the usual tests: with enough rows every difference is significant. A column is judged by the
 Wasserstein distance in standard deviations of the reference (numbers, winsorised: a few ratios to nearly nothing would be both

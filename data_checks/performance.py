@@ -1,7 +1,7 @@
 """How well scores do: estimated while their outcomes are missing, realised as they become known, both beside a baseline.
 
 Belongs here: metrics as sums over rows, their intervals, the estimates with their assumptions, the picture. Does not:
-which scores meet which outcomes (``assets.performing``) or what a fall starts (``assets.retraining``).
+which scores meet which outcomes (``pipeline.monitoring.labels``) or what a fall starts (``pipeline.lifecycle.retraining``).
 
 Every metric is a function of sums over rows. So days add up to a window, and rows count as often as they have outcomes:
 where one outcome answers every row of an entity (a ticket described anew each day that it is open), the entity counts once.

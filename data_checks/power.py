@@ -235,7 +235,7 @@ def _cluster_runs(
         own, weight = adjusting(n0, d0, spec.largest_unit)
         arm = np.full((epochs, count), -1)
         for e in range(epochs):
-            # as models.arms draws: every arm gets its share of the units, rounded down or up
+            # as models.policies.arms draws: every arm gets its share of the units, rounded down or up
             place = np.empty(count)
             place[rng.permutation(count)] = (np.arange(count) + rng.random()) / count
             arm[e] = np.where(place < edges[0], 1, np.where(place >= edges[1], 0, -1))

@@ -2,7 +2,7 @@
 curve it gives.
 
 Here belong the hierarchical estimate (line in group in all) and the curve. Not here: the level of the curve (the
-learners), the choice of budgets (`models.budget`). Observed spend never enters the slope: it chases demand, so its
+learners), the choice of budgets (`models.policies.budget`). Observed spend never enters the slope: it chases demand, so its
 slope is biased; only the multipliers that were drawn do.
 """
 

@@ -1,7 +1,7 @@
 """Model versions in MLflow: register one with its evidence, find the one that counts for a day, read it without running it.
 
 Belongs here: everything that speaks to MLflow but the file that MLflow runs (``models.pyfunc_model``). Does not: training
-(``models.learners``) and judging (``models.gate``).
+(``models.learners``) and judging (``models.evaluation.gate``).
 A version that ``load`` reads runs no code: its files are Booster texts and JSON, read by their digests; nothing is unpickled. For
 everybody else it is a model of the flavour python_function, made from code.
 """
@@ -405,7 +405,7 @@ class Registry:
         self.client.set_model_version_tag(name, str(number), f"{_TAG}put_back", reason[:500])
 
     def tag(self, name: str, number: int, tags: Mapping[str, str]) -> None:
-        """Say something at a version, such as what its gate found (``models.gate.tags``)."""
+        """Say something at a version, such as what its gate found (``models.evaluation.gate.tags``)."""
         for key, text in tags.items():
             self.client.set_model_version_tag(name, str(number), key, text)
 

@@ -1,7 +1,7 @@
 """Who moved an alias in MLflow: MLflow keeps no such record, so its server writes one down with each change.
 
 Belongs here: the function that the server authenticates requests with (``mlflow/basic_auth.ini`` names it), and reading
-what it wrote. Does not: what follows from a moved alias (``assets.promoting``).
+what it wrote. Does not: what follows from a moved alias (``pipeline.lifecycle.promotion``).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from assets.settings import home
+from pipeline.settings import home
 
 _ALIAS = "/mlflow/registered-models/alias"
 

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 
 import dagster as dg
 
-from assets import validation
+from assets import broken
 from assets.resources import resources
-from assets.stages import broken
-from assets.workflow import Loaded, Workflow
 from orchestration.automation import unattended
 from orchestration.jobs import assets_of, jobs_of
+from pipeline import validation
+from pipeline.workflow import Loaded, Workflow
 
 log = logging.getLogger(__name__)
 

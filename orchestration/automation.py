@@ -12,14 +12,18 @@ from typing import Any
 
 import dagster as dg
 
-from assets import acting, delivering, errors, guarding, promoting, retraining
-from assets.lake import Lake, TableMissing
 from assets.resources import ClockResource, LakeResource, LandingResource, LedgerResource, RegistryResource
-from assets.workflow import Workflow
+from common import errors
 from delivery.ledger import Ledger, Rollback, generation
 from models.registry import Registry
 from orchestration.jobs import jobs_of
 from orchestration.landing_sensor import SETTLE, Landed, Manifest, Memory, closed_days, day_of, look
+from pipeline import dispatch
+from pipeline.decisions import acting
+from pipeline.lake import Lake, TableMissing
+from pipeline.lifecycle import promotion, retraining
+from pipeline.monitoring import verdicts
+from pipeline.workflow import Workflow
 
 __all__ = [
     "SETTLE", "Unattended", "closed_days", "day_of", "deadline_request", "deadline_times", "delivery_requests",
@@ -220,12 +224,12 @@ def delivery_requests(workflow: Workflow, book: Ledger, now: datetime) -> list[d
     if open_rollbacks(workflow, book):
         return []
     requests = []
-    condemned = {batch_id for batch_id, _ in delivering.condemned(book, workflow)}
-    condemned |= {batch_id for one in guarding.condemned(book, workflow) for batch_id in one.batches}
-    for batch in delivering.open_batches(book, workflow, now):
+    condemned = {batch_id for batch_id, _ in dispatch.condemned(book, workflow)}
+    condemned |= {batch_id for one in verdicts.condemned(book, workflow) for batch_id in one.batches}
+    for batch in dispatch.open_batches(book, workflow, now):
         if batch.batch_id in condemned:
             continue  # a guard wants it back
-        attempt = delivering.pushes(book, batch)
+        attempt = dispatch.pushes(book, batch)
         requests.append(
             dg.RunRequest(
                 run_key=f"{batch.batch_id}:push:{attempt}:{_slot(now)}",
@@ -251,11 +255,11 @@ def guard_requests(workflow: Workflow, book: Ledger, now: datetime) -> list[dg.R
     closed = {batch_id for batch_id, rows in _rollbacks(book).items() if rows[-1].action in _CLOSED}
     asked: list[tuple[str, dict[str, Any], set[str]]] = []
     by_guard = {"actor": "guard", "trigger": "guard"}
-    for batch_id, reason in delivering.condemned(book, workflow):
+    for batch_id, reason in dispatch.condemned(book, workflow):
         if batch_id in closed:
             continue
         asked.append((f"{batch_id}:guard", {"batch": batch_id, "reason": reason, **by_guard}, {batch_id}))
-    for one in guarding.condemned(book, workflow):
+    for one in verdicts.condemned(book, workflow):
         if one.batches and closed.issuperset(one.batches):
             continue
         # The verdict stands in the key: the same version let act anew and condemned anew is another rollback.
@@ -333,11 +337,11 @@ def _guard_sensor(workflow: Workflow) -> dg.SensorDefinition:
 def registry_requests(workflow: Workflow, registry: Registry, book: Ledger, now: datetime) -> list[dg.RunRequest]:
     """A run that answers what was moved or deleted in MLflow, while aliases and ledger differ; under the same key for the
     same difference, so that it starts once, and again after a while should it fail."""
-    said = promoting.pending(registry, book, workflow.name)
+    said = promotion.pending(registry, book, workflow.name)
     if not said:
         return []
     # what has been answered since stands in the key: the same alias may be moved again to where it was put back from
-    answered = [len(book.promotions(workflow.name)), len(book.events(promoting.REQUEST, workflow.name)), said]
+    answered = [len(book.promotions(workflow.name)), len(book.events(promotion.REQUEST, workflow.name)), said]
     digest = hashlib.sha256(json.dumps(answered).encode()).hexdigest()[:16]
     return [
         dg.RunRequest(

@@ -37,8 +37,8 @@ def init(as_json: Json = False) -> None:
 @app.command()
 def validate(as_json: Json = False) -> None:
     """Read every workflow's folder, try its SQL on empty tables, and say what is wrong: file, place and the way out."""
-    from assets import validation
-    from assets.workflow import load_all
+    from pipeline import validation
+    from pipeline.workflow import load_all
 
     found = load_all()
     rows: list[dict[str, Any]] = [
@@ -61,7 +61,7 @@ def validate(as_json: Json = False) -> None:
 @contextlib.contextmanager
 def _watched(quiet: bool) -> Iterator[None]:
     """Which stage and day a run is at, on standard error: one line that moves on a terminal, else a line every ten seconds."""
-    from assets import progress
+    from common import progress
 
     if quiet:
         yield
@@ -141,8 +141,8 @@ def decisions(
     as_json: Json = False,
 ) -> None:
     """The decisions of a day with their reasons."""
-    from assets import tables
     from assets.resources import resources
+    from pipeline.decisions import tables
 
     found = workflow_named(workflow)
     lake = resources()["lake"].lake
@@ -155,8 +155,8 @@ def decisions(
 @app.command()
 def replay(workflow: str, decision_id: str, as_json: Json = False) -> None:
     """Make a recorded decision again from its row alone and compare the two to the bit."""
-    from assets import replaying
     from assets.resources import resources
+    from pipeline.decisions import replay as replaying
 
     found = workflow_named(workflow)
     given = resources()
@@ -209,21 +209,21 @@ sandbox.register(app)
 
 def main() -> None:
     """Entry point: Dagster's state beside the rest, and what a user can mend as a sentence rather than a traceback."""
-    from assets.delivering import NothingToDeliver, TooLate
-    from assets.guarding import NoHistory
-    from assets.lake import TableMissing
-    from assets.point_in_time import StageSqlError
-    from assets.promoting import NotBlocked
-    from assets.replaying import ReplayImpossible
-    from assets.scoring import FeaturesMissing
-    from assets.settings import home
-    from assets.workflow import WorkflowInvalid
     from delivery.approvals import ApprovalError
     from delivery.connectors.base import Misconfigured, Unavailable
     from delivery.ledger import LedgerError
     from delivery.push import PushError
     from delivery.rollback import RollbackError
     from models.registry import ModelBlocked, ModelMissing, ModelUnreadable
+    from pipeline.decisions.replay import ReplayImpossible
+    from pipeline.decisions.scoring import FeaturesMissing
+    from pipeline.dispatch import NothingToDeliver, TooLate
+    from pipeline.lake import TableMissing
+    from pipeline.lifecycle.promotion import NotBlocked
+    from pipeline.monitoring.verdicts import NoHistory
+    from pipeline.point_in_time import StageSqlError
+    from pipeline.settings import home
+    from pipeline.workflow import WorkflowInvalid
 
     sandbox.environment()
     os.environ.setdefault("DAGSTER_HOME", str(home() / "dagster"))

@@ -96,7 +96,7 @@ def who(name: str | None) -> str:
 
 def workflow_named(name: str) -> Any:
     """A workflow by its name; an unknown or wrong one ends the command with a sentence."""
-    from assets.workflow import FOLDER, WorkflowInvalid, load
+    from pipeline.workflow import FOLDER, WorkflowInvalid, load
 
     if not (FOLDER / name / "workflow.yaml").is_file():
         known = sorted(p.parent.name for p in FOLDER.glob("*/workflow.yaml"))
@@ -110,7 +110,7 @@ def workflow_named(name: str) -> Any:
 
 def every_workflow() -> list[Any]:
     """Every workflow that can be read; those that cannot are named on standard error."""
-    from assets.workflow import load_all
+    from pipeline.workflow import load_all
 
     found = load_all()
     for name, why in found.refused.items():

@@ -5,9 +5,9 @@ Belongs here: the one object that workspace.yaml points to. Does not: any part o
 
 from __future__ import annotations
 
-from assets.workflow import load_all
 from orchestration import sandbox
 from orchestration.assembly import loaded
+from pipeline.workflow import load_all
 
 sandbox.environment()
 defs = loaded(load_all())

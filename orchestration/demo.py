@@ -27,11 +27,7 @@ from pyarrow import csv
 from rich.console import Console
 from rich.table import Table
 
-from assets import delivering, landing, lifecycle, promoting, scoring, tables
-from assets.lake import Lake
 from assets.resources import resources
-from assets.settings import home
-from assets.workflow import FOLDER, Workflow, load
 from delivery import approvals
 from delivery.ledger import Ledger
 from delivery.sandbox import systems
@@ -39,6 +35,14 @@ from delivery.sandbox.worlds import advertising
 from models import catalog, serving
 from models.registry import CHAMPION, Registry
 from orchestration import automation, earned, runner, sandbox
+from pipeline import dispatch
+from pipeline import ingest as landing
+from pipeline.decisions import scoring, tables
+from pipeline.lake import Lake
+from pipeline.lifecycle import promotion
+from pipeline.lifecycle import state as lifecycle
+from pipeline.settings import home
+from pipeline.workflow import FOLDER, Workflow, load
 
 SEED = 7
 HISTORY_DAYS = 35
@@ -149,7 +153,7 @@ class Company:
         """The day passes downstream under the values that stand there; its export lands."""
         if workflow.name == "ad_budget":
             with self.ledger(at(day, "01:00")) as book:
-                drawn = delivering.randomised(book, workflow.name, day - timedelta(days=1))
+                drawn = dispatch.randomised(book, workflow.name, day - timedelta(days=1))
             self.both.ads.advance(None, multipliers=drawn)
         else:
             self.both.desk.advance(home() / "landing" / workflow.name, break_schema=broken)
@@ -221,7 +225,7 @@ class Company:
         for request in requests:
             runner.run_op(workflow, "reconcile", request, now=at(day, "03:30"), instance=self.instance)
             with self.ledger(at(day, "03:30")) as book:
-                for event in book.events(promoting.REQUEST, workflow.name):
+                for event in book.events(promotion.REQUEST, workflow.name):
                     if event.at >= now - timedelta(minutes=1):
                         body = event.body
                         self.story.tell(
@@ -271,7 +275,7 @@ class Company:
     def send(self, workflow: Workflow, day: date) -> None:
         """The push that the sensor would start; a held batch waits until a person has looked at it."""
         with self.ledger(at(day, "07:00")) as book:
-            batch = delivering.batch_of(book, workflow.name, day)
+            batch = dispatch.batch_of(book, workflow.name, day)
             if batch.status == "HELD":
                 self.run(workflow, "deliver", day, "06:45", "batch decided")
                 assert not any(d.attempts for d in book.deliveries(batch.batch_id)), "a held batch was sent"
@@ -310,8 +314,8 @@ class Company:
         """The day's batch in one line."""
         with self.ledger(at(day, "09:00")) as book:
             try:
-                batch = delivering.batch_of(book, workflow.name, day)
-            except delivering.NothingToDeliver:
+                batch = dispatch.batch_of(book, workflow.name, day)
+            except dispatch.NothingToDeliver:
                 return "no batch"
         states = ", ".join(f"{n} {state}" for state, n in sorted(batch.counts.items()))
         return f"{batch.step}, {batch.status}, {batch.changed} of {batch.rows} changed: {states or 'nothing to send'}"

@@ -14,10 +14,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from assets.lake import Lake
-from assets.workflow import Workflow
 from delivery.sandbox import systems
 from delivery.sandbox.worlds import tickets
+from pipeline.lake import Lake
+from pipeline.workflow import Workflow
 
 
 def against_holdout(lake: Lake, workflow: Workflow, days: Sequence[date], before: Sequence[date], drawn: date) -> float:

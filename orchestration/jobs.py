@@ -9,9 +9,7 @@ from datetime import date
 
 import dagster as dg
 
-from assets import delivering, guarding, lifecycle, promoting
-from assets.resources import ClockResource, LakeResource, LedgerResource, RegistryResource
-from assets.stages import (
+from assets import (
     decisions,
     delivery,
     drift,
@@ -24,9 +22,13 @@ from assets.stages import (
     scoring,
     training,
 )
-from assets.stages.common import key, partitions
-from assets.workflow import Workflow
+from assets.common import key, partitions
+from assets.resources import ClockResource, LakeResource, LedgerResource, RegistryResource
 from orchestration import alias_log
+from pipeline import dispatch
+from pipeline.lifecycle import promotion, state
+from pipeline.monitoring import verdicts
+from pipeline.workflow import Workflow
 
 PREPARE = ("events", "features", "outcomes")
 DAILY = (*PREPARE, "scores", "decisions", "drift", "performance")
@@ -61,7 +63,7 @@ def assets_of(workflow: Workflow) -> list[dg.AssetsDefinition]:
     """Every asset of a workflow, in the order in which the data flows."""
     sends = (delivery.build, delivery.build_outcomes, health.build) if workflow.delivery is not None else ()
     sent = [build(workflow) for build in sends]
-    if guarding.guarded(workflow):
+    if verdicts.guarded(workflow):
         sent.append(regression.build(workflow))
     return [
         ingest.build(workflow),
@@ -93,7 +95,7 @@ def jobs_of(workflow: Workflow) -> "list[dg.UnresolvedAssetJobDefinition | dg.Jo
     """The jobs of a workflow; one that sends nothing has neither ``deliver`` nor ``rollback``."""
     sends = workflow.delivery is not None
     daily = (*DAILY, *REVIEW) if sends else DAILY
-    if guarding.guarded(workflow):
+    if verdicts.guarded(workflow):
         daily = (*daily, *GUARD)
     found: list[dg.UnresolvedAssetJobDefinition | dg.JobDefinition] = [
         _job(
@@ -157,16 +159,16 @@ def _reconcile_job(workflow: Workflow) -> dg.JobDefinition:
         clock: ClockResource,
     ) -> None:
         with ledger.open(clock.now) as book:
-            answers = promoting.reconcile(
+            answers = promotion.reconcile(
                 workflow, registry.registry, book, lake.lake, clock.now(), actor_of=alias_log.actor
             )
-            stands = lifecycle.live(book, workflow)
+            stands = state.live(book, workflow)
         told = [
             f"{a.alias}: {a.was} → {a.to} by {a.actor}: {a.answer}: {a.reason}" for a in answers
         ]  # fmt: skip
         for line in told or ["nothing was asked; the aliases follow the ledger"]:
             context.log.info(line)
-        places = {alias: number or 0 for alias, number in lifecycle.aliases(stands).items()}
+        places = {alias: number or 0 for alias, number in state.aliases(stands).items()}
         context.add_output_metadata({"answers": dg.MetadataValue.json(told), **places})
 
     return _of_one(
@@ -188,18 +190,18 @@ def _rollback_job(workflow: Workflow) -> dg.JobDefinition:
     ) -> None:
         book = ledger.open(clock.now)
         try:
-            which = delivering.selection(
+            which = dispatch.selection(
                 book, batch=config.batch, workflow=workflow.name if config.batch is None else None,
                 since=date.fromisoformat(config.since) if config.since else None, model=config.model,
             )  # fmt: skip
-            report = delivering.roll_back(
+            report = dispatch.roll_back(
                 book, registry.registry, which, actor=f"dagster:{config.actor}", reason=config.reason,
                 trigger="guard" if config.trigger == "guard" else "person", run_id=context.run_id, clock=clock.now, sleep=time.sleep,
             )  # fmt: skip
         finally:
             book.close()
         context.add_output_metadata({"report": dg.MetadataValue.json(report.as_dict())})
-        for line in delivering.lines(report):
+        for line in dispatch.lines(report):
             context.log.info(line)
         if not report.complete:
             raise dg.Failure("the rollback is not at its end; run it again with the same configuration")

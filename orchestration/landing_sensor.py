@@ -1,7 +1,7 @@
 """What the landing sensor asks for: which days the files of a landing zone start, by which job, and when it asks again.
 
 Belongs here: from files, and what is decided, to requests, and the sensor's memory. Does not: the sensor itself
-(``orchestration.automation``), reading files (``assets.landing``).
+(``orchestration.automation``), reading files (``pipeline.ingest``).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 import dagster as dg
 import pyarrow.compute as pc
 
-from assets import landing as landing_zone
-from assets.lake import Lake
-from assets.landing import day_of as day_of
-from assets.workflow import Workflow
+from pipeline import ingest as landing_zone
+from pipeline.ingest import day_of as day_of
+from pipeline.lake import Lake
+from pipeline.workflow import Workflow
 
 SETTLE = timedelta(seconds=60)
 """A file that changed less than this ago may still be being written."""

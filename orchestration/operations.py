@@ -1,6 +1,6 @@
 """The commands of the operations owner: look at a batch, approve it, send it, stop it, take it back, ask why, verify.
 
-Belongs here: reading arguments, asking for a secret at the prompt, printing. Does not: doing (``assets.delivering``,
+Belongs here: reading arguments, asking for a secret at the prompt, printing. Does not: doing (``pipeline.dispatch``,
 ``delivery``).
 """
 
@@ -76,19 +76,19 @@ def status(
 
     Where nothing was decided for 30 days, it says so, and the figures are of the 30 days before.
     """
-    from assets import health
     from orchestration.runner import clock_now
+    from pipeline.monitoring import loop_health
 
     moment = clock_now(at)
     chosen = [workflow_named(workflow)] if workflow else every_workflow()
     with ledger() as book:
-        found = [health.examine(book, one, until=moment) for one in chosen]
+        found = [loop_health.examine(book, one, until=moment) for one in chosen]
         head = book.head()
     document = {
         "at": moment.isoformat(), "ledger": {"seq": head.seq, "head": head.hash},
         "workflows": {one.workflow: one.as_dict() for one in found},
     }  # fmt: skip
-    lines = [line for one in found for line in health.lines(one)]
+    lines = [line for one in found for line in loop_health.lines(one)]
     told(document, as_json, [*lines, f"ledger: {head.seq} events, head {head.hash}"])
 
 
@@ -96,9 +96,9 @@ def show(
     batch: str, limit: Annotated[int, typer.Option(help="How many of the largest changes")] = 10, as_json: Json = False
 ) -> None:
     """A batch: what it would change or has changed, in sum and the largest first; what was objected; what became of it."""
-    from assets import tables
     from delivery.approvals import standing
     from delivery.judging import BESIDE
+    from pipeline.decisions import tables
 
     with ledger() as book:
         found = book.batch(batch)
@@ -163,16 +163,16 @@ def _finding(finding: Mapping[str, Any]) -> str:
 
 def _batch(book: Ledger, named: str, day: date | None) -> Any:
     """A batch by its id, or the newest of a workflow (or the one of a day)."""
-    from assets import delivering
-    from assets.workflow import FOLDER
+    from pipeline import dispatch
+    from pipeline.workflow import FOLDER
 
     if not (FOLDER / named / "workflow.yaml").is_file():
         return book.batch(named)
     if day is not None:
-        return delivering.batch_of(book, named, day)
+        return dispatch.batch_of(book, named, day)
     rows = book.batches(named, kind="decision")
     if not rows:
-        raise delivering.NothingToDeliver(
+        raise dispatch.NothingToDeliver(
             f"{named}: no batch stands in the ledger; decide a day first: signalbox run {named}"
         )
     return max(rows, key=lambda b: (b.day, b.sequence))
@@ -190,13 +190,14 @@ def deliver(
     as_json: Json = False,
 ) -> None:
     """Send a batch downstream and verify it by reading back; run again to go on where an earlier run ended."""
-    from assets import acting, delivering
     from delivery import push as pushing
+    from pipeline import dispatch
+    from pipeline.decisions import acting
 
     with ledger() as book:
         found = _batch(book, batch, day)
         workflow = workflow_of(found)
-        connector = delivering.connect(workflow, now)
+        connector = dispatch.connect(workflow, now)
         try:
             if dry_run:
                 diff = pushing.dry_run(book, connector, found.batch_id, settings=workflow.delivery.push, clock=now)
@@ -208,7 +209,7 @@ def deliver(
                 )
                 return
             with _bar(as_json) as progress:
-                done = delivering.deliver(
+                done = dispatch.deliver(
                     workflow, book, connector, found, run_id=f"cli:{os.getpid()}", clock=now, sleep=time.sleep,
                     progress=progress, stale=late,
                 )  # fmt: skip
@@ -411,9 +412,9 @@ def rollback(
     as_json: Json = False,
 ) -> None:
     """Push the prior values, newest batch first. What a person changed since is left and listed; run again until complete."""
-    from assets import delivering
     from delivery.rollback import RollbackReport
     from orchestration import runner
+    from pipeline import dispatch
 
     if dry_run and close:
         raise typer.BadParameter("--dry-run tries a rollback and --close ends one: give one of them")
@@ -423,7 +424,7 @@ def rollback(
         whose: list[str | None] = [workflow]
         if since is not None and workflow is None and batch is None and model is None:
             whose = list(sorted({one.workflow for one in book.batches(since=since, kind="decision")})) or [None]
-        chosen = [delivering.selection(book, batch=batch, workflow=one, since=since, model=model) for one in whose]
+        chosen = [dispatch.selection(book, batch=batch, workflow=one, since=since, model=model) for one in whose]
         if dry_run:
             _tried(book, chosen, as_json)
             return
@@ -431,11 +432,11 @@ def rollback(
         for which in chosen:
             asked: dict[str, Any] = {"actor": who(name), "reason": reason, "run_id": f"cli:{os.getpid()}", "clock": now}
             if close:
-                reports.append(delivering.close_rollback(book, which, **asked))
+                reports.append(dispatch.close_rollback(book, which, **asked))
                 continue
             with _bar(as_json) as progress:
                 reports.append(
-                    delivering.roll_back(
+                    dispatch.roll_back(
                         book, runner.registry(), which, trigger="person", sleep=time.sleep, progress=progress, **asked
                     )
                 )
@@ -445,19 +446,19 @@ def rollback(
         tuple(b for r in reports for b in r.newer),
         tuple(b for r in reports for b in r.retired),
     )
-    told(report.as_dict(), as_json, [*delivering.lines(report), *([] if report.complete else ["NOT complete."])])
+    told(report.as_dict(), as_json, [*dispatch.lines(report), *([] if report.complete else ["NOT complete."])])
     if not report.complete:
         raise typer.Exit(1)
 
 
 def _tried(book: Ledger, chosen: Iterable[Any], as_json: bool) -> None:
     """Print what rollbacks would change: over all batches of a workflow first, then each batch."""
-    from assets import delivering
+    from pipeline import dispatch
 
     diffs: list[Any] = []
     lines: list[str] = []
     for which in chosen:
-        found = delivering.try_roll_back(book, which, clock=now)
+        found = dispatch.try_roll_back(book, which, clock=now)
         diffs += found
         workflow = workflow_of(book.batch(found[0].batch_id.removeprefix("rollback-")))
         first: dict[str, int | None] = {}
@@ -475,12 +476,12 @@ def _tried(book: Ledger, chosen: Iterable[Any], as_json: bool) -> None:
 
 def lift(workflow: str, version: int, reason: Reason, name: As = None, as_json: Json = False) -> None:
     """Take the block off a model version that was rolled back, so that it may be promoted again."""
-    from assets import promoting
     from orchestration import runner
+    from pipeline.lifecycle import promotion
 
     workflow_named(workflow)
     with ledger() as book:
-        behind = promoting.lift(workflow, runner.registry(), book, version, actor=who(name), reason=reason)
+        behind = promotion.lift(workflow, runner.registry(), book, version, actor=who(name), reason=reason)
     lines = [f"{workflow} version {version} may be promoted again."]
     if behind:
         lines.append(
@@ -496,20 +497,21 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Why: from the value downstream back to the source rows, made again to the bit, and what would have changed it."""
-    from assets import delivering, explaining
     from assets.resources import resources
     from orchestration import runner
+    from pipeline import dispatch
+    from pipeline.explain import trace
 
     with ledger() as book:
         reading = None
         if live:
             row = book.decision(decision)
-            connector = delivering.connect(workflow_of(row["batch"]), now)
+            connector = dispatch.connect(workflow_of(row["batch"]), now)
             try:
                 reading = connector.read([row["entity_id"]])[row["entity_id"]]
             finally:
                 connector.close()
-        found = explaining.explain(book, resources()["lake"].lake, runner.registry(), decision, reading=reading)
+        found = trace.explain(book, resources()["lake"].lake, runner.registry(), decision, reading=reading)
     told(found.as_dict(), as_json, found.lines())
 
 
@@ -562,16 +564,16 @@ def power(
     as_json: Json = False,
 ) -> None:
     """How soon a harm would be found with the arms as they are: the guard itself, run on the workflow's own past."""
-    from assets import guarding
     from assets.resources import resources
     from orchestration.automation import closed_days
+    from pipeline.monitoring import verdicts
 
     found = workflow_named(workflow)
     if found.regression is None:
         raise typer.BadParameter(
             f"{workflow} says nothing of what counts as harm: give its workflow.yaml a section regression"
         )
-    harms = harm or list(guarding.SENTENCE_HARMS)
+    harms = harm or list(verdicts.SENTENCE_HARMS)
     if wrong := [h for h in harms if not 0 < h < 1]:
         raise typer.BadParameter(
             f"a harm is a share of the metric's level between 0 and 1, such as 0.05; found {wrong[0]}"
@@ -580,7 +582,7 @@ def power(
     table = found.table("outcomes")
     if day is None and lake.exists(table):
         day = max(lake.read(table, columns=["day"])["day"].to_pylist(), default=None)
-    told_of = guarding.power(found, lake, day or closed_days(found, now()), harms, runs=runs)
+    told_of = verdicts.power(found, lake, day or closed_days(found, now()), harms, runs=runs)
     document = {
         "workflow": workflow,
         "design": found.arms.design,
@@ -624,11 +626,11 @@ def remap(
     The new rows take the place of the old ones, known from when those were; files that are gone keep theirs. Not while
     events of the workflow are being landed into an object store: only in a local lake each waits for the other.
     """
-    from assets import landing
     from assets.resources import resources
+    from pipeline import ingest
 
     found, given = workflow_named(workflow), resources()
-    done = landing.remap(found, given["lake"].lake, given["landing"].root, now=now(), since=since)
+    done = ingest.remap(found, given["lake"].lake, given["landing"].root, now=now(), since=since)
     document = {
         "workflow": found.name, "gone": list(done.gone), "refused": dict(done.refused),
         "mapped": [

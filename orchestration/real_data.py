@@ -30,15 +30,17 @@ import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
-from assets import point_in_time, promoting, scoring
-from assets.lake import Lake
 from assets.resources import resources
-from assets.settings import home
-from assets.workflow import FOLDER, Workflow, load
 from models.learners.duration import calibration_plot, figures
 from models.learners.response import ResponseRule
 from models.registry import CHAMPION, Registry
 from orchestration import runner
+from pipeline import point_in_time
+from pipeline.decisions import scoring
+from pipeline.lake import Lake
+from pipeline.lifecycle import promotion
+from pipeline.settings import home
+from pipeline.workflow import FOLDER, Workflow, load
 
 _OWN = (
     "LAKE", "LANDING", "MLFLOW_URI", "MLFLOW_ARTIFACTS", "LEDGER_URL", "REPORTS", "EVIDENTLY_WORKSPACE", "DAGSTER_CONFIG",
@@ -219,7 +221,7 @@ def _promote_held(workflow: Workflow, lake: Lake, registry: Registry, given: Map
         if not told or told[-1].action != "held":
             return 0
         registry.client.set_registered_model_alias(workflow.name, CHAMPION, str(told[-1].version))
-        (answer,) = promoting.reconcile(
+        (answer,) = promotion.reconcile(
             workflow, registry, book, lake, workflow.cutoff_of(day), actor_of=lambda *_: "signalbox real"
         )
     if answer.answer != "recorded":

@@ -16,11 +16,11 @@ from typing import Any
 import dagster as dg
 
 from assets.resources import ClockResource, resources
-from assets.settings import home
-from assets.workflow import Workflow
 from models.registry import Registry
 from orchestration.assembly import build
 from orchestration.jobs import DECIDE
+from pipeline.settings import home
+from pipeline.workflow import Workflow
 
 _CONFIGURATIONS = Path(__file__).parent / "instance"
 

@@ -18,8 +18,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from assets.settings import home
 from orchestration.console import ledger, told
+from pipeline.settings import home
 
 _RUNNING = "running.json"
 
@@ -54,9 +54,9 @@ def up(
     ] = False,
 ) -> None:
     """Start both systems and wait; Ctrl-C ends them. A state folder that has one goes on where it was."""
-    from assets.workflow import FOLDER, load
     from delivery.sandbox import systems
     from orchestration import runner
+    from pipeline.workflow import FOLDER, load
 
     state = runner.prepare_home()
     setup, queue = systems.Setup.read(folder()), None
@@ -89,10 +89,10 @@ def advance(
     """Let one day pass in both running systems under the values that stand in them; its exports land as files."""
     import httpx
 
-    from assets import delivering
     from delivery.sandbox.helpdesk import Controls
     from delivery.sandbox.systems import Setup
     from orchestration import runner
+    from pipeline import dispatch
 
     if Setup.read(folder()) is None or not (folder() / _RUNNING).exists():
         raise SystemExit("No sandbox is running on this state folder; start one with: signalbox sandbox up")
@@ -103,7 +103,7 @@ def advance(
             day = date.fromisoformat(
                 httpx.get(f"{ads}/sandbox/state", headers=_bearer()).raise_for_status().json()["next_day"]
             )
-            drawn = delivering.randomised(book, "ad_budget", day - timedelta(days=1))
+            drawn = dispatch.randomised(book, "ad_budget", day - timedelta(days=1))
         said = {"landing": str(at / "ad_budget"), "multipliers": drawn}
         answer = (
             httpx.post(f"{ads}/sandbox/advance", json=said, headers=_bearer(), timeout=60).raise_for_status().json()

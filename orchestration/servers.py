@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 from rich.console import Console
 
 from assets.resources import resources
-from assets.settings import mlflow_artifacts, mlflow_uri
 from orchestration import runner, sandbox
+from pipeline.settings import mlflow_artifacts, mlflow_uri
 
 _ROOT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"

@@ -13,12 +13,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from assets import deciding, landing, point_in_time, scoring
-from assets.lake import Lake
-from assets.workflow import FOLDER, Workflow, load
 from delivery.sandbox.worlds import advertising, tickets
 from models import catalog
 from models.registry import Registry, Version
+from pipeline import ingest, point_in_time
+from pipeline.decisions import decide as deciding
+from pipeline.decisions import scoring
+from pipeline.lake import Lake
+from pipeline.workflow import FOLDER, Workflow, load
 from tests.support import postgres as postgres_server
 from tests.support import properties
 from tests.support.moving import readdressed
@@ -30,30 +32,30 @@ HEAVY = frozenset(
 """A test that uses one of these fixtures is slow: each takes seconds to make, once for every worker. They go by name: a file's own
 fixture of such a name makes its tests slow, too."""
 SLOW = (
-    "assets/test_acting.py",
-    "assets/test_days_properties.py",
-    "assets/test_deciding.py",
-    "assets/test_delivering.py",
-    "assets/test_desk_story.py",
-    "assets/test_drift_stage.py",
-    "assets/test_explaining.py",
-    "assets/test_facts.py",
-    "assets/test_fallback.py",
-    "assets/test_gating.py",
-    "assets/test_guarding.py",
-    "assets/test_health.py",
-    "assets/test_ingest_stage.py",
-    "assets/test_lake.py",
-    "assets/test_landing.py",
-    "assets/test_landing_moves.py",
-    "assets/test_performing.py",
-    "assets/test_promoting.py",
-    "assets/test_readers.py",
-    "assets/test_registering.py",
-    "assets/test_remap.py",
-    "assets/test_shipped_sql.py",
-    "assets/test_tuning.py",
-    "assets/test_validation.py",
+    "pipeline/decisions/test_acting.py",
+    "pipeline/decisions/test_days_properties.py",
+    "pipeline/decisions/test_decide.py",
+    "pipeline/test_dispatch.py",
+    "pipeline/test_desk_story.py",
+    "assets/test_drift.py",
+    "pipeline/explain/test_trace.py",
+    "pipeline/decisions/test_facts.py",
+    "pipeline/lifecycle/test_fallback.py",
+    "pipeline/lifecycle/test_gate.py",
+    "pipeline/monitoring/test_verdicts.py",
+    "pipeline/monitoring/test_loop_health.py",
+    "assets/test_ingest.py",
+    "pipeline/test_lake.py",
+    "pipeline/ingest/test_landing.py",
+    "pipeline/ingest/test_landing_moves.py",
+    "pipeline/monitoring/test_labels.py",
+    "pipeline/lifecycle/test_promotion.py",
+    "pipeline/ingest/test_readers.py",
+    "pipeline/lifecycle/test_registration.py",
+    "pipeline/ingest/test_remap.py",
+    "pipeline/test_shipped_sql.py",
+    "pipeline/lifecycle/test_search.py",
+    "pipeline/test_validation.py",
     "data_checks/test_drift.py",
     "data_checks/test_drift_calibration.py",
     "data_checks/test_regression_simulations.py",
@@ -75,13 +77,13 @@ SLOW = (
     "delivery/test_systems.py",
     "delivery/test_world_advertising.py",
     "delivery/test_world_tickets.py",
-    "models/test_conformal.py",
+    "models/evaluation/test_conformal.py",
     "models/test_contributions.py",
-    "models/test_examining.py",
+    "models/evaluation/test_evaluate.py",
     "models/test_gpu.py",
     "models/test_missing_values.py",
     "models/test_registry.py",
-    "models/test_students.py",
+    "models/training/test_distillation.py",
     "orchestration/test_assembly.py",
     "orchestration/test_automation.py",
     "orchestration/test_delivery_automation.py",
@@ -156,7 +158,7 @@ class Bench:
     def land(self, days: Sequence[date], now: datetime | None = None) -> None:
         for day in days:
             self.write(day, self.folder())
-        landing.ingest(self.workflow, self.lake, self.root / "landing", now=now or self.morning(max(days)))
+        ingest.ingest(self.workflow, self.lake, self.root / "landing", now=now or self.morning(max(days)))
 
     def build(self, days: Sequence[date]) -> None:
         """Features and outcomes of the days, as the stages write them."""

@@ -27,11 +27,11 @@ from pydantic.fields import FieldInfo
 ROOT = Path(__file__).parent.parent
 TOP = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")]
 DOCS = [*TOP, ROOT / "mlflow" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ROOMS = ("orchestration", "assets", "models", "data_checks", "delivery", "benchmarks")
+ROOMS = ("orchestration", "assets", "pipeline", "models", "data_checks", "delivery", "common", "benchmarks")
 GENERATED = re.compile(r"<!-- generated: (?P<what>[^>]+?) -->\n(?P<table>.*?)<!-- end -->", re.S)
 NAMED_COLUMNS = re.compile(r"<!-- columns: (?P<what>\w+) -->\n\n?(?P<table>(?:\|.*\n)+)")
 EXAMPLE = re.compile(
-    r"^`assets/workflows/(?P<file>(?P<workflow>claim_order|claims_table)/[\w./]+)`[^\n]*\n\n```\w+\n(?P<text>.*?)^```",
+    r"^`workflows/(?P<file>(?P<workflow>claim_order|claims_table)/[\w./]+)`[^\n]*\n\n```\w+\n(?P<text>.*?)^```",
     re.M | re.S,
 )
 SNIPPET = re.compile(r"<!-- example: (?P<name>\w+) -->\n\n```\w+\n(?P<text>.*?)^```", re.M | re.S)
@@ -108,8 +108,8 @@ def fields(where: str) -> list[list[str]]:
 
 
 def unattended(_: str) -> list[list[str]]:
-    from assets.workflow import FOLDER, load
     from orchestration import automation
+    from pipeline.workflow import FOLDER, load
 
     workflow = load(FOLDER / "ad_budget")
     rows = [["name", "starts the job", "when"]]
@@ -126,8 +126,8 @@ def unattended(_: str) -> list[list[str]]:
 
 
 def jobs(_: str) -> list[list[str]]:
-    from assets.workflow import FOLDER, load
     from orchestration import jobs as wiring
+    from pipeline.workflow import FOLDER, load
 
     stages = {
         "daily": (*wiring.DAILY, *wiring.REVIEW, *wiring.GUARD), "prepare": wiring.PREPARE, "decide": wiring.DECIDE,
@@ -141,8 +141,8 @@ def jobs(_: str) -> list[list[str]]:
 
 
 def stages(_: str) -> list[list[str]]:
-    from assets.workflow import FOLDER, load
     from orchestration.jobs import assets_of
+    from pipeline.workflow import FOLDER, load
 
     rows = [["asset", "made from", "its checks (**blocking** ones stop what comes after)"]]
     for asset in assets_of(load(FOLDER / "ad_budget")):
@@ -153,7 +153,7 @@ def stages(_: str) -> list[list[str]]:
 
 
 def reserved(_: str) -> list[list[str]]:
-    from assets.workflow import ENGINE_COLUMNS
+    from pipeline.workflow import ENGINE_COLUMNS
 
     where = {"events": "a column of contract.yaml", "features": "features.sql", "outcomes": "outcomes.sql"}
     rows = [["in", "the engine's own"]]
@@ -205,16 +205,19 @@ def test_every_section_of_a_workflow_has_its_fields_in_the_docs() -> None:
 
 
 def schemas() -> dict[str, list[str]]:
-    from assets import delivering, landing, tables
+    from pipeline import dispatch, ingest
+    from pipeline.decisions import tables
 
     named = re.compile(r'(?:table\("|f"\{(?:workflow\.)?name\}/)([a-z_]+)"')
-    written = {n for f in (ROOT / "assets").rglob("*.py") for n in named.findall(f.read_text())}
+    written = {
+        n for room in ("assets", "pipeline") for f in (ROOT / room).rglob("*.py") for n in named.findall(f.read_text())
+    }
     return {
         "decisions": [*tables.DECISIONS.names, "decision_id", "batch_id", "day", *tables.RECORD.names],
         "batches": tables.BATCHES.names,
-        "decision_outcomes": [*delivering._DECIDED.names, "known_at", "day"],
-        "quarantine": landing.QUARANTINE.names,
-        "files": landing.FILES.names,
+        "decision_outcomes": [*dispatch._DECIDED.names, "known_at", "day"],
+        "quarantine": ingest.QUARANTINE.names,
+        "files": ingest.FILES.names,
         "tables": sorted(written),
     }
 
@@ -232,7 +235,7 @@ def test_every_environment_variable_is_documented_and_no_other() -> None:
     ]
     texts = [f.read_text() for f in files]
     used = {n for t in texts for n in re.findall(r"SIGNALBOX_[A-Z]+(?:_[A-Z]+)*", t)}
-    used |= {f"SIGNALBOX_{n}" for t in texts for n in re.findall(r'_setting\("([A-Z_]+)"', t)}
+    used |= {f"SIGNALBOX_{n}" for t in texts for n in re.findall(r'\bsetting\("([A-Z_]+)"', t)}
     page = (ROOT / "docs" / "data_engineer.md").read_text()
     documented = set(re.findall(r"^\| `(SIGNALBOX_[A-Z_]+)`", page, re.M))
     assert documented == used
@@ -252,9 +255,7 @@ def names(page: Path) -> Iterator[str]:
 def test_every_path_that_is_named_exists(page: Path) -> None:
     pattern = rf"(?<![\w./-])(?:{'|'.join((*ROOMS, 'mlflow', 'tests', 'docs'))})/[\w./-]*"
     named = {p.rstrip("./") for name in names(page) for p in re.findall(pattern, name)}
-    example = {
-        f"assets/workflows/{part}" for f in EXAMPLE.finditer(page.read_text()) for part in (f["file"], f["workflow"])
-    }
+    example = {f"workflows/{part}" for f in EXAMPLE.finditer(page.read_text()) for part in (f["file"], f["workflow"])}
     gone = [p for p in named - example if not (ROOT / p).exists() and not list(ROOT.glob(p + "*"))]
     assert not gone, f"{page.name} names {gone}"
 
@@ -313,7 +314,7 @@ def test_every_file_that_contributing_names_exists() -> None:
 OWN = {
     "connector": (r"(?:GoogleAds|Helpdesk|Rest|SqlTable|FileDrop)Settings", (), "delivery/connectors/"),
     "kind of model": (r"(?:Duration|Response)(?:Model|Learner)", ("duration", "response"), "models/learners/"),
-    "kind of policy": (r"(?:Budget|Priority)Policy", ("budget_allocation", "priority_queue"), "models/"),
+    "kind of policy": (r"(?:Budget|Priority)Policy", ("budget_allocation", "priority_queue"), "models/policies/"),
 }
 """What is added → names of those that exist in code, their kinds, the folder that holds a module of each."""
 OWN_MODULES = {
@@ -327,7 +328,9 @@ OWN_MODULES = {
 def test_contributing_lists_the_files_that_know_one_kind_from_another(what: str) -> None:
     called, kinds, folder = OWN[what]
     found = set()
-    for file in (f for room in ("assets", "models", "delivery", "orchestration") for f in (ROOT / room).rglob("*.py")):
+    for file in (
+        f for room in ("assets", "pipeline", "models", "delivery", "orchestration") for f in (ROOT / room).rglob("*.py")
+    ):
         path = file.relative_to(ROOT).as_posix()
         if path in {f"{folder}{name}.py" for name in OWN_MODULES[what]} or path.startswith("delivery/sandbox/"):
             continue
@@ -409,8 +412,8 @@ def _said(folder: Path, base: str, name: str, snippet: str) -> None:
 
 
 def test_the_workflows_that_the_guide_writes_out_read_good(tmp_path: Path) -> None:
-    from assets import validation
-    from assets.workflow import load
+    from pipeline import validation
+    from pipeline.workflow import load
 
     _examples(tmp_path)
     for name in ("claim_order", "claims_table"):
@@ -429,7 +432,7 @@ def test_the_workflows_that_the_guide_writes_out_read_good(tmp_path: Path) -> No
 
 
 def test_local_times_are_turned_as_the_guide_says() -> None:
-    from assets.landing.row_rules import open_engine
+    from pipeline.ingest.row_rules import open_engine
 
     rows = [
         ("02.03.2026 10:00",),
@@ -449,9 +452,9 @@ def test_local_times_are_turned_as_the_guide_says() -> None:
 
 
 def test_a_table_of_cases_tells_no_day_what_came_after_it(tmp_path: Path) -> None:
-    from assets import landing, point_in_time
-    from assets.lake import Lake
-    from assets.workflow import load
+    from pipeline import ingest, point_in_time
+    from pipeline.lake import Lake
+    from pipeline.workflow import load
 
     workflow = load(_examples(tmp_path) / "claims_table")
     start = datetime.combine(workflow.start, time())
@@ -466,7 +469,7 @@ def test_a_table_of_cases_tells_no_day_what_came_after_it(tmp_path: Path) -> Non
         (root / "claims_table").mkdir(parents=True)
         (root / "claims_table" / "claims_history.csv").write_text(header + "".join(history))
         (root / "claims_table" / "claims_live.csv").write_text(header + "".join(live))
-        done = landing.ingest(workflow, lake, root, now=start + timedelta(days=9))
+        done = ingest.ingest(workflow, lake, root, now=start + timedelta(days=9))
         assert not done.refused and done.accepted == len(history) + len(live), done
         found = {"features": point_in_time.features, "outcomes": point_in_time.outcomes}
         return {
@@ -491,9 +494,9 @@ def test_a_table_of_cases_tells_no_day_what_came_after_it(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["first", "place", "rule", "detail", "raw", "row", "f", "k"])
 def test_a_column_that_is_not_reserved_may_be_called_as_its_author_likes(tmp_path: Path, name: str) -> None:
-    from assets import landing, validation
-    from assets.lake import Lake
-    from assets.workflow import load
+    from pipeline import ingest, validation
+    from pipeline.lake import Lake
+    from pipeline.workflow import load
 
     folder = _examples(tmp_path) / "claim_order"
     for file in ("contract.yaml", "export.sql", "features.sql", "outcomes.sql"):
@@ -501,7 +504,7 @@ def test_a_column_that_is_not_reserved_may_be_called_as_its_author_likes(tmp_pat
     workflow = load(folder)
     assert validation.problems(workflow, thorough=False) == []
     _claims(tmp_path / "landing" / "claim_order", workflow.start, 2)
-    done = landing.ingest(workflow, Lake(str(tmp_path / "lake")), tmp_path / "landing", now=datetime(2026, 6, 1))
+    done = ingest.ingest(workflow, Lake(str(tmp_path / "lake")), tmp_path / "landing", now=datetime(2026, 6, 1))
     assert done.accepted and not done.refused
 
 
@@ -511,8 +514,8 @@ def test_the_workflow_that_the_guide_adds_decides(
     import dagster as dg
 
     from assets.resources import RegistryResource, resources
-    from assets.workflow import load
     from orchestration import runner
+    from pipeline.workflow import load
 
     monkeypatch.setenv("SIGNALBOX_HOME", str(tmp_path / "home"))
     workflow = load(_examples(tmp_path) / "claim_order")
@@ -535,8 +538,8 @@ def test_the_workflow_that_the_guide_adds_decides(
 def test_python_in_the_docs_runs_on_a_lake(
     tmp_path: Path, ads: Any, registry: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from assets import point_in_time
     from models import serving
+    from pipeline import point_in_time
 
     bench = ads.copy(tmp_path / ".signalbox")
     bench.decide(registry, bench.last)

@@ -10,11 +10,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ALLOWED = {
-    "orchestration": {"orchestration", "assets", "models", "data_checks", "delivery"},
-    "assets": {"assets", "models", "data_checks", "delivery"},
+    "orchestration": {"orchestration", "assets", "pipeline", "models", "data_checks", "delivery", "common"},
+    "assets": {"assets", "pipeline", "models", "data_checks", "delivery", "common"},
+    "pipeline": {"pipeline", "models", "data_checks", "delivery", "common"},
     "models": {"models"},
-    "data_checks": {"data_checks"},
-    "delivery": {"delivery"},
+    "data_checks": {"data_checks", "common"},
+    "delivery": {"delivery", "common"},
+    "common": {"common"},
 }
 HEAVY = {"great_expectations", "evidently", "mlflow", "lightgbm", "scipy", "sklearn", "matplotlib", "pandas"}
 
@@ -154,7 +156,7 @@ def test_the_folder_mlflow_never_shadows_the_package() -> None:
     assert not list((ROOT / "mlflow").rglob("*.py")), "nothing importable can live in mlflow/"
     assert Path(mlflow.__file__).parent != ROOT / "mlflow"
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    assert set(wheel["packages"]) == set(ALLOWED)
+    assert set(wheel["packages"]) == {*ALLOWED, "workflows"}
 
 
 @pytest.mark.parametrize("room", ALLOWED)

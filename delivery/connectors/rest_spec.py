@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError, model_validator
 
-from delivery import said
+from common import yaml_config
 from delivery.connectors.base import Misconfigured, Outcome
 from delivery.connectors.http import check_headers, origin_of
 from delivery.connectors.template import ABSENT, INT64, Pointer, Unfit, at, placeholders, same, scaled, texts
@@ -647,7 +647,7 @@ class RestSettings(Strict):
 def load(file: Path, base_url: str | None = None) -> RestSystem:
     """Read one system's YAML. Raises Misconfigured naming the file, the path in it and what is allowed there."""
     try:
-        text = said.read(file)
+        text = yaml_config.read(file)
     except OSError as error:
         raise Misconfigured(f"{file}: cannot be read ({error.strerror})") from None
     except ValueError as error:
@@ -657,4 +657,4 @@ def load(file: Path, base_url: str | None = None) -> RestSystem:
     try:
         return RestSystem.model_validate(text)
     except ValidationError as error:
-        raise Misconfigured(said.explain(file, error, RestSystem)) from None
+        raise Misconfigured(yaml_config.explain(file, error, RestSystem)) from None

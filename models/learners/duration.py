@@ -1,7 +1,7 @@
 """How long a ticket will take, and whether that is too long: the model and the rule behind ticket priorities.
 
 Belongs here: labels as far as they are known (judged, resolved or still open), the Boosters that learn from them,
-scores, figures. Does not: the index and its ranking (``models.priority``), reading tables, features.
+scores, figures. Does not: the index and its ranking (``models.policies.priority``), reading tables, features.
 
 Rows carry the outcome columns ``missed`` (NULL until judged), ``handling_hours`` (NULL until resolved) and, where the
 source tells, ``open_hours`` (so long without being resolved) and ``effort_hours`` (hands-on time).
@@ -35,8 +35,8 @@ from models.booster import (
     train,
     without,
 )
-from models.conformal import Bands, Sets, coarser, coverage, halves
-from models.priority import coverage_curve
+from models.evaluation.conformal import Bands, Sets, coarser, coverage, halves
+from models.policies.priority import coverage_curve
 
 if TYPE_CHECKING:
     import lightgbm
@@ -422,7 +422,7 @@ class DurationLearner:
 
         spec: the fields of DurationModel with ``numeric`` and ``categorical``, the feature columns.
         The last calibration and the spread of times come from predictions for entities that a twin had not seen; sets and
-        intervals (``models.conformal``) from those of a coarser twin that had seen neither the entity nor the day.
+        intervals (``models.evaluation.conformal``) from those of a coarser twin that had seen neither the entity nor the day.
         """
         settings = _settings(spec)
         encoding = Encoding.learn(

@@ -2,7 +2,7 @@
 that both must beat.
 
 Belongs here: the level (what comes of the money that is spent anyway), how level and slope make a curve, figures and
-pictures of both. Does not: the elasticities themselves (`models.elasticity`), which spend to choose (`models.budget`),
+pictures of both. Does not: the elasticities themselves (`models.elasticity`), which spend to choose (`models.policies.budget`),
 reading tables.
 
 Two different questions, two answers. *What will a line earn tomorrow at what it spends?* is observed every day, so the
@@ -24,8 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from models import booster as boosters
 from models.booster import Because, Encoding
-from models.conformal import Bands, coarser, coverage, halves
 from models.elasticity import Elasticities, fit_elasticities, response
+from models.evaluation.conformal import Bands, coarser, coverage, halves
 
 if TYPE_CHECKING:
     import lightgbm

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from assets.resources import resources
-from assets.settings import home, mlflow_uri
-from assets.workflow import load_all
+from pipeline.settings import home, mlflow_uri
+from pipeline.workflow import load_all
 
 
 def test_a_password_in_the_registrys_address_is_no_part_of_what_dagster_shows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from assets.stages import drift as stage
-from assets.stages.common import unjudged
+from assets import drift as stage
+from assets.common import unjudged
 from data_checks import drift
 from models.registry import Registry
-from tests.assets.test_drift_stage import _resources
+from tests.assets.test_drift import _resources
 from tests.conftest import Bench
 from tests.support.ledgers import KEY
 

@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from common.yaml_config import models_of
 from delivery.connectors.base import Misconfigured, Unavailable, Write
 from delivery.connectors.rest import RestConnector, RestSettings, connect, load
 from delivery.connectors.rest_spec import RestSystem, Test, Values
 from delivery.connectors.template import ABSENT, at, fill, fill_path, placeholders
-from delivery.said import models_of
 from tests.support.properties import examples
 from tests.support.rest_servers import Reply, Request, Scripted, serving, talking
 

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from assets.workflow import FOLDER, load
 from delivery.connectors.discovery import Document
 from delivery.sandbox import private
 from delivery.sandbox.advertising_api import AdvertisingSandbox, Refusal, Server, Trouble, budgets_of, serve
 from delivery.sandbox.worlds import advertising
+from pipeline.workflow import FOLDER, load
 
 DAY = date(2026, 3, 2)
 TOKEN = "sandbox-token"

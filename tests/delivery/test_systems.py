@@ -20,10 +20,10 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from assets.workflow import FOLDER, load
 from delivery.sandbox.systems import Setup, Systems, history
 from delivery.sandbox.worlds import advertising, tickets
 from orchestration import cli, sandbox
+from pipeline.workflow import FOLDER, load
 
 START = date(2026, 3, 2)
 SETUP = Setup(3, START, 4, lines=12, teams=2)

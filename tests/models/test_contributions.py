@@ -112,7 +112,7 @@ def test_one_row_at_a_time(tickets):
 
 
 def test_the_rules_say_what_they_went_by(ads, queue, lines, tickets):
-    from assets import scoring
+    from pipeline.decisions import scoring
 
     for bench, kind, rows in ((ads, ResponseRule, lines[1]), (queue, DurationRule, tickets[2])):
         rule = scoring.fit_rule(bench.workflow, bench.lake, bench.last, None, None)

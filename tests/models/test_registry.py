@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import yaml
 
-from assets import point_in_time
 from models import serving
 from models.registry import (
     CHAMPION,
@@ -29,6 +28,7 @@ from models.registry import (
     files_digest,
     flat,
 )
+from pipeline import point_in_time
 
 NAME = "ad_budget"
 

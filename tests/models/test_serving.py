@@ -91,7 +91,7 @@ def test_a_value_of_another_type_is_refused_with_its_column(column: str, value: 
 
 
 def test_what_a_learner_reads_is_all_that_it_needs(ads: Any, queue: Any) -> None:
-    from assets import point_in_time
+    from pipeline import point_in_time
 
     for bench in (ads, queue):
         model = bench.fit(bench.last)
@@ -107,7 +107,7 @@ def test_what_a_learner_reads_is_all_that_it_needs(ads: Any, queue: Any) -> None
 
 
 def test_the_example_says_nothing_that_the_files_do_not(queue: Any) -> None:
-    from assets import point_in_time
+    from pipeline import point_in_time
 
     model = queue.fit(queue.last)
     rows = point_in_time.training_set(queue.workflow, queue.lake, queue.last)

@@ -12,9 +12,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from assets import workflow as reading
-from assets.workflow import FOLDER, load_all
 from orchestration.assembly import build, loaded
+from pipeline import workflow as reading
+from pipeline.workflow import FOLDER, load_all
 
 
 @pytest.fixture

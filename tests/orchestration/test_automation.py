@@ -15,10 +15,7 @@ import pyarrow as pa
 import pytest
 from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
 
-from assets.lake import Lake
-from assets.landing import FILES
 from assets.resources import resources
-from assets.workflow import FOLDER, Source, Workflow, load
 from delivery.ledger import Ledger, NewBatch
 from orchestration import assembly, automation
 from orchestration.automation import (
@@ -36,6 +33,9 @@ from orchestration.automation import (
     unattended,
 )
 from orchestration.landing_sensor import PREPARE_TRIES, Manifest, look
+from pipeline.ingest import FILES
+from pipeline.lake import Lake
+from pipeline.workflow import FOLDER, Source, Workflow, load
 from tests.support.fakes import table as decisions
 
 DAY = date(2026, 3, 10)

@@ -11,13 +11,13 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from assets import delivering
 from assets.resources import resources
-from assets.workflow import FOLDER, Workflow, load
 from delivery import approvals
-from delivery.guards import Finding
+from delivery.abort_rules import Finding
 from orchestration import assembly
 from orchestration.automation import RETRY_MINUTES, delivery_requests, guard_requests, open_rollbacks, unattended
+from pipeline import dispatch
+from pipeline.workflow import FOLDER, Workflow, load
 from tests.support.desks import KEY, Desk
 from tests.support.fakes import DAY, START
 
@@ -204,9 +204,9 @@ def test_a_guard_that_spoke_asks_for_the_rollback_of_its_batch_until_that_is_com
     assert guard_requests(workflow, desk.ledger, desk.clock()) == []
     desk.sent("b1", HIGHER, day=0)
     row = desk.ledger.batch("b1")
-    delivering.note_findings(desk.ledger, row, [LOOK])
+    dispatch.note_findings(desk.ledger, row, [LOOK])
     assert guard_requests(workflow, desk.ledger, desk.clock()) == [], "a guard that asks for a look takes nothing back"
-    delivering.note_findings(desk.ledger, row, [REJECTED, LOOK])
+    dispatch.note_findings(desk.ledger, row, [REJECTED, LOOK])
     (request,) = guard_requests(workflow, desk.ledger, desk.clock())
     config = request.run_config["ops"][f"{NAME}_take_back"]["config"]
     assert (config["batch"], config["actor"], config["trigger"]) == ("b1", "guard", "guard")
@@ -224,7 +224,7 @@ def test_a_rollback_of_a_guard_that_broke_off_is_asked_for_again_under_another_k
     from delivery.rollback import Batch
 
     desk.sent("b1", HIGHER, day=0)
-    delivering.note_findings(desk.ledger, desk.ledger.batch("b1"), [REJECTED])
+    dispatch.note_findings(desk.ledger, desk.ledger.batch("b1"), [REJECTED])
     (first,) = guard_requests(workflow, desk.ledger, desk.clock())
     desk.fault("read", "line-3", "unavailable")
     assert not desk.back(Batch("b1"), actor="guard", trigger="guard").complete
@@ -266,7 +266,7 @@ def test_a_guards_rollback_that_does_not_come_to_its_end_is_begun_once_an_hour(w
     from delivery.rollback import Batch
 
     desk.sent("b1", HIGHER, day=0)
-    delivering.note_findings(desk.ledger, desk.ledger.batch("b1"), [REJECTED])
+    dispatch.note_findings(desk.ledger, desk.ledger.batch("b1"), [REJECTED])
     desk.fault("read", "line-3", "unavailable")
     assert not desk.back(Batch("b1"), actor="guard", trigger="guard").complete
     begin = desk.ledger.rollbacks("b1")[0].at
@@ -287,7 +287,7 @@ def test_of_several_rollbacks_that_broke_off_the_newest_batch_comes_first(workfl
 
 def test_a_rollback_that_a_person_closed_is_not_taken_up_again(workflow: Workflow, desk: Desk) -> None:
     desk.sent("b1", HIGHER, day=0)
-    delivering.note_findings(desk.ledger, desk.ledger.batch("b1"), [REJECTED])
+    dispatch.note_findings(desk.ledger, desk.ledger.batch("b1"), [REJECTED])
     desk.ledger.rollback_asked("b1", actor="guard", reason="harm", trigger="guard")
     assert restarts(workflow, desk, desk.clock(), 1)
     asked_for, closed = desk.ledger.rollbacks("b1")[0], {"action": "closed"}
@@ -311,7 +311,7 @@ def test_an_open_rollback_holds_up_every_push_of_its_workflow(workflow: Workflow
 
 def test_the_request_fits_the_job_that_it_starts(workflow: Workflow, desk: Desk) -> None:
     desk.sent("b1", HIGHER, day=0)
-    delivering.note_findings(desk.ledger, desk.ledger.batch("b1"), [REJECTED])
+    dispatch.note_findings(desk.ledger, desk.ledger.batch("b1"), [REJECTED])
     (request,) = guard_requests(workflow, desk.ledger, desk.clock())
     job = assembly.build([workflow]).get_repository_def().get_job(f"{NAME}_rollback")
     assert dg.validate_run_config(job, request.run_config)
@@ -356,7 +356,7 @@ def test_the_sensors_tick_on_what_stands_in_the_ledger(
         assert request.partition_key == DAY.isoformat() and request.run_key.startswith("b1:push:")
         desk.ledger.switch(NAME, True, "kim", "odd figures")
         assert f"signalbox resume {NAME}" in said(tick(push))
-        delivering.note_findings(desk.ledger, desk.ledger.batch("b1"), [REJECTED])
+        dispatch.note_findings(desk.ledger, desk.ledger.batch("b1"), [REJECTED])
         assert "signalbox rollback" in said(tick(guard)), "while it is stopped only a person takes anything back"
         desk.ledger.switch(NAME, False, "kim", "explained")
         (back,) = tick(guard)
@@ -372,5 +372,5 @@ def test_the_push_sensor_asks_for_nothing_that_a_guard_wants_back(workflow: Work
     desk.fault("apply", "line-3", "unknown_lost")
     desk.fault("read", "line-3", "unavailable")
     assert not desk.push("b1").complete
-    delivering.note_findings(desk.ledger, desk.ledger.batch("b1"), [REJECTED])
+    dispatch.note_findings(desk.ledger, desk.ledger.batch("b1"), [REJECTED])
     assert guard_requests(workflow, desk.ledger, desk.clock()) and asked(workflow, desk) == {}

@@ -15,13 +15,14 @@ import pyarrow.compute as pc
 import pytest
 from typer.testing import CliRunner
 
-from assets import guarding, promoting
 from assets.resources import resources
-from assets.workflow import FOLDER, Workflow, load
 from delivery.rollback import Batch, Model
 from models.registry import CHAMPION, Registry
 from orchestration import assembly, cli, runner
 from orchestration.automation import RETRY_MINUTES, delivery_requests, guard_requests
+from pipeline.lifecycle import promotion
+from pipeline.monitoring import verdicts as guarding
+from pipeline.workflow import FOLDER, Workflow, load
 from tests.conftest import Bench
 from tests.support.desks import KEY, Desk
 from tests.support.fakes import DAY, START
@@ -191,7 +192,7 @@ def morning(ads: Bench, registry: Registry, tmp_path: Path, monkeypatch: pytest.
     with dg.DagsterInstance.ephemeral() as instance:
         made = Morning(bench, registry, account, instance)
         with made.ledger(3) as book:  # the ledger takes over who holds the aliases
-            promoting.reconcile(bench.workflow, registry, book, bench.lake, bench.morning(bench.last, 3))
+            promotion.reconcile(bench.workflow, registry, book, bench.lake, bench.morning(bench.last, 3))
         assert made.run("decide", hour=4).success and made.run("deliver").success
         yield made
     account.close()

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from assets import delivering
 from assets.resources import resources
 from delivery.approvals import NotAuthenticated
 from delivery.connectors import google_ads
@@ -24,6 +23,7 @@ from delivery.sandbox import advertising_api
 from delivery.sandbox.worlds import advertising
 from models.registry import Registry
 from orchestration import cli
+from pipeline import dispatch
 from tests.conftest import Bench
 
 SECRET = "marked secret, nobody else's"
@@ -52,7 +52,7 @@ class Office:
         tight = said.model_copy(update={"guardrails": said.guardrails.model_copy(update=guardrails)})
         batch = replace(self.bench, workflow=tight).decide(self.registry, self.bench.last)
         with self.ledger() as book:
-            return delivering.record(
+            return dispatch.record(
                 tight, book, self.bench.last, batch, decided_at=self.bench.morning(self.bench.last), run_id="run-1"
             )
 
@@ -144,7 +144,7 @@ def test_show_prints_the_value_that_stands(office: Office, monkeypatch: pytest.M
 def test_a_batch_whose_day_is_over_is_not_sent_unasked(office: Office) -> None:
     row = office.decide()
     result = office("deliver", row.batch_id)
-    assert isinstance(result.exception, delivering.TooLate) and "--late" in str(result.exception)
+    assert isinstance(result.exception, dispatch.TooLate) and "--late" in str(result.exception)
     assert office.account.amounts() == office.decided("before")
 
 

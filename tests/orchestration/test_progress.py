@@ -12,7 +12,7 @@ import dagster as dg
 import pytest
 from typer.testing import CliRunner
 
-from assets import progress
+from common import progress
 
 
 @pytest.fixture

@@ -16,13 +16,13 @@ import flask
 import mlflow.store.db.utils
 import pytest
 
-from assets import gating, lifecycle, promoting
 from assets.resources import resources
-from assets.workflow import Promotion
 from delivery.ledger import Ledger
-from models.gate import Verdict
+from models.evaluation.gate import Verdict
 from models.registry import CHAMPION, Registry
 from orchestration import alias_log, assembly, runner
+from pipeline.lifecycle import gate, promotion, state
+from pipeline.workflow import Promotion
 from tests.conftest import Bench
 
 NAME = "ad_budget"
@@ -70,14 +70,14 @@ def test_a_moved_alias_starts_one_run_that_answers_it(
         def answer() -> Any:
             return job.execute_in_process(instance=instance, resources=given, raise_on_error=True)
 
-        promoting.reconcile(bench.workflow, registry, book, bench.lake, bench.morning(bench.last))
+        promotion.reconcile(bench.workflow, registry, book, bench.lake, bench.morning(bench.last))
         assert isinstance(look(), dg.SkipReason) and stands(registry) == {CHAMPION: 2}
         registry.follow(NAME, {CHAMPION: 1})
         alias_log.note("kim", NAME, CHAMPION, 1)
         first = look()
         assert "champion: stands at 1, the ledger says 2" in first.tags["signalbox/cause"]
         assert look().run_key == first.run_key, "the same difference starts one run"
-        monkeypatch.setattr(gating, "judge", lambda *_, **__: Verdict(False, ("worse by 9%",)))
+        monkeypatch.setattr(gate, "judge", lambda *_, **__: Verdict(False, ("worse by 9%",)))
         assert answer().success
         assert stands(registry) == {CHAMPION: 2} and isinstance(look(), dg.SkipReason)
         told = book.promotions(NAME)[-1]
@@ -90,9 +90,9 @@ def test_a_moved_alias_starts_one_run_that_answers_it(
             seen.append(against.number)
             return Verdict(True, ())
 
-        monkeypatch.setattr(gating, "judge", judged)
+        monkeypatch.setattr(gate, "judge", judged)
         assert answer().success and seen == [2]
-        assert lifecycle.live(book, NAME)["champion"] == 1 and stands(registry) == {CHAMPION: 1, "previous_champion": 2}
+        assert state.live(book, NAME)["champion"] == 1 and stands(registry) == {CHAMPION: 1, "previous_champion": 2}
 
         monkeypatch.setattr(mlflow.store.db.utils, "MAX_RETRY_COUNT", 1)
         garbage = bench.root / "garbage.db"
@@ -128,7 +128,7 @@ def test_a_challenger_spends_its_day_in_the_shadow_and_is_champion_the_morning_a
     assert (row["day"], row["version"], row["scored"], row["stage"]) == (bench.days[-2], 1, True, "shadow")
     page = tmp_path / "home" / "reports" / NAME / bench.days[-2].isoformat() / "shadow.html"
     assert "Version 1 (shadow) beside version 2" in page.read_text() and row["page"].endswith("shadow.html")
-    assert lifecycle.live(book, NAME)["champion"] == 1
+    assert state.live(book, NAME)["champion"] == 1
     assert book.promotions(NAME)[-1].evidence["day"] == str(bench.last)
     again = runner.run(
         bench.workflow, "decide", bench.last, bench.last, now=bench.morning(bench.last + timedelta(days=5)).isoformat()

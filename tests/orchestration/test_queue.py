@@ -11,8 +11,8 @@ import yaml
 from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
 from dagster._daemon.run_coordinator.queued_run_coordinator_daemon import QueuedRunCoordinatorDaemon
 
-from assets.workflow import FOLDER, Workflow, load
 from orchestration import assembly, jobs
+from pipeline.workflow import FOLDER, Workflow, load
 
 SHIPPED = Path(jobs.__file__).parent / "instance"
 HERE = RemoteRepositoryOrigin(RegisteredCodeLocationOrigin("here"), "__repository__")

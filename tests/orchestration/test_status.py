@@ -11,12 +11,12 @@ import dagster as dg
 import pytest
 from typer.testing import CliRunner
 
-from assets import health
+from assets import health as stage
 from assets.resources import resources
-from assets.stages import health as stage
-from assets.workflow import FOLDER, load
 from orchestration import cli, jobs
-from tests.assets.test_health import KNOWN, NOON, tell
+from pipeline.monitoring import loop_health
+from pipeline.workflow import FOLDER, load
+from tests.pipeline.monitoring.test_loop_health import KNOWN, NOON, tell
 from tests.support.ledgers import Clock
 
 
@@ -131,4 +131,4 @@ def test_the_daily_job_looks_at_the_loop_last() -> None:
     ):
         deps = stage.build(one).asset_deps
         assert {key.path[-1] for keys in deps.values() for key in keys} == after
-    assert health.TABLE.names[0] == "day"
+    assert loop_health.TABLE.names[0] == "day"

@@ -107,7 +107,7 @@ def budgets(world: str, rng: np.random.Generator, *, days: int, units: int) -> A
 
 
 def arms_of(units: int, share: float, epochs: int, rng: np.random.Generator) -> Array:
-    """1 treated, 0 control by epoch and unit, the control's share rounded down or up, as models.arms draws strata."""
+    """1 treated, 0 control by epoch and unit, the control's share rounded down or up, as models.policies.arms draws strata."""
     out = np.empty((epochs, units), dtype=np.int64)
     for e in range(epochs):
         place = (rng.permutation(units) + rng.random()) / units

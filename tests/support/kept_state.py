@@ -38,16 +38,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from assets import delivering
-from assets.lake import Lake
 from assets.resources import resources
-from assets.workflow import FOLDER, Workflow, load
 from delivery import approvals, rollback
 from delivery.ledger import Ledger
 from delivery.sandbox import systems
 from delivery.sandbox.worlds import advertising
 from models.registry import Registry
 from orchestration import runner
+from pipeline import dispatch
+from pipeline.lake import Lake
+from pipeline.workflow import FOLDER, Workflow, load
 from tests.support import ledger_content
 from tests.support.moving import readdressed
 
@@ -153,7 +153,7 @@ def make(home: Path) -> None:
             """Of the first value that the day's batch changes: somebody changes a budget once more, or a priority first."""
             moment[0] = at(day, hour)
             with opened(moment[0]) as book:
-                row = book.deliveries(delivering.batch_of(book, name, day).batch_id)[0]
+                row = book.deliveries(dispatch.batch_of(book, name, day).batch_id)[0]
             assert row.entity is not None and row.after is not None
             if name == "ad_budget":
                 both.ads.by_hand(row.entity, row.after + 1_000_000, "pat@example.org")
@@ -172,7 +172,7 @@ def make(home: Path) -> None:
                 landing = home / "landing" / name
                 if name == "ad_budget":
                     with opened(at(day, 1)) as book:
-                        drawn = delivering.randomised(book, name, day - timedelta(days=1))
+                        drawn = dispatch.randomised(book, name, day - timedelta(days=1))
                     both.ads.advance(None, multipliers=drawn)
                     advertising.export_day(both.ads.rows(day), landing / "export", day)
                 else:
@@ -180,7 +180,7 @@ def make(home: Path) -> None:
                 held = {"max_changed": 1} if (number, name) == (0, "ad_budget") else {}
                 run(small(name, **held), "daily", day, day, 4)
                 with opened(at(day, 5)) as book:
-                    batch = delivering.batch_of(book, name, day)
+                    batch = dispatch.batch_of(book, name, day)
                     if batch.status == "HELD":
                         approvals.approve(book, batch.batch_id, APPROVER, SECRET, "as planned")
                 if (number, name) == (1, "ticket_priority"):
@@ -191,8 +191,8 @@ def make(home: Path) -> None:
         people("ad_budget", DAYS[-1], 6)
         moment[0] = at(DAYS[-1], 7)
         with opened(moment[0]) as book:
-            done = delivering.roll_back(
-                book, runner.registry(), rollback.Batch(delivering.batch_of(book, "ad_budget", DAYS[-1]).batch_id),
+            done = dispatch.roll_back(
+                book, runner.registry(), rollback.Batch(dispatch.batch_of(book, "ad_budget", DAYS[-1]).batch_id),
                 actor=APPROVER, reason="the day was a test", trigger="person", run_id="kept", clock=clock,
                 sleep=lambda seconds: None,
             )  # fmt: skip

@@ -14,15 +14,15 @@ from typing import Any
 
 import dagster as dg
 
-from assets import delivering
 from assets.resources import resources
-from assets.workflow import Workflow
 from delivery.ledger import BatchRow, Ledger, utc_now
 from delivery.sandbox import advertising_api
 from delivery.sandbox.helpdesk import HelpdeskSandbox
 from delivery.sandbox.worlds import advertising, tickets
 from models.registry import Registry
 from orchestration import runner
+from pipeline import dispatch
+from pipeline.workflow import Workflow
 from tests.conftest import Bench
 
 
@@ -173,7 +173,7 @@ class Morning:
 
     def batch(self, day: date | None = None) -> BatchRow:
         with self.ledger() as book:
-            return delivering.batch_of(book, self.workflow.name, day or self.day)
+            return dispatch.batch_of(book, self.workflow.name, day or self.day)
 
     def decided(self, column: str, day: date | None = None) -> dict[str, Any]:
         return {d["entity_id"]: d[column] for d in self.bench.decided(day or self.day)}

@@ -40,7 +40,7 @@ class Known:
 
 if __name__ == "__main__":
     # a search in a folder that stops for its killer within one of its trials
-    from models import search
+    from models.training import search
 
     folder, stop_in = Path(sys.argv[1]), int(sys.argv[2])
 

@@ -14,13 +14,13 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from assets import delivering
-from assets.lake import Lake
-from assets.workflow import FOLDER, load
 from delivery import approvals
 from delivery.sandbox import advertising_api
 from models.registry import Registry
 from orchestration import assembly, automation, runner
+from pipeline import dispatch
+from pipeline.lake import Lake
+from pipeline.workflow import FOLDER, load
 from tests.conftest import Bench
 from tests.support.offices import Account, Morning, Queue, checks, environment, metadata
 
@@ -312,7 +312,7 @@ def test_what_the_next_day_brings_stands_beside_the_decisions_that_it_answers(mo
     following = morning.day + timedelta(days=1)
     if isinstance(morning.system, Account):
         with morning.ledger() as book:
-            drawn = delivering.randomised(book, morning.workflow.name, morning.day)
+            drawn = dispatch.randomised(book, morning.workflow.name, morning.day)
         morning.system.sandbox.advance(morning.bench.root / "landing" / morning.workflow.name, multipliers=drawn)
     else:
         morning.bench.write(following, morning.bench.folder())
@@ -345,10 +345,10 @@ def test_outcomes_answer_the_decision_that_stood_also_when_their_day_is_run_agai
     morning.bench.build([following])
     found = []
     with morning.ledger() as book:
-        found.append(delivering.outcomes_of_decisions(morning.workflow, morning.bench.lake, book, following))
+        found.append(dispatch.outcomes_of_decisions(morning.workflow, morning.bench.lake, book, following))
         assert found[0].num_rows
         assert morning.run("decide", morning.saying(guardrails=LENIENT), day=following).success
-        found.append(delivering.outcomes_of_decisions(morning.workflow, morning.bench.lake, book, following))
+        found.append(dispatch.outcomes_of_decisions(morning.workflow, morning.bench.lake, book, following))
     answered = [dict(zip(t["entity_id"].to_pylist(), t["batch_id"].to_pylist(), strict=True)) for t in found]
     assert answered[0] == answered[1]
 

@@ -13,11 +13,11 @@ import dagster as dg
 import pyarrow as pa
 import pytest
 
-from assets.lake import Lake
 from assets.resources import resources
 from delivery.ledger import Ledger
 from models.registry import Registry
 from orchestration import runner
+from pipeline.lake import Lake
 from tests.conftest import Bench
 from tests.support.offices import Account, Morning, checks, environment, metadata
 
@@ -68,7 +68,7 @@ def written(morning: Morning) -> dict[str, str]:
 
 
 def ledger_file() -> str:
-    from assets.settings import home
+    from pipeline.settings import home
 
     return str(home() / "ledger.db")
 

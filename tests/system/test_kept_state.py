@@ -18,12 +18,14 @@ import dagster as dg
 import pyarrow as pa
 import pytest
 
-from assets import code, deciding, delivering, explaining, landing
-from assets.workflow import FOLDER, Workflow
 from delivery import rollback
 from delivery.ledger import BatchRow
 from delivery.sandbox import advertising_api, systems
 from orchestration import runner
+from pipeline import dispatch, ingest, provenance
+from pipeline.decisions import decide
+from pipeline.explain import trace
+from pipeline.workflow import FOLDER, Workflow
 from tests.support import kept_state, ledger_content
 from tests.support.fakes import Clock, FakeSystem
 from tests.support.kept_state import DAYS, WORKFLOWS, at, opened
@@ -81,7 +83,7 @@ def batches(name: str, kind: str = "decision") -> list[BatchRow]:
 def spec(name: str, home: Path, day: date) -> Workflow:
     """The workflow as it was when a day was decided."""
     (row,) = kept_state.lake(home).read(f"{name}/batches", days=[day]).to_pylist()
-    said = deciding.spec_of(name, kept_state.lake(home), row["spec_digest"])
+    said = decide.spec_of(name, kept_state.lake(home), row["spec_digest"])
     return said.model_copy(update={"folder": FOLDER / name})
 
 
@@ -117,7 +119,7 @@ def test_every_stored_name_is_still_a_name_in_the_code(home: Path) -> None:
     columns = {column for table in LAKE for column in here.read(table).column_names}
     assert kinds_in(home) - literals == set(), "kinds of events are hash-chained"
     assert {table.split("/")[1] for table in LAKE} - literals == set(), "tables of the lake"
-    made_up = {f"days_by_{step}" for step in deciding.STEPS}
+    made_up = {f"days_by_{step}" for step in decide.STEPS}
     assert columns - known - made_up == set(), "columns of the lake"
     with closing(sqlite3.connect(home / "ledger.db")) as database:
         tables = {n for (n,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
@@ -154,7 +156,7 @@ def test_the_ledger_verifies_against_its_head_of_then(kept: tuple[Path, dict[str
 def test_files_that_have_landed_are_known_and_land_no_second_time(own: Path, name: str) -> None:
     here = kept_state.lake(own)
     before = here.version(f"{name}/events")
-    found = landing.ingest(spec(name, own, DAYS[-1]), here, own / "landing", now=datetime.fromisoformat(AFTER))
+    found = ingest.ingest(spec(name, own, DAYS[-1]), here, own / "landing", now=datetime.fromisoformat(AFTER))
     assert len(found.files) == kept_state.HISTORY + kept_state.LIVE and not found.new and not found.refused
     assert found.accepted == found.quarantined == 0 and here.version(f"{name}/events") == before
     assert not found.outdated, "the mapping of then is another one now: its rows would be remapped"
@@ -169,10 +171,10 @@ def test_the_champion_is_read_and_gives_the_scores_that_were_stored(home: Path, 
         version = store.by_alias(name, "champion")
         assert version is not None and (version.number, version.digest) == (made["model_version"], made["model_digest"])
         (row,) = here.read(f"{name}/decisions", days=[day]).slice(0, 1).to_pylist()
-        found = deciding.made_from(row, here, store)
-        stored = deciding.scores_of(workflow, here, day, made)
+        found = decide.made_from(row, here, store)
+        stored = decide.scores_of(workflow, here, day, made)
         keys = [(key, "ascending") for key in ("entity_id", "moment") if key in stored.column_names]
-        again = deciding.read_model(workflow, store, version).score(found.features)
+        again = decide.read_model(workflow, store, version).score(found.features)
         assert again.select(stored.column_names).cast(stored.schema).sort_by(keys).equals(stored.sort_by(keys))
 
 
@@ -182,13 +184,13 @@ def test_every_decision_replays_to_the_bit_whatever_code_is_here_now(home: Path,
     here, store = kept_state.lake(home), kept_state.registry(home)
     for day in DAYS:
         rows = here.read(f"{name}/decisions", days=[day]).to_pylist()
-        found = deciding.made_from(rows[0], here, store)
-        again, _ = deciding.decide(found.workflow, found.day, found.features, found.scores, found.drawn, found.step)
+        found = decide.made_from(rows[0], here, store)
+        again, _ = decide.decide(found.workflow, found.day, found.features, found.scores, found.drawn, found.step)
         recorded = pa.Table.from_pylist(rows, schema=again.schema).sort_by("entity_id")
         assert rows and again.sort_by("entity_id").equals(recorded)
-        one = deciding.replay(name, here, store, rows[0]["decision_id"])
+        one = decide.replay(name, here, store, rows[0]["decision_id"])
         assert one.equal and one.as_dict()["equal to the bit"] and not one.as_dict()["differs in"]
-        assert one.same_code == (rows[0]["code_digest"] == code.digest(name))
+        assert one.same_code == (rows[0]["code_digest"] == provenance.digest(name))
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
@@ -216,7 +218,7 @@ def test_a_decision_is_explained_down_to_its_source_rows(home: Path, name: str) 
     batch = batches(name)[0]
     with opened(AFTER) as book:
         sent = next(d for d in book.deliveries(batch.batch_id) if d.arm == "champion")
-        found = explaining.explain(book, kept_state.lake(home), kept_state.registry(home), sent.decision_id)
+        found = trace.explain(book, kept_state.lake(home), kept_state.registry(home), sent.decision_id)
     said = found.as_dict()
     assert gone(said) == []
     assert said["replay"]["equal"] is True and said["decision"]["after"] == sent.after == said["replay"]["again"]
@@ -275,8 +277,8 @@ def test_a_sent_batch_is_taken_back_over_the_connector_of_its_workflow(
             "sleep": lambda seconds: None,
         }  # fmt: skip
         store = kept_state.registry(own)
-        again = delivering.roll_back(book, store, rollback.Batch(second.batch_id), **how)
-        report = delivering.roll_back(book, store, rollback.Batch(first.batch_id), **how)
+        again = dispatch.roll_back(book, store, rollback.Batch(second.batch_id), **how)
+        report = dispatch.roll_back(book, store, rollback.Batch(first.batch_id), **how)
         assert again.complete and again.batches[0].already, "it had been taken back"
         (done,) = report.batches
         assert report.complete and done.restored + len(done.conflicts) == first.counts["ACKED"] and done.restored

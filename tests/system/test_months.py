@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from assets.workflow import FOLDER, load
 from benchmarks import months
+from pipeline.workflow import FOLDER, load
 
 pytestmark = pytest.mark.system
 FEW = 6

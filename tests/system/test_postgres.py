@@ -10,10 +10,10 @@ import pytest
 import sqlalchemy
 
 from assets.resources import resources
-from assets.workflow import FOLDER, load
 from delivery.sandbox.worlds import advertising
 from models.registry import CHAMPION, files_digest
 from orchestration import runner
+from pipeline.workflow import FOLDER, load
 from tests.support.postgres import PASSWORD, Server
 
 pytestmark = pytest.mark.system

@@ -11,11 +11,11 @@ import pyarrow.compute as pc
 import pytest
 from rich.console import Console
 
-from assets import point_in_time
-from assets.lake import Lake, content_digest
-from assets.workflow import FOLDER, load
 from orchestration import real_data
 from orchestration.real_data import Measured
+from pipeline import point_in_time
+from pipeline.lake import Lake, content_digest
+from pipeline.workflow import FOLDER, load
 
 DATA = Path(os.environ.get("SIGNALBOX_REAL_DATA") or FOLDER.parents[2] / "shared" / "data")
 ABSENT = [str(DATA / plan.file) for plan in real_data.PLANS.values() if not (DATA / plan.file).is_file()]

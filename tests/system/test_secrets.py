@@ -33,11 +33,11 @@ import pytest
 import sqlalchemy
 from typer.testing import CliRunner
 
-from assets import delivering
-from assets import workflow as workflows
 from assets.resources import resources
-from assets.workflow import FOLDER, load
 from orchestration import cli, runner
+from pipeline import dispatch
+from pipeline import workflow as workflows
+from pipeline.workflow import FOLDER, load
 from tests.conftest import Bench
 from tests.support.offices import Account, Morning, Queue, checks
 from tests.support.postgres import Server
@@ -321,7 +321,7 @@ def firm(
         unit = ", unit: 10000" if name == "ad_budget" else ""
         push = f"  push: {{patience_s: 0.5, backoff_s: [0.02, 0.05], late_s: 0.1, attempts: 2{unit}}}\n"
         (own / name / "workflow.yaml").write_text(text.replace("  guards:\n", push + "  guards:\n", 1))
-    for module in (workflows, delivering):
+    for module in (workflows, dispatch):
         monkeypatch.setattr(module, "FOLDER", own)
     shutil.copytree(ads.root / "lake", home / "lake")
     shutil.copytree(queue.root / "lake", home / "lake", dirs_exist_ok=True)

@@ -11,11 +11,11 @@ import dagster as dg
 import pytest
 
 from assets.resources import resources
-from assets.settings import home
-from assets.workflow import FOLDER, Workflow, load
 from data_checks.contract import ExpectationSpec
 from delivery.sandbox.worlds import advertising, tickets
 from orchestration import demo, runner
+from pipeline.settings import home
+from pipeline.workflow import FOLDER, Workflow, load
 
 DAYS = 8
 

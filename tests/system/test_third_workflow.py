@@ -14,11 +14,11 @@ import dagster as dg
 import numpy as np
 import pytest
 
-from assets import replaying
 from assets.resources import resources
-from assets.workflow import load_all
 from models.registry import CHAMPION
 from orchestration import assembly, runner
+from pipeline.decisions import replay
+from pipeline.workflow import load_all
 
 START = date(2026, 1, 5)
 DAYS = 14
@@ -183,7 +183,7 @@ def test_a_third_workflow_is_one_folder(tmp_path: Path, instance: dg.DagsterInst
     assert {d["entity_id"] for d in decisions} == {f["entity_id"] for f in open_now if f["moment"] == "open"}
     assert any(d["changed"] for d in decisions) and all(1 <= d["after"] <= 5 for d in decisions)
     assert all(d["reasons"] for d in decisions) and any("desk" in " ".join(d["reasons"]) for d in decisions)
-    again = replaying.replay("lead_followup", lake, registry, decisions[0]["decision_id"])
+    again = replay.replay("lead_followup", lake, registry, decisions[0]["decision_id"])
     assert again.equal and again.same_code
 
     materialised = instance.get_materialized_partitions(dg.AssetKey(["lead_followup", "features"]))
