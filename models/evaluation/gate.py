@@ -270,28 +270,26 @@ def _holds(found: Disagreement | str | None, limit: float | None) -> tuple[bool,
     )
 
 
-def _weighed(
-    found: Evidence, spec: GateSpec, metric: str, margin: float, judged: Mapping[str, Mapping[str, float]]
-) -> list[tuple[bool, str]]:
-    """Every further finding: whether it refuses, and the sentence that says so with its figures."""
-    them, sure, out = f"the {found.against}", f"{spec.confidence:.0%} interval", []
-    for who, again in found.recomputed.items():
-        said = judged[who][metric]
-        if not math.isclose(said, again, rel_tol=SAME, abs_tol=1e-12):
-            out.append((True, f"the {who}'s {metric} {said:.6g} is not the mean of its rows, which is {again:.6g}"))
-    if found.harm is not None:
-        fails = False
-        says = f"{metric} differs from {them}'s by {found.harm} (positive is worse, {sure} over {found.harm.days} days)"
-        if found.harm.low == found.harm.high == 0:
-            says += ": no row tells them apart, so the metric says nothing of which is better"
-        if spec.evidence == "interval" and found.against == "champion":
-            fails = found.harm.high is None or not found.harm.high <= margin
-            says += f": it is {'not ' if fails else ''}proven to be within the margin of {margin:.1%}"
-        out.append((fails, says))
-    elif found.no_interval:
-        fails = spec.evidence == "interval" and found.against == "champion"
-        judged_by = "and an interval is asked for (gate.evidence)" if fails else "the figure alone is judged"
-        out.append((fails, f"{metric} has no interval and no slices, {judged_by}: {found.no_interval}"))
+def _harm(found: Evidence, spec: GateSpec, metric: str, margin: float) -> list[tuple[bool, str]]:
+    """What the interval of the metric's difference says."""
+    asked = spec.evidence == "interval" and found.against == "champion"
+    if found.harm is None:
+        judged_by = "and an interval is asked for (gate.evidence)" if asked else "the figure alone is judged"
+        says = f"{metric} has no interval and no slices, {judged_by}: {found.no_interval}"
+        return [(asked, says)] if found.no_interval else []
+    says = f"{metric} differs from the {found.against}'s by {found.harm} (positive is worse, {spec.confidence:.0%} interval over {found.harm.days} days)"
+    if found.harm.low == found.harm.high == 0:
+        says += ": no row tells them apart, so the metric says nothing of which is better"
+    fails = asked and (found.harm.high is None or not found.harm.high <= margin)
+    if asked:
+        says += f": it is {'not ' if fails else ''}proven to be within the margin of {margin:.1%}"
+    return [(fails, says)]
+
+
+def _value(found: Evidence, spec: GateSpec) -> list[tuple[bool, str]]:
+    """What the policy is worth with the candidate's scores, by the days on which that was measured."""
+    them = f"the {found.against}"
+    out: list[tuple[bool, str]] = []
     for where, value in found.values.items():
         if isinstance(value, str):
             out.append((False, f"policy's value on the {where}: {value}"))
@@ -307,6 +305,20 @@ def _weighed(
             out.append((True, says))
         elif value.no_loss:
             out.append((False, f"policy's value on the {where}: not measured beside moving nothing: {value.no_loss}"))
+    return out
+
+
+def _weighed(
+    found: Evidence, spec: GateSpec, metric: str, margin: float, judged: Mapping[str, Mapping[str, float]]
+) -> list[tuple[bool, str]]:
+    """Every further finding: whether it refuses, and the sentence that says so with its figures."""
+    them, out = f"the {found.against}", []
+    for who, again in found.recomputed.items():
+        said = judged[who][metric]
+        if not math.isclose(said, again, rel_tol=SAME, abs_tol=1e-12):
+            out.append((True, f"the {who}'s {metric} {said:.6g} is not the mean of its rows, which is {again:.6g}"))
+    out += _harm(found, spec, metric, margin)
+    out += _value(found, spec)
     what, mine, theirs = found.calibration
     if spec.calibration is not None:
         # where everybody is off (the world has moved) the one that is less so may go on

@@ -339,7 +339,15 @@ def test_a_registered_version_carries_its_evidence(empty_registry: Registry, ads
     folder = artifacts(empty_registry, version)
     said = yaml.safe_load((folder / "MLmodel").read_text())
     assert set(said["flavors"]) == {"python_function"} and "shift_1" in said["signature"]["inputs"]
-    assert {p.suffix for p in folder.rglob("*") if p.is_file()} <= {"", ".py", ".json", ".txt", ".yaml", ".arrow"}
+    assert {p.suffix for p in folder.rglob("*") if p.is_file()} <= {
+        "",
+        ".py",
+        ".json",
+        ".txt",
+        ".yaml",
+        ".arrow",
+        ".typed",
+    }
     wanted = dict(line.split("==") for line in (folder / "requirements.txt").read_text().split())
     assert wanted == {name: metadata.version(name) for name in wanted} and {"mlflow", "lightgbm", "pyarrow"} <= set(
         wanted

@@ -16,7 +16,7 @@ from data_checks import performance
 from models import catalog
 from models.evaluation import evaluate, gate, off_policy, paired
 from models.training import distillation, search
-from pipeline.decisions import decide
+from pipeline.decisions import scoring
 from pipeline.explain import counterfactual
 from pipeline.lifecycle import gate as gating
 from pipeline.lifecycle import search as tuning
@@ -115,7 +115,7 @@ def test_a_search_says_why_a_kind_has_no_space(bench: Bench, absent: Any, tmp_pa
     absent(search, "SPACES", "search")
     with pytest.raises(KeyError, match="of this search nobody has thought"):
         search.search(
-            catalog.learner(bench.workflow.model.kind), pa.table({}), pa.table({}), decide.learner_spec(bench.workflow),
+            catalog.learner(bench.workflow.model.kind), pa.table({}), pa.table({}), scoring.learner_spec(bench.workflow),
             budget=search.Search(trials=1), metric="m", better="lower", seed=1, device="cpu", threads=1, folder=tmp_path,
         )  # fmt: skip
 
@@ -177,10 +177,10 @@ def test_the_gate_says_what_it_cannot_measure_of_priorities_and_of_a_metric_over
     learn = gating._known(workflow, lake, day)
     held = gating.held_out(workflow, lake, day, learn)
     model = catalog.learner(workflow.model.kind).fit(
-        held.early, decide.learner_spec(workflow), seed=1, device="cpu", threads=1
+        held.early, scoring.learner_spec(workflow), seed=1, device="cpu", threads=1
     )
     rule = catalog.rule(workflow.model.kind).fit(
-        held.early, decide.learner_spec(workflow), seed=1, device="cpu", threads=1
+        held.early, scoring.learner_spec(workflow), seed=1, device="cpu", threads=1
     )
     features = workflow.features
     terms = evaluate.Terms("duration", gate.GateSpec(), workflow.policy, features.numeric, features.categorical)

@@ -23,7 +23,9 @@ from delivery.ledger import BatchRow
 from delivery.sandbox import advertising_api, systems
 from orchestration import runner
 from pipeline import dispatch, ingest, provenance
-from pipeline.decisions import decide
+from pipeline.decisions import decide, replay, scoring
+from pipeline.decisions import tables as decision_tables
+from pipeline.decisions.tables import STEPS
 from pipeline.explain import trace
 from pipeline.workflow import FOLDER, Workflow
 from tests.support import kept_state, ledger_content
@@ -83,7 +85,7 @@ def batches(name: str, kind: str = "decision") -> list[BatchRow]:
 def spec(name: str, home: Path, day: date) -> Workflow:
     """The workflow as it was when a day was decided."""
     (row,) = kept_state.lake(home).read(f"{name}/batches", days=[day]).to_pylist()
-    said = decide.spec_of(name, kept_state.lake(home), row["spec_digest"])
+    said = replay.spec_of(name, kept_state.lake(home), row["spec_digest"])
     return said.model_copy(update={"folder": FOLDER / name})
 
 
@@ -119,7 +121,7 @@ def test_every_stored_name_is_still_a_name_in_the_code(home: Path) -> None:
     columns = {column for table in LAKE for column in here.read(table).column_names}
     assert kinds_in(home) - literals == set(), "kinds of events are hash-chained"
     assert {table.split("/")[1] for table in LAKE} - literals == set(), "tables of the lake"
-    made_up = {f"days_by_{step}" for step in decide.STEPS}
+    made_up = {f"days_by_{step}" for step in STEPS}
     assert columns - known - made_up == set(), "columns of the lake"
     with closing(sqlite3.connect(home / "ledger.db")) as database:
         tables = {n for (n,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
@@ -171,10 +173,10 @@ def test_the_champion_is_read_and_gives_the_scores_that_were_stored(home: Path, 
         version = store.by_alias(name, "champion")
         assert version is not None and (version.number, version.digest) == (made["model_version"], made["model_digest"])
         (row,) = here.read(f"{name}/decisions", days=[day]).slice(0, 1).to_pylist()
-        found = decide.made_from(row, here, store)
-        stored = decide.scores_of(workflow, here, day, made)
+        found = replay.made_from(row, here, store)
+        stored = decision_tables.scores_of(workflow, here, day, made)
         keys = [(key, "ascending") for key in ("entity_id", "moment") if key in stored.column_names]
-        again = decide.read_model(workflow, store, version).score(found.features)
+        again = scoring.read_model(workflow, store, version).score(found.features)
         assert again.select(stored.column_names).cast(stored.schema).sort_by(keys).equals(stored.sort_by(keys))
 
 
@@ -184,11 +186,11 @@ def test_every_decision_replays_to_the_bit_whatever_code_is_here_now(home: Path,
     here, store = kept_state.lake(home), kept_state.registry(home)
     for day in DAYS:
         rows = here.read(f"{name}/decisions", days=[day]).to_pylist()
-        found = decide.made_from(rows[0], here, store)
+        found = replay.made_from(rows[0], here, store)
         again, _ = decide.decide(found.workflow, found.day, found.features, found.scores, found.drawn, found.step)
         recorded = pa.Table.from_pylist(rows, schema=again.schema).sort_by("entity_id")
         assert rows and again.sort_by("entity_id").equals(recorded)
-        one = decide.replay(name, here, store, rows[0]["decision_id"])
+        one = replay.replay(name, here, store, rows[0]["decision_id"])
         assert one.equal and one.as_dict()["equal to the bit"] and not one.as_dict()["differs in"]
         assert one.same_code == (rows[0]["code_digest"] == provenance.digest(name))
 

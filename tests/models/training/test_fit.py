@@ -122,9 +122,9 @@ def test_a_champion_that_the_candidates_twin_is_itself_is_told_from_it_by_its_ow
 @pytest.mark.parametrize("a", [1, 2])
 def test_the_champions_recipe_is_judged_on_the_candidates_own_rows(a: int, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[float | None] = []
-    examine = fitting.examining.examine
+    examine = fitting.evaluate.examine
     monkeypatch.setattr(
-        fitting.examining, "examine", lambda *args, **how: (told.append(how["same_rows"]), examine(*args, **how))[1]
+        fitting.evaluate, "examine", lambda *args, **how: (told.append(how["same_rows"]), examine(*args, **how))[1]
     )
     run(LEARN, EARLY, HELD, champion=aged({"a": a}))
     assert told == [1.0]
