@@ -8,6 +8,7 @@ ways of the arrows are, so that they cross as little as can be. An edge without 
 import ast
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -73,7 +74,6 @@ WAYS: dict[Edge, list[tuple[int, int]]] = {
     ("pipeline", "common"): [(612, 636), (612, 1030)],
     ("pipeline", "data_checks"): [(690, 636), (690, 726)],
     ("pipeline", "delivery"): [(1000, 636), (1000, 726)],
-    ("data_checks", "common"): [(720, 986), (720, 1030)],
     ("delivery", "common"): [(1000, 986), (1000, 1030)],
     ("pipeline.dispatch", BASE): [(370, 340), (370, 365), (336, 365), (336, 600), (350, 600)],
     ("pipeline.dispatch", "pipeline.lifecycle"): [(410, 340), (410, 444)],
@@ -178,7 +178,7 @@ def place(box: str) -> tuple[int, int, int, int]:
 
 def longest(way: list[tuple[int, int]]) -> tuple[float, float]:
     """The middle of the longest piece of a way."""
-    (x, y), (u, v) = max(zip(way, way[1:], strict=False), key=lambda p: abs(p[0][0] - p[1][0]) + abs(p[0][1] - p[1][1]))
+    (x, y), (u, v) = max(pairwise(way), key=lambda p: abs(p[0][0] - p[1][0]) + abs(p[0][1] - p[1][1]))
     return (x + u) / 2, (y + v) / 2
 
 

@@ -1,6 +1,8 @@
 """The rooms keep their walls: imports run one way, and no folder shadows a package."""
 
 import ast
+import importlib.util
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
@@ -180,3 +182,12 @@ def test_the_lock_is_hashed_and_names_no_index() -> None:
     assert not [
         line for line in lines if "://" in line or line.startswith(("--index", "--extra-index", "--find-links"))
     ]
+
+
+def test_the_drawing_of_the_rooms_shows_the_imports_that_there_are() -> None:
+    spec = importlib.util.spec_from_file_location("draw_architecture", ROOT / "docs" / "draw_architecture.py")
+    assert spec is not None and spec.loader is not None
+    drawing = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(drawing)
+    shown = re.findall(r"^\S+ > \S+: \d+$", drawing.TARGET.read_text(), re.M)
+    assert shown == drawing.listed(drawing.edges()), ".venv/bin/python docs/draw_architecture.py draws it anew"
