@@ -106,7 +106,7 @@ def importances(
 ) -> tuple[Version | None, dict[str, float] | None, str]:
     """The champion of ``day``, the share of its gain in each feature, and a sentence where that is not known.
 
-    By the ledger (``lifecycle.lineup``): an alias that somebody moved changes nothing before it is answered.
+    By the ledger (``pipeline.lifecycle.state.lineup``): an alias that somebody moved changes nothing before it is answered.
     """
     from lightgbm.basic import LightGBMError
     from mlflow.exceptions import MlflowException

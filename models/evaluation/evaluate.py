@@ -101,7 +101,7 @@ def examine(
     A champion that is the candidate itself is refused: of a model beside itself nothing can be told. So is a kind of model
     that has no comparison. Without ``terms`` the figures alone are compared.
     ``decided``: the rows that the policy decides on, with ``unit`` and outcomes; those of days before the held-out ones
-    count for the policy's value only. ``recorded``: see ``contract``. ``apart``: see ``fitting.disagreement``.
+    count for the policy's value only. ``recorded``: see ``contract``. ``apart``: see ``training.fit.disagreement``.
     ``same_rows``: see ``gate.judge``.
     """
     if terms is not None and terms.kind not in paired.KINDS:

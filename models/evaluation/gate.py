@@ -84,7 +84,7 @@ class GateSpec(BaseModel):
 
 @dataclass(frozen=True)
 class Disagreement:
-    """How far candidate and champion lie apart as they are registered, beside their twins (``comparing.disagreement``).
+    """How far candidate and champion lie apart as they are registered, beside their twins (``paired.disagreement``).
 
     The twins have not seen the newest labels. Where these are spoilt, only what has learned from them moves.
     """

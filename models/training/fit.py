@@ -178,7 +178,7 @@ def fit_and_judge(
 
     All tables hold features with outcomes, sorted by day and key. ``early`` is what was known when the first held-out day
     began: labels that became known later would look ahead. ``champion``: see ``opponent``. ``newest``: what the two as they
-    are registered are compared on. ``terms``, ``decided``: see ``examining.examine``. Raises TooFewRows.
+    are registered are compared on. ``terms``, ``decided``: see ``evaluate.examine``. Raises TooFewRows.
     """
     if learn.num_rows < min_rows:
         raise TooFewRows(

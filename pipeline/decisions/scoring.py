@@ -269,7 +269,7 @@ def score_day(
 ) -> Scored:
     """Score a day by the best step that is to be had: champion → previous champion → rule → no change.
 
-    Who champion and previous champion are, the ``ledger`` says (``lifecycle.lineup``); without one, the registry's aliases.
+    Who champion and previous champion are, the ``ledger`` says (``pipeline.lifecycle.state.lineup``); without one, the registry's aliases.
     A champion that was found to do worse than the rule (``pipeline.lifecycle.fallback``) leaves the day to the rule.
     A challenger scores beside them; its failure is written down and touches nothing else. Scores that are NaN or infinite,
     and no score for most of the rows (``MOST_WITHOUT_SCORE``), are a failure like any other.

@@ -482,7 +482,7 @@ def reconcile(
     judge: Judge | None = None,
     actor_of: Callable[[str, str, int | None], str | None] | None = None,
 ) -> list[Answer]:
-    """Answer what people did in MLflow, and bring the aliases in line with the ledger; afterwards they equal ``lifecycle.live``.
+    """Answer what people did in MLflow, and bring the aliases in line with the ledger; afterwards they equal ``pipeline.lifecycle.state.live``.
 
     An alias that somebody moved is a request: the version is judged beside the champion (``judge``; left out,
     ``pipeline.lifecycle.gate.judge``), then either recorded in the ledger, or the alias goes back, with the reason as the version's
