@@ -1,6 +1,6 @@
 """What stands in the place of a workflow that cannot be read, or has a mistake in it: an asset that says so and fails.
 
-Belongs here: the asset. Does not: what is wrong (``pipeline.workflow`` and ``pipeline.validation`` say it), or which workflows there are.
+Belongs here: the asset. Does not: what is wrong (``pipeline.workflow`` and ``pipeline.workflow_validation`` say it), or which workflows there are.
 """
 
 import re

@@ -1,7 +1,7 @@
 """The stage ``decisions``: the action chosen for each entity, with its reasons, and the guardrails over the batch.
 
 Belongs here: the asset. Does not: the policies (``models``), the guardrails (``data_checks.guardrails``) or the batch's
-record (``pipeline.decisions.decide``, ``pipeline.dispatch``), which days are facts (``pipeline.decisions.facts``), what the challenger would have
+record (``pipeline.decisions.decide``, ``pipeline.dispatch``), which days are facts (``pipeline.decisions.recomputation``), what the challenger would have
 decided (``pipeline.lifecycle.shadow``). Sending a batch is the next stage's.
 """
 
@@ -17,7 +17,7 @@ from common.progress import each
 from data_checks import guardrails
 from delivery.ledger import Ledger
 from pipeline import dispatch
-from pipeline.decisions import decide, facts, tables
+from pipeline.decisions import decide, recomputation, tables
 from pipeline.lake import Lake
 from pipeline.lifecycle import shadow as shadowing
 from pipeline.workflow import Workflow
@@ -48,7 +48,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         clock: ClockResource,
     ) -> dg.MaterializeResult:
         judged: dict[date, tuple[bool, str]] = {}
-        compared: dict[date, facts.Compared] = {}
+        compared: dict[date, recomputation.Compared] = {}
         last: decide.Batch | None = None
         refused, shadow, said = False, dict[str, Any](), dict[str, str]()
         with ledger.open(clock.now) as book:
@@ -56,13 +56,13 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
             for day in each("decisions", span, len(span)):
                 if completed := decide.complete_lake(workflow, lake.lake, book, day):
                     context.log.warning(f"{day}: a run had ended before the lake had batch {completed}: completed")
-                found = facts.today(workflow, book, day, clock.now(), again=config.again)
+                found = recomputation.today(workflow, book, day, clock.now(), again=config.again)
                 if found.says:
                     said[str(day)] = found.says
                     context.log.info(f"{day}: {found.says}")
                 if not found.decides:
                     assert found.recorded is not None, "a day that is not decided has been"
-                    compared[day] = facts.compare(workflow, lake.lake, registry.registry, book, found.recorded)
+                    compared[day] = recomputation.compare(workflow, lake.lake, registry.registry, book, found.recorded)
                     judged[day] = (True, f"{found.recorded.status} as recorded; {found.says}")
                     context.add_asset_metadata(
                         {"batch": found.recorded.batch_id, "same again": compared[day].says},
@@ -112,7 +112,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
 
 
 def _decide(
-    workflow: Workflow, lake: Lake, book: Ledger, found: facts.Today, now: datetime, run_id: str
+    workflow: Workflow, lake: Lake, book: Ledger, found: recomputation.Today, now: datetime, run_id: str
 ) -> decide.Batch:
     """Decide a day and record it: in the ledger first, and in the lake under the id that the ledger gave it."""
     batch = decide.decide_day(workflow, lake, found.day)
@@ -142,18 +142,18 @@ def _shown(batch: decide.Batch | None) -> dict[str, Any]:
     }
 
 
-def _shown_again(said: dict[str, str], compared: dict[date, facts.Compared]) -> dict[str, Any]:
+def _shown_again(said: dict[str, str], compared: dict[date, recomputation.Compared]) -> dict[str, Any]:
     """What was special about the days, and what recomputing those that are facts came to."""
     metadata: dict[str, Any] = {"days": dg.MetadataValue.json(said)} if said else {}
     if compared:
         metadata["recomputed"] = dg.MetadataValue.json({str(d): one.as_dict() for d, one in compared.items()})
         differ = [one.first for one in compared.values() if one.differing]
         if differ:
-            metadata["decisions that differ"] = preview(differ[-1], facts.SHOWN)
+            metadata["decisions that differ"] = preview(differ[-1], recomputation.SHOWN)
     return metadata
 
 
-def _same_again(every: list[date], compared: dict[date, facts.Compared]) -> dg.AssetCheckResult:
+def _same_again(every: list[date], compared: dict[date, recomputation.Compared]) -> dg.AssetCheckResult:
     """Differences with a cause are worth a look; one without is an error."""
     by_day = {d: (one.equal, one.says) for d, one in compared.items()}
     by_day = by_day or {d: (True, "decided by this run: nothing to compare with") for d in every}

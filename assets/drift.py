@@ -20,7 +20,7 @@ from common.progress import each
 from delivery.ledger import Ledger
 from models.booster import is_number
 from models.registry import ModelMissing, ModelUnreadable, Registry, Version
-from pipeline.decisions import acting, scoring, tables
+from pipeline.decisions import in_effect, scoring, tables
 from pipeline.lake import Lake
 from pipeline.lifecycle import state
 from pipeline.workflow import Workflow
@@ -276,7 +276,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         known: dict[tuple[date, ...], drifts.Baseline] = {}
         with ledger.open(clock.now) as book:
             champions = {day: importances(workflow, registry.registry, book, day) for day in span}
-            others = acting.scored_by_others(book, workflow, lake.lake)
+            others = in_effect.scored_by_others(book, workflow, lake.lake)
         for day in each("drift", span, len(span)):
             champion, gains, unknown = champions[day]
             scores = _judge_scores(workflow, lake.lake, day, others)

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from assets.common import days, stage
 from assets.resources import ClockResource, LakeResource, LedgerResource, ReportsResource, preview
-from pipeline.decisions import acting
+from pipeline.decisions import in_effect
 from pipeline.monitoring import loop_health as loop
 from pipeline.monitoring import verdicts
 from pipeline.workflow import Workflow
@@ -42,7 +42,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         try:
             found = {
                 # a day that is made again sees what the ledger knew by the end of the day on which it took effect
-                day: loop.examine(book, workflow, until=min(clock.now(), acting.over(day)))
+                day: loop.examine(book, workflow, until=min(clock.now(), in_effect.over(day)))
                 for day in span
             }
         finally:

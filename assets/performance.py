@@ -1,7 +1,8 @@
 """The stage ``performance``: how well the scores do, estimated while outcomes are missing and realised as they become known.
 
 Belongs here: the asset. Does not: the figures (``data_checks.performance``), which scores meet which outcomes
-(``pipeline.monitoring.labels``), or what a fall starts (``pipeline.lifecycle.retraining``, which reads what is stored here; ``pipeline.lifecycle.fallback``).
+(``pipeline.monitoring.labels``), or what a fall starts (``pipeline.lifecycle.retraining`` and ``pipeline.lifecycle.rule_override``,
+which read what is stored here).
 """
 
 from collections.abc import Sequence
@@ -17,9 +18,9 @@ from assets.resources import ClockResource, LakeResource, LedgerResource, Regist
 from common.progress import each
 from data_checks import performance as figures
 from delivery.ledger import Event
-from pipeline.decisions import acting
+from pipeline.decisions import in_effect
 from pipeline.lake import Lake
-from pipeline.lifecycle import fallback, state
+from pipeline.lifecycle import rule_override, state
 from pipeline.monitoring import labels
 from pipeline.workflow import Workflow
 
@@ -63,17 +64,17 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         left: dict[date, Event | None] = {}
         links: dict[str, Any] = {}
         with ledger.open(clock.now) as book:
-            others = acting.scored_by_others(book, workflow, lake.lake)
+            others = in_effect.scored_by_others(book, workflow, lake.lake)
             for day in each("performance", span, len(span)):
                 labels.score_by_rule(workflow, lake.lake, day, others)
                 judged[day] = labels.judge(workflow, lake.lake, registry.registry, day, others)
                 left[day] = state.behind(book, workflow.name, workflow.cutoff_of(day))
-                row = fallback.worse(metric, judged[day])
+                row = rule_override.worse(metric, judged[day])
                 # a day whose effect is over says nothing of now, and only the champion can be put back
-                now = clock.now() < acting.over(day)
+                now = clock.now() < in_effect.over(day)
                 if row is None or not now or row["version"] != state.live(book, workflow)["champion"]:
                     continue
-                if noted := fallback.note(book, workflow.name, day, row):
+                if noted := rule_override.note(book, workflow.name, day, row):
                     context.log.warning(f"{day}: from now on the rule decides: {noted}")
                     links["the rule decides"] = noted
         lake.lake.replace_days(table, pa.concat_tables(judged.values()), span)
@@ -102,7 +103,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
 def verdict(workflow: Workflow, found: pa.Table, left: Event | None = None) -> tuple[bool, str]:
     """Whether the workflow's metric holds on a day, and that in words; no data is no fall.
 
-    ``left``: the event by which the champion has left its days to the rule (``pipeline.lifecycle.fallback``), as of the day. As long as
+    ``left``: the event by which the champion has left its days to the rule (``pipeline.lifecycle.rule_override``), as of the day. As long as
     that stands the metric does not hold: what it said of the champion's scores is not unsaid by days that the rule scored.
     """
     metric = labels.metric_of(workflow)
@@ -111,7 +112,7 @@ def verdict(workflow: Workflow, found: pa.Table, left: Event | None = None) -> t
     told = [r for r in figures.windows(found).to_pylist() if r["metric"] == metric]
     if left is not None:
         shown = "; ".join(r["text"] for r in told if r["kind"] != figures.RULE)
-        return False, f"{fallback.sentence(left)}{f'; meanwhile {shown}' if shown else ''}"
+        return False, f"{rule_override.sentence(left)}{f'; meanwhile {shown}' if shown else ''}"
     if not told:
         return True, f"{metric} is not judged: too few days or rows of the version that scores"
     fell = [r for r in told if r["worse_low"] is not None and r["worse_low"] > limits[r["kind"]]]

@@ -15,7 +15,7 @@ from common import errors
 from common.progress import each
 from delivery.ledger import Busy, Ledger
 from models.registry import Registry
-from pipeline.decisions import decide, facts, scoring
+from pipeline.decisions import decide, recomputation, scoring
 from pipeline.lake import Lake
 from pipeline.lifecycle import promotion
 from pipeline.workflow import Workflow
@@ -68,7 +68,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         for day in each("scores", span, len(span)):
             with ledger.open(clock.now) as book:
                 decide.complete_lake(workflow, lake.lake, book, day)
-                found = facts.today(workflow, book, day, clock.now(), again=config.again)
+                found = recomputation.today(workflow, book, day, clock.now(), again=config.again)
                 if found.says:
                     context.log.info(f"{day}: {found.says}")
                 if not found.decides:

@@ -18,8 +18,7 @@ from models.registry import Dataset
 from models.training import fit
 from pipeline import point_in_time, provenance
 from pipeline.lake import content_digest
-from pipeline.lifecycle import gate as gating
-from pipeline.lifecycle import promotion, registration, search
+from pipeline.lifecycle import candidate_evaluation, promotion, registration, tuning
 from pipeline.workflow import Workflow
 
 GPU_POOL = "gpu"
@@ -88,13 +87,13 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
             name=table, digest=content_digest(rows), path=lake.lake.uri(table), version=version, schema=rows.schema,
             tags={"as_of": day.isoformat(), "rows": str(rows.num_rows)},
         )  # fmt: skip
-        held = gating.held_out(workflow, lake.lake, day, rows)
+        held = candidate_evaluation.held_out(workflow, lake.lake, day, rows)
         with ledger.open(clock.now) as book:
-            against = gating.champion_of(workflow, registry.registry, book, day)
-        champion, note = gating.opponent(workflow, lake.lake, registry.registry, against, held.split)
-        tuned = search.tune(workflow, lake.lake, held.split, device=device, say=context.log.info)
+            against = candidate_evaluation.champion_of(workflow, registry.registry, book, day)
+        champion, note = candidate_evaluation.opponent(workflow, lake.lake, registry.registry, against, held.split)
+        tuned = tuning.tune(workflow, lake.lake, held.split, device=device, say=context.log.info)
         learn = point_in_time.chosen(workflow, rows, "training.train_on")
-        fitted = search.resumable(workflow)(fit.fit_and_judge)(
+        fitted = tuning.resumable(workflow)(fit.fit_and_judge)(
             learn,
             held.early,
             held.rows,
@@ -104,10 +103,10 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
             spec=tuned.spec,
             day=day,
             decided=held.decided,
-            **gating.asked(workflow, device),
+            **candidate_evaluation.asked(workflow, device),
         )
         note += fitted.note
-        verdict = fitted.verdict.told(**gating.live(workflow, lake.lake, against, day))
+        verdict = fitted.verdict.told(**candidate_evaluation.live(workflow, lake.lake, against, day))
         fitted = replace(fitted, verdict=verdict)
         facts = {
             "matured rows": fitted.rows,
@@ -159,7 +158,7 @@ def build_model(workflow: Workflow) -> dg.AssetsDefinition:
                 actor=f"run {context.run_id}",
                 held=verdict.held,
             )
-            student = search.student(
+            student = tuning.student(
                 workflow, registry.registry, book, lake.lake, held, learn, made, day=day, device=device, run=context.run_id,
                 dataset=dataset,
             )  # fmt: skip

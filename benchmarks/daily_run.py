@@ -25,21 +25,22 @@ def prepare() -> None:
     import dagster as dg
 
     from delivery.sandbox.worlds import advertising
-    from orchestration import demo, runner
+    from orchestration import runner
+    from orchestration.demo import story
     from pipeline.settings import home
     from pipeline.workflow import FOLDER, load
 
     runner.prepare_home()
     workflow = load(FOLDER / WORKFLOW)
     last = workflow.start + timedelta(days=HISTORY - 1)
-    world = advertising.World(demo.SEED, "easy", LINES, origin=workflow.start)
+    world = advertising.World(story.SEED, "easy", LINES, origin=workflow.start)
     rows = advertising.history(world, workflow.start, HISTORY + 1)
     for n in range(HISTORY + 1):
         day = workflow.start + timedelta(days=n)
-        demo.stamp(advertising.export_day(rows, home() / "landing" / WORKFLOW / "export", day), day)
+        story.stamp(advertising.export_day(rows, home() / "landing" / WORKFLOW / "export", day), day)
     with dg.DagsterInstance.get() as instance:
         for job, first in (("prepare", workflow.start), ("retrain", last)):
-            result = runner.run(workflow, job, first, last, now=demo.at(last, "04:00"), instance=instance)
+            result = runner.run(workflow, job, first, last, now=story.at(last, "04:00"), instance=instance)
             assert result.success, runner.failed_steps(result)
 
 

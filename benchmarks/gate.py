@@ -44,7 +44,7 @@ from models.training import fit as fitting
 from pipeline import ingest, point_in_time
 from pipeline.decisions import scoring
 from pipeline.lake import Lake, content_digest
-from pipeline.lifecycle import gate
+from pipeline.lifecycle import candidate_evaluation
 from pipeline.workflow import FOLDER, Workflow, load
 
 FIRST_SEED = 9001
@@ -215,13 +215,16 @@ def trial(place: Place, day: date, tallies: Mapping[str, Tally]) -> None:
     workflow, lake = place.workflow, place.lake
     training, kind = workflow.training, workflow.model.kind
     learner, rule = planted(catalog.learner(kind)), planted(catalog.rule(kind))
-    how: dict[str, Any] = {"seed": scoring.SEED, "device": "cpu", "threads": gate.THREADS}
+    how: dict[str, Any] = {"seed": scoring.SEED, "device": "cpu", "threads": candidate_evaluation.THREADS}
     base = scoring.learner_spec(workflow)
     rows = point_in_time.ordered(point_in_time.training_set(workflow, lake, day), "day")
-    held = gate.held_out(workflow, lake, day, rows)
+    held = candidate_evaluation.held_out(workflow, lake, day, rows)
     older = day - timedelta(days=OLDER)
-    aged_day = gate.twin_day(workflow, older)
-    aged, champions_rows = gate._known(workflow, lake, aged_day), gate._known(workflow, lake, older)
+    aged_day = candidate_evaluation.twin_day(workflow, older)
+    aged, champions_rows = (
+        candidate_evaluation._known(workflow, lake, aged_day),
+        candidate_evaluation._known(workflow, lake, older),
+    )
     later = point_in_time.training_set(workflow.model_copy(update={
         "training": training.model_copy(update={"history_days": (place.until - day).days})}), lake, place.until)  # fmt: skip
     ahead = (pc.field("day") > pc.scalar(day)) & (pc.field("day") <= pc.scalar(day + timedelta(days=AFTER)))
@@ -250,7 +253,7 @@ def trial(place: Place, day: date, tallies: Mapping[str, Tally]) -> None:
         )
         fitted = fitting.fit_and_judge(
             learned, held.early, judged, learner=learner, champion=opponent, newest=held.newest, spec=spec, day=day,
-            decided=held.decided, **gate.asked(workflow, "cpu") | {"rule": rule},
+            decided=held.decided, **candidate_evaluation.asked(workflow, "cpu") | {"rule": rule},
         )  # fmt: skip
         tally = tallies[name]
         tally.new.append(fitted.verdict.word)
@@ -269,7 +272,7 @@ def trial(place: Place, day: date, tallies: Mapping[str, Tally]) -> None:
 
 def _before(
     place: Place,
-    held: gate.Held,
+    held: candidate_evaluation.Held,
     judged: pa.Table,
     learner: Any,
     rule: Any,
@@ -287,7 +290,7 @@ def _before(
         return bool(figures[0] < figures[1])
     verdict, _ = evaluate.examine(
         twin, simple, other, judged, metric=training.metric, better=training.better, margin=training.margin,
-        terms=gate.terms(place.workflow), decided=held.decided,
+        terms=candidate_evaluation.terms(place.workflow), decided=held.decided,
     )  # fmt: skip
     return bool(verdict.passed)
 

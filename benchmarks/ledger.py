@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from delivery import chain, ledger
-from delivery.ledger import Ledger, NewBatch
+from delivery import ledger
+from delivery.ledger import Ledger, NewBatch, hash_chain
 
 TARGET_S = 20.0
 NOW = datetime(2026, 4, 11, 4)
@@ -101,8 +101,8 @@ def main() -> int:
                 start, busy = time.perf_counter(), time.process_time()
                 with split.around(
                     columns=(Ledger, "_stored"),
-                    leaves=(chain, "leaf_hashes"),
-                    tree=(chain, "merkle_root"),
+                    leaves=(hash_chain, "leaf_hashes"),
+                    tree=(hash_chain, "merkle_root"),
                     inserts=(ledger, "insert_bulk"),
                 ):
                     book.record_batch(batch(day), made)

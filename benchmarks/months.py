@@ -322,9 +322,9 @@ def over_http() -> int:
         os.environ |= {"SIGNALBOX_HOME": state, "DAGSTER_HOME": str(Path(state) / "dagster")}
         from rich.console import Console
 
-        from orchestration import demo
+        from orchestration.demo import story
 
-        told = demo.tell(Console(width=200), demo.Script(days=LIVE))
+        told = story.tell(Console(width=200), story.Script(days=LIVE))
     wrong = [e for e in told["events"] if "rolled back" in e["event"] or "not complete" in e["event"]]
     print(f"{len(wrong)} rollbacks or deliveries left undone in {LIVE} days of both workflows")
     return int(bool(wrong))

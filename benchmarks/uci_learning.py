@@ -35,7 +35,8 @@ JUDGED_FROM = date(2016, 4, 1)
 
 def _prepare(data: Path) -> Any:
     """The workflow with events, features and outcomes of every day, made once."""
-    from orchestration import real_data, runner
+    from orchestration import runner
+    from orchestration.demo import real_data
     from pipeline.settings import home
     from pipeline.workflow import load
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from sqlalchemy import text
 
 from benchmarks.ledger import NOW, decisions
-from delivery.database import writing
 from delivery.ledger import Ledger, NewBatch
+from delivery.ledger.database import writing
 
 TARGET_S = 60.0
 SHAPES = ((5_000, 400), (1_000_000, 2))

@@ -1,6 +1,6 @@
 """How far a run over many days has come: stages tell it, and whoever started the run in this process may listen.
 
-Belongs here: the way from a stage to its listener. Does not: showing it (``orchestration.cli``). Nobody needs to listen.
+Belongs here: the way from a stage to its listener. Does not: showing it (``orchestration.cli.command``). Nobody needs to listen.
 """
 
 from __future__ import annotations

@@ -19,11 +19,10 @@ from dataclasses import asdict, dataclass, replace
 from datetime import date, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
-from delivery import judging
 from delivery.connectors.base import Reading, Unavailable
 from delivery.ledger import OPEN, NewBatch, Result, Unknown, utc_now
-from delivery.pacing import Bucket
-from delivery.push import Diff, DiffRow, PushError, PushSettings, push, resolve
+from delivery.push import Diff, DiffRow, PushError, PushSettings, push, reconciliation, resolve
+from delivery.push.rate_limit import Bucket
 
 if TYPE_CHECKING:
     from delivery.connectors.base import Connector
@@ -406,15 +405,15 @@ def _would(d: Delivery, reading: Reading | None, ours: int | None, prior: int) -
     if d.entity is None:
         action, why = "NOT_REVERSIBLE", _ERASED
     elif reading is None or reading.state == "missing":
-        action, why = "PENDING", judging.GONE if reading is not None else "the system left it out of its answer"
+        action, why = "PENDING", reconciliation.GONE if reading is not None else "the system left it out of its answer"
     elif reading.state == "closed":
-        action, why = "NOT_REVERSIBLE", judging.CLOSED
+        action, why = "NOT_REVERSIBLE", reconciliation.CLOSED
     elif now == prior:
         action, why = "ACKED", "stands there already"
     elif now != ours:
         action, why = (
             "CONFLICT",
-            f"shows {judging.shown(reading)} where {'no value' if ours is None else ours} was expected",
+            f"shows {reconciliation.shown(reading)} where {'no value' if ours is None else ours} was expected",
         )
     else:
         action, why, would = "SEND", "", prior
@@ -495,7 +494,7 @@ def undone(delivery: Delivery, tried: int | None, *, knows_authors: bool) -> tup
     if delivery.state == "REJECTED":
         if delivery.observed == prior:
             return None
-        stored = delivery.observed is not None or (delivery.says or "").startswith(judging.STORED)
+        stored = delivery.observed is not None or (delivery.says or "").startswith(reconciliation.STORED)
         if knows_authors and stored:
             return delivery.observed, prior
     return None if prior == ours else (ours, prior)
@@ -677,7 +676,7 @@ def _result(
         counts[where] += 1
         shown = undo if undo is not None and d.state not in OPEN else d
         lists.setdefault(where, []).append(Left(d.entity or "(erased)", _state(where, shown), said))
-    beside = [d for d in [*originals, *back.values()] if judging.BESIDE in (d.says or "")]
+    beside = [d for d in [*originals, *back.values()] if reconciliation.BESIDE in (d.says or "")]
     closed = closing or _last(ledger, batch.batch_id) == "closed"
     return RolledBack(
         batch_id=batch.batch_id,
@@ -738,7 +737,7 @@ def _unasked(d: Delivery) -> tuple[str, str]:
             "not_reversible",
             f"{d.observed} stands there since {d.sent} was sent, and nothing else stood there before",
         )
-    if d.state == "SKIPPED" and d.observed != prior and (d.says or "").startswith(judging.CLOSED):
+    if d.state == "SKIPPED" and d.observed != prior and (d.says or "").startswith(reconciliation.CLOSED):
         return "not_reversible", d.says or ""
     return "untouched", d.says or ""
 

@@ -36,7 +36,7 @@ ROOMS = {  # x, y, width, height, what it is for
 }
 PARTS = {  # x, y, width; height is 30
     "pipeline.dispatch": (350, 310, 150),
-    "pipeline.validation": (900, 310, 150),
+    "pipeline.workflow_validation": (900, 310, 150),
     "pipeline.explain": (730, 310, 130),
     "pipeline.monitoring": (570, 384, 130),
     "pipeline.lifecycle": (350, 444, 180),
@@ -48,7 +48,7 @@ PARTS = {  # x, y, width; height is 30
     "models.evaluation": (170, 884, 260),
     "models.policies": (130, 940, 200),
     "models.*": (350, 940, 190),
-    "delivery.migrations": (900, 780, 150),
+    "delivery.ledger.migrations": (900, 780, 150),
     "delivery.sandbox": (1190, 780, 150),
     "delivery.*": (900, 850, 250),
     "delivery.connectors": (900, 930, 440),
@@ -81,8 +81,8 @@ WAYS: dict[Edge, list[tuple[int, int]]] = {
     ("pipeline.monitoring", "pipeline.dispatch"): [(620, 384), (620, 325), (500, 325)],
     ("pipeline.explain", "pipeline.decisions"): [(780, 340), (780, 514)],
     ("pipeline.explain", BASE): [(840, 340), (840, 480), (876, 480), (876, 590)],
-    ("pipeline.validation", "pipeline.ingest"): [(1030, 340), (1030, 514)],
-    ("pipeline.validation", BASE): [(908, 340), (908, 590)],
+    ("pipeline.workflow_validation", "pipeline.ingest"): [(1030, 340), (1030, 514)],
+    ("pipeline.workflow_validation", BASE): [(908, 340), (908, 590)],
     ("pipeline.monitoring", "pipeline.lifecycle"): [(600, 414), (600, 452), (530, 452)],
     ("pipeline.lifecycle", "pipeline.monitoring"): [(500, 444), (500, 399), (570, 399)],
     ("pipeline.monitoring", "pipeline.decisions"): [(640, 414), (640, 514)],
@@ -101,7 +101,7 @@ WAYS: dict[Edge, list[tuple[int, int]]] = {
     ("models.learners", "models.*"): [(455, 856), (455, 940)],
     ("models.evaluation", "models.policies"): [(250, 914), (250, 940)],
     ("models.evaluation", "models.*"): [(390, 914), (390, 940)],
-    ("delivery.migrations", "delivery.*"): [(960, 810), (960, 850)],
+    ("delivery.ledger.migrations", "delivery.*"): [(960, 810), (960, 850)],
     ("delivery.sandbox", "delivery.connectors"): [(1265, 810), (1265, 930)],
     ("delivery.*", "delivery.connectors"): [(1020, 880), (1020, 930)],
 }

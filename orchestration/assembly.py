@@ -15,7 +15,7 @@ from assets import broken
 from assets.resources import resources
 from orchestration.automation import unattended
 from orchestration.jobs import assets_of, jobs_of
-from pipeline import validation
+from pipeline import workflow_validation
 from pipeline.workflow import Loaded, Workflow
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def loaded(found: Loaded) -> dg.Definitions:
             wrong[workflow.name] = [f"{workflow.folder}: Dagster refuses it: {error}"]
             continue
         good.append(workflow)
-        if said := validation.problems(workflow, thorough=False):
+        if said := workflow_validation.problems(workflow, thorough=False):
             wrong[workflow.name] = said
     for name, lines in wrong.items():
         log.warning("the workflow %s has a mistake: %s", name, "; ".join(lines))

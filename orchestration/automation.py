@@ -19,7 +19,7 @@ from models.registry import Registry
 from orchestration.jobs import jobs_of
 from orchestration.landing_sensor import SETTLE, Landed, Manifest, Memory, closed_days, day_of, look
 from pipeline import dispatch
-from pipeline.decisions import acting
+from pipeline.decisions import in_effect
 from pipeline.lake import Lake, TableMissing
 from pipeline.lifecycle import promotion, retraining
 from pipeline.monitoring import verdicts
@@ -94,7 +94,7 @@ def newest_decided(workflow: Workflow, lake: Lake, book: Ledger, now: datetime) 
         days = {b.day for b in book.batches(workflow.name, since=since, kind="decision") if not b.backfill}
         for day in sorted(days, reverse=True):
             # a kill between ledger and lake is mended while the day's effect lasts
-            if now >= acting.over(day) or is_decided(workflow, lake, book, day):
+            if now >= in_effect.over(day) or is_decided(workflow, lake, book, day):
                 return day
     return None
 

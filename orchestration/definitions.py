@@ -5,8 +5,8 @@ Belongs here: the one object that workspace.yaml points to. Does not: any part o
 
 from __future__ import annotations
 
-from orchestration import sandbox
 from orchestration.assembly import loaded
+from orchestration.cli import sandbox
 from pipeline.workflow import load_all
 
 sandbox.environment()

@@ -1,6 +1,6 @@
 """Run a job in this process, against the instance whose history the Dagster UI shows.
 
-Belongs here: the bridge between a command and a Dagster run. Does not: printing (``orchestration.cli``).
+Belongs here: the bridge between a command and a Dagster run. Does not: printing (``orchestration.cli.command``).
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 from rich.console import Console
 
 from assets.resources import resources
-from orchestration import runner, sandbox
+from orchestration import runner
+from orchestration.cli import sandbox
 from pipeline.settings import mlflow_artifacts, mlflow_uri
 
 _ROOT = Path(__file__).resolve().parent.parent

@@ -25,7 +25,7 @@ from delivery.connectors.base import Connector
 from delivery.ledger import BatchRow, Ledger, NewBatch
 from delivery.limits import RECORDED, Limits
 from models.registry import Registry
-from pipeline.decisions import acting, decide
+from pipeline.decisions import decide, in_effect
 from pipeline.lake import Lake
 from pipeline.lifecycle import promotion
 from pipeline.workflow import FOLDER, Workflow, load
@@ -101,7 +101,7 @@ def _terms(workflow: Workflow) -> dict[str, Any]:
 def batch_of(ledger: Ledger, workflow: str, day: date) -> BatchRow:
     """What is to be sent of a day: the batch decided last. Raises NothingToDeliver.
 
-    What acted is another question (``pipeline.decisions.acting``): a batch of which nothing was sent never answers it.
+    What acted is another question (``pipeline.decisions.in_effect``): a batch of which nothing was sent never answers it.
     """
     found = [b for b in ledger.batches(workflow, since=day, kind="decision") if b.day == day]
     if not found:
@@ -134,7 +134,7 @@ def open_batches(ledger: Ledger, workflow: Workflow, now: datetime) -> list[Batc
         and not row.backfill
         # one that changes nothing still takes back what an earlier batch of the day has sent
         and (row.changed or day in begun)
-        and now < acting.over(day)
+        and now < in_effect.over(day)
         and standing(ledger, row, now, four_eyes).ok
     ]
 
@@ -193,7 +193,7 @@ def deliver(
         return Delivered(
             batch, None, f"a backfill: batch {batch.batch_id} was decided when its day was over, and is never sent"
         )
-    if not stale and clock() >= acting.over(batch.day) and batch.delivery != "COMPLETE":
+    if not stale and clock() >= in_effect.over(batch.day) and batch.delivery != "COMPLETE":
         raise TooLate(
             f"batch {batch.batch_id} was decided for {batch.day + timedelta(days=1)}, which is over; decide a newer day, "
             f"or send it all the same with: signalbox deliver {batch.batch_id} --late"
@@ -396,7 +396,7 @@ def outcomes_of_decisions(workflow: Workflow, lake: Lake, ledger: Ledger, day: d
     """The outcomes that became known for the cut-off of ``day``, each beside the decision that it answers.
 
     An outcome of the join ``entity_day`` answers the decision of its ``for_day``; one of ``entity`` answers the entity's
-    newest decision that had been made when it became known. Only decisions that acted answer (``pipeline.decisions.acting``). Columns:
+    newest decision that had been made when it became known. Only decisions that acted answer (``pipeline.decisions.in_effect``). Columns:
     decision_id, batch_id, decided_day, entity_id, unit, arm, arm_probability, perturbation, before, after, state (of the
     delivery; null: nothing was to be sent), standing (the value that stood downstream when the day of its effect ended),
     then known_at and the outcome's own columns.
@@ -422,12 +422,12 @@ def outcomes_of_decisions(workflow: Workflow, lake: Lake, ledger: Ledger, day: d
         ).to_arrow_table()
 
 
-_DECIDED = pa.schema([f for f in acting.DECIDED if f.name not in ("perturbation_probability", "decided_at")])
+_DECIDED = pa.schema([f for f in in_effect.DECIDED if f.name not in ("perturbation_probability", "decided_at")])
 
 
 def _decided(workflow: Workflow, ledger: Ledger, first: date, last: date, only: set[date] | None) -> pa.Table:
     """The decisions that acted on the days ``first``…``last``, with what came of sending them."""
-    return acting.decided(ledger, workflow.name, first, last, only=only).drop_columns(["perturbation_probability"])
+    return in_effect.decided(ledger, workflow.name, first, last, only=only).drop_columns(["perturbation_probability"])
 
 
 def randomised(ledger: Ledger, workflow: str, day: date) -> dict[str, tuple[float, float]]:
@@ -436,7 +436,7 @@ def randomised(ledger: Ledger, workflow: str, day: date) -> dict[str, tuple[floa
     What a reporting export joins to the platform's rows, since the platform knows nothing of it. A value that was not sent,
     was replanned, or was taken back before the day of its effect was over is none of it.
     """
-    drawn = acting.decided(ledger, workflow, day, day)
+    drawn = in_effect.decided(ledger, workflow, day, day)
     stood = drawn.filter(pc.is_valid(pc.field("perturbation")) & (pc.field("standing") == pc.field("after")))
     return {
         r["entity_id"]: (r["perturbation"], r["perturbation_probability"])

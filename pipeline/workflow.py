@@ -28,7 +28,7 @@ from delivery.abort_rules import Guards
 from delivery.connectors import catalog
 from delivery.connectors.base import Misconfigured
 from delivery.connectors.catalog import ConnectorSettings
-from delivery.reports import PushSettings
+from delivery.push.types import PushSettings
 from models.catalog import KINDS
 from models.evaluation.gate import GateSpec
 from models.learners.duration import DurationModel
@@ -755,7 +755,7 @@ def sharing(workflows: Sequence[Workflow]) -> tuple[dict[str, list[str]], dict[s
 
     Two may write the same field of a system only where each says ``shared: true``. Where one does not, it is left out; where
     neither does, the one that starts later (then the later by name): what acted before goes on. A connector whose file cannot be
-    read takes no part (``pipeline.validation`` names it).
+    read takes no part (``pipeline.workflow_validation`` names it).
     """
     by_system: dict[str, list[tuple[Workflow, str]]] = {}
     for workflow in workflows:

@@ -279,7 +279,7 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 
 @by_name
 def test_every_command_and_option_that_is_named_exists(page: Path) -> None:
-    from orchestration.cli import app
+    from orchestration.cli.command import app
 
     group: Any = typer.main.get_command(app)
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
@@ -412,13 +412,13 @@ def _said(folder: Path, base: str, name: str, snippet: str) -> None:
 
 
 def test_the_workflows_that_the_guide_writes_out_read_good(tmp_path: Path) -> None:
-    from pipeline import validation
+    from pipeline import workflow_validation
     from pipeline.workflow import load
 
     _examples(tmp_path)
     for name in ("claim_order", "claims_table"):
-        assert validation.problems(load(tmp_path / name)) == []
-        assert validation.notes(load(tmp_path / name)) == []
+        assert workflow_validation.problems(load(tmp_path / name)) == []
+        assert workflow_validation.notes(load(tmp_path / name)) == []
     folder, features = tmp_path / "claim_order", tmp_path / "claim_order" / "features.sql"
     features.write_text(features.read_text().replace("    priority,\n", _snippet("no_status_quo")))
     source = folder / "export.sql"
@@ -427,7 +427,7 @@ def test_the_workflows_that_the_guide_writes_out_read_good(tmp_path: Path) -> No
     _said(tmp_path, "claim_order", "claim_order", "small_data")
     assert _snippet("no_status_quo") in features.read_text() and _snippet("local_time").strip() in source.read_text()
     workflow = load(folder)
-    assert validation.problems(workflow) == [] and workflow.training.min_rows == 100
+    assert workflow_validation.problems(workflow) == [] and workflow.training.min_rows == 100
     assert workflow.delivery is not None
 
 
@@ -494,7 +494,7 @@ def test_a_table_of_cases_tells_no_day_what_came_after_it(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["first", "place", "rule", "detail", "raw", "row", "f", "k"])
 def test_a_column_that_is_not_reserved_may_be_called_as_its_author_likes(tmp_path: Path, name: str) -> None:
-    from pipeline import ingest, validation
+    from pipeline import ingest, workflow_validation
     from pipeline.lake import Lake
     from pipeline.workflow import load
 
@@ -502,7 +502,7 @@ def test_a_column_that_is_not_reserved_may_be_called_as_its_author_likes(tmp_pat
     for file in ("contract.yaml", "export.sql", "features.sql", "outcomes.sql"):
         (folder / file).write_text((folder / file).read_text().replace("claim_id", name))
     workflow = load(folder)
-    assert validation.problems(workflow, thorough=False) == []
+    assert workflow_validation.problems(workflow, thorough=False) == []
     _claims(tmp_path / "landing" / "claim_order", workflow.start, 2)
     done = ingest.ingest(workflow, Lake(str(tmp_path / "lake")), tmp_path / "landing", now=datetime(2026, 6, 1))
     assert done.accepted and not done.refused

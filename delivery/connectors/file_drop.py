@@ -54,7 +54,7 @@ from delivery.connectors.base import (
     Written,
     meaning,
 )
-from delivery.connectors.cells import Cells
+from delivery.connectors.value_codec import Cells
 
 Carried = Literal["before", "batch_id", "decision_id", "run_id", "idempotency_key"]
 

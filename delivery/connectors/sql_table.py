@@ -42,7 +42,7 @@ from delivery.connectors.base import (
     Written,
     meaning,
 )
-from delivery.connectors.cells import Cells
+from delivery.connectors.value_codec import Cells
 
 ABSENT = "absent"
 """The token of a row that is not there: a write with it inserts."""

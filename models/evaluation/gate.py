@@ -425,7 +425,7 @@ def _disagreement_tag(found: Mapping[str, Any] | str | None) -> dict[str, str]:
 
 
 def live_sentence(found: Mapping[str, Any]) -> str:
-    """What a champion really scored, from the figures of ``pipeline.lifecycle.gate.live``."""
+    """What a champion really scored, from the figures of ``pipeline.lifecycle.candidate_evaluation.live``."""
     first, last = found["days"]
     return (
         f"live, version {found['version']}'s {found['metric']} was {found['value']:.6g} on {found['rows']} rows of "

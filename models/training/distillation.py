@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from models import booster as boosters
+from models import booster
 
 if TYPE_CHECKING:
     import lightgbm
@@ -63,7 +63,7 @@ def distill(
     student: Any = copy.copy(teacher)
 
     def small(x: np.ndarray, y: np.ndarray, objective: str, weight: np.ndarray | None = None) -> lightgbm.Booster:
-        return boosters.train(
+        return booster.train(
             x, y, encoding=student.encoding, params={**params, "objective": objective}, rounds=said.rounds, seed=seed,
             device=device, threads=threads, weight=weight,
         )  # fmt: skip
@@ -72,9 +72,9 @@ def distill(
         x = teacher.encoding.matrix(rows)
         student.miss = [small(x, teacher.p_miss(rows), "cross_entropy")]
         student.calibration = dict.fromkeys(teacher.calibration, (1.0, 0.0))  # what it learned from is calibrated
-        student.duration = small(x, boosters.predict(teacher.duration, x, threads=threads), "regression")
+        student.duration = small(x, booster.predict(teacher.duration, x, threads=threads), "regression")
         if teacher.effort is not None:
-            student.effort = small(x, boosters.predict(teacher.effort, x, threads=threads), "regression")
+            student.effort = small(x, booster.predict(teacher.effort, x, threads=threads), "regression")
     elif isinstance(teacher, response.ResponseLearner):
         # at what is usually spent, as scoring asks, and at what was, as evaluation does
         spends = [response._usual_spend(rows)]
@@ -82,7 +82,7 @@ def distill(
             spends.append(response._numbers(rows, "cost") / response._multiplier(rows))
         x = np.concatenate([teacher.encoding.matrix(response._with_shifts(rows, spend)) for spend in spends])
         level = np.concatenate([teacher.level(rows, spend) for spend in spends])
-        said_of = boosters.predict(teacher.booster, x, threads=threads, raw=True)
+        said_of = booster.predict(teacher.booster, x, threads=threads, raw=True)
         told = level > 0
         if not told.any():
             raise ValueError(f"the teacher expects nothing of any of {rows.num_rows} rows: there is nothing to learn")

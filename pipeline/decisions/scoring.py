@@ -24,9 +24,9 @@ from models import catalog
 from models.policies import priority
 from models.registry import ModelMissing, ModelUnreadable, Registry, Version
 from pipeline import point_in_time
-from pipeline.decisions import acting, tables
+from pipeline.decisions import in_effect, tables
 from pipeline.lake import Lake, TableMissing, content_digest
-from pipeline.lifecycle import fallback, state
+from pipeline.lifecycle import rule_override, state
 from pipeline.workflow import Workflow
 
 SEED = 20_260_101
@@ -270,7 +270,7 @@ def score_day(
     """Score a day by the best step that is to be had: champion → previous champion → rule → no change.
 
     Who champion and previous champion are, the ``ledger`` says (``pipeline.lifecycle.state.lineup``); without one, the registry's aliases.
-    A champion that was found to do worse than the rule (``pipeline.lifecycle.fallback``) leaves the day to the rule.
+    A champion that was found to do worse than the rule (``pipeline.lifecycle.rule_override``) leaves the day to the rule.
     A challenger scores beside them; its failure is written down and touches nothing else. Scores that are NaN or infinite,
     and no score for most of the rows (``MOST_WITHOUT_SCORE``), are a failure like any other.
 
@@ -280,7 +280,7 @@ def score_day(
     ``standing`` (STANDING) replaces what the ledger would say of what stands.
     """
     deadline = workflow.deadline_of(day)
-    backfill = now >= acting.over(day)
+    backfill = now >= in_effect.over(day)
     late = (now > deadline and not backfill) if late is None else late
     features_version, outcomes_version = (lake.version(workflow.table(t)) for t in ("features", "outcomes"))
     rows = (
@@ -375,7 +375,7 @@ def _by_models(
         if version is None:
             reasons.append(why)
             continue
-        behind = fallback.in_force(ledger, workflow.name, version.number, until) if ledger is not None else ""
+        behind = rule_override.in_force(ledger, workflow.name, version.number, until) if ledger is not None else ""
         if behind:
             reasons.append(behind)
             return _Made(pa.table({}), "rule", None, _challenger(workflow, registry, rows, found, beside), found.moved)

@@ -23,13 +23,13 @@ import pyarrow.compute as pc
 from deltalake.exceptions import DeltaError
 
 from data_checks import guardrails
-from delivery.database import LedgerError, Unknown
+from delivery.ledger.database import LedgerError, Unknown
 from delivery.rollback import rollback_id, undone
 from models.booster import Because, Head
 from models.policies.budget import MICROS, BudgetPolicy
 from models.registry import ModelMissing, ModelUnreadable, Registry
 from pipeline import provenance
-from pipeline.decisions import acting, decide, tables
+from pipeline.decisions import decide, in_effect, tables
 from pipeline.decisions import replay as replaying
 from pipeline.explain import counterfactual
 from pipeline.lake import Lake, TableMissing
@@ -234,7 +234,7 @@ def _acted(ledger: Ledger, row: Mapping[str, Any], batch: Mapping[str, Any]) -> 
     """
     if row.get("entity_id") is None:
         return {}
-    answer = acting.of_entity(ledger, batch["workflow"], batch["day"], row["entity_id"])
+    answer = in_effect.of_entity(ledger, batch["workflow"], batch["day"], row["entity_id"])
     if answer is None:
         mine = ledger.batch(batch["batch_id"])
         return {} if mine.acted or not mine.changed else {"acted": False}

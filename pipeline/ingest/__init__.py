@@ -20,11 +20,11 @@ from pipeline.ingest.files import (
     snapshot,
     without_secrets,
 )
-from pipeline.ingest.ingesting import IngestResult, RemapResult, ingest, remap
+from pipeline.ingest.landing import IngestResult, RemapResult, ingest, remap
 from pipeline.ingest.manifest import FILES, FileRecord, standing_quarantine
+from pipeline.ingest.quarantine_share import Share, shares
 from pipeline.ingest.readers import MAX_COLUMNS, Raw, read_rows
 from pipeline.ingest.row_rules import QUARANTINE, Judged, Landing, event_columns, judge
-from pipeline.ingest.shares import Share, shares
 
 __all__ = [
     "FILES",

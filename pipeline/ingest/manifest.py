@@ -2,7 +2,7 @@
 
 Belongs here: the table ``files``, what follows when a content comes to a path or leaves it, and which rows of ``quarantine``
 stand by it. Does not: reading files (``pipeline.ingest.readers``), judging rows (``pipeline.ingest.row_rules``), changing tables
-(``pipeline.ingest.ingesting``).
+(``pipeline.ingest.landing``).
 
 A content is the SHA-256 of a file's bytes. It stands by one record with the status ``landed``, its owner; other paths that hold
 it are ``duplicate``. It is superseded where a path that held it comes to hold another content, unless it lies elsewhere in the

@@ -1,7 +1,7 @@
 """What becomes of a version: from the gate to shadow, canary, champion, and back; the ledger is the truth, aliases follow it.
 
 Belongs here: the steps of a version's life, and bringing the registry's aliases in line with the ledger. Does not: reading
-which version holds which place (``pipeline.lifecycle.state``), judging (``pipeline.lifecycle.gate``, ``data_checks.regression``), MLflow's own
+which version holds which place (``pipeline.lifecycle.state``), judging (``pipeline.lifecycle.candidate_evaluation``, ``data_checks.regression``), MLflow's own
 calls (``models.registry``), what a shadow is measured by (``pipeline.lifecycle.shadow``), or what starts a step
 (``orchestration.automation``).
 
@@ -35,9 +35,9 @@ from models.registry import (
     Standing,
     Version,
 )
-from pipeline.decisions import acting
+from pipeline.decisions import in_effect
 from pipeline.lake import Lake
-from pipeline.lifecycle import fallback
+from pipeline.lifecycle import rule_override
 from pipeline.lifecycle import state as lifecycle
 from pipeline.workflow import Workflow
 
@@ -312,7 +312,7 @@ def advance(
     backfill) and a workflow that is stopped move nothing: ``waits``. Raises MLflow's error where the registry is down.
     """
     name = workflow.name
-    if now >= acting.over(day) or ledger.stopped(name) is not None:
+    if now >= in_effect.over(day) or ledger.stopped(name) is not None:
         return "waits"
     if not ledger.promotions(name):
         return "none"  # the registry alone says who decides
@@ -398,7 +398,7 @@ class NotBlocked(LookupError):
 
 def lift(name: str, registry: Registry, ledger: Ledger, number: int, *, actor: str, reason: str) -> str:
     """Take the block off a version that was rolled back: it may be promoted again, and is not by this alone. A version that
-    left its days to the rule (``pipeline.lifecycle.fallback``) decides again.
+    left its days to the rule (``pipeline.lifecycle.rule_override``) decides again.
 
     Rerunnable; what is lifted already is recorded once. A registry that is down holds nothing up, as in ``step_back``:
     returns what its server said (empty where it was told), and the next reconcile takes the block off there.
@@ -411,7 +411,7 @@ def lift(name: str, registry: Registry, ledger: Ledger, number: int, *, actor: s
             raise ModelMissing(f"model {name!r} has no version {number}")
         tagged = stands is not None and stands.versions[number].blocked
         blocked = number in state["blocked"] or (tagged and number not in state["lifted"])
-        if blocked or fallback.in_force(ledger, name, number, ledger.clock()):
+        if blocked or rule_override.in_force(ledger, name, number, ledger.clock()):
             ledger.promotion(name, number, "lifted", actor, {"reason": reason})
         elif number not in state["lifted"]:
             where = f" as far as the ledger knows, and MLflow does not answer: {error}" if error else ""
@@ -485,7 +485,7 @@ def reconcile(
     """Answer what people did in MLflow, and bring the aliases in line with the ledger; afterwards they equal ``pipeline.lifecycle.state.live``.
 
     An alias that somebody moved is a request: the version is judged beside the champion (``judge``; left out,
-    ``pipeline.lifecycle.gate.judge``), then either recorded in the ledger, or the alias goes back, with the reason as the version's
+    ``pipeline.lifecycle.candidate_evaluation.judge``), then either recorded in the ledger, or the alias goes back, with the reason as the version's
     tag ``signalbox.put_back`` and as a ledger event. ``actor_of`` (workflow, alias, number) says who moved it, if a log
     of the server knows. A version that was deleted leaves the line. Rerunnable; of two at once one answers.
     Raises MLflow's error where the registry is down, before anything is changed.
@@ -564,9 +564,11 @@ def _gate(workflow: Workflow, registry: Registry, lake: Lake, now: datetime) -> 
     day = day if now >= workflow.cutoff_of(day) else day - timedelta(days=1)
 
     def judge(version: Version, against: Version | None) -> Verdict:
-        from pipeline.lifecycle import gate  # at use: it loads pandas, which most who import this do without
+        from pipeline.lifecycle import (
+            candidate_evaluation,  # at use: it loads pandas, which most who import this do without
+        )
 
-        return gate.judge(workflow, lake, registry, version, day, against=against)
+        return candidate_evaluation.judge(workflow, lake, registry, version, day, against=against)
 
     return judge
 

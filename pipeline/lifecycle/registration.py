@@ -20,7 +20,7 @@ from models.evaluation import gate
 from models.registry import Dataset, Registry, Version, flat
 from models.training.fit import Fitted
 from pipeline.decisions import scoring
-from pipeline.lifecycle import gate as gating
+from pipeline.lifecycle import candidate_evaluation
 from pipeline.workflow import Workflow
 
 CURVE_ROWS = 20_000
@@ -32,7 +32,7 @@ def register(
     registry: Registry,
     fitted: Fitted,
     learn: pa.Table,
-    held: gating.Held,
+    held: candidate_evaluation.Held,
     *,
     spec: Mapping[str, Any],
     day: date,
@@ -51,7 +51,7 @@ def register(
         trained_day=day,
         passed=passed,
         params={
-            "recipe": json.dumps(spec), "device": device, "day": day.isoformat(), "threads": gating.THREADS, **flat(spec),
+            "recipe": json.dumps(spec), "device": device, "day": day.isoformat(), "threads": candidate_evaluation.THREADS, **flat(spec),
         },
         metrics=figures | dict(agrees or {}),
         tags={f"signalbox.{k.replace(' ', '_')}": str(v) for k, v in facts.items()} | gate.tags(fitted.verdict),
@@ -64,7 +64,7 @@ def register(
     )  # fmt: skip
 
 
-def curves(judged: Learner | None, held: gating.Held) -> dict[str, dict[int, float]]:
+def curves(judged: Learner | None, held: candidate_evaluation.Held) -> dict[str, dict[int, float]]:
     """What the judged twin loses after ever more rounds on rows that it learned from (training) and on the held-out days
     (validation), by name and rounds: says whether it has too many of them, or too few."""
     if judged is None:

@@ -381,7 +381,7 @@ def _left_to_the_rule(
     No figure says it any more once the days that the version scored have left the window, and it stands for as long as
     neither another version is promoted nor a person takes it back; from then on nothing is asked for any more.
     """
-    from pipeline.lifecycle import fallback, state
+    from pipeline.lifecycle import rule_override, state
 
     added, stands = dict(found), state.behind(ledger, workflow.name, now)
     if stands is None:
@@ -392,7 +392,7 @@ def _left_to_the_rule(
         told = added.get(day, ())
         if event is not None and event.seq == stands.seq and all(e.cause != "rule" for e in told):
             figures = {**event.body["figures"], "version": event.body["version"]}
-            one = Evidence("rule", date.fromisoformat(event.body["day"]), fallback.sentence(event), figures)
+            one = Evidence("rule", date.fromisoformat(event.body["day"]), rule_override.sentence(event), figures)
             added[day] = (one, *told)
     return added
 

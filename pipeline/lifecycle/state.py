@@ -1,7 +1,7 @@
 """Which version of a workflow's model holds which place, by the ledger: live, blocked, waiting, and who decides a day.
 
 Belongs here: reading the state of the versions. Does not: changing it (``pipeline.lifecycle.promotion``), judging a version
-(``pipeline.lifecycle.gate``), or MLflow's own calls (``models.registry``).
+(``pipeline.lifecycle.candidate_evaluation``), or MLflow's own calls (``models.registry``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from delivery.ledger import Event, Ledger
 from models.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry, Version
-from pipeline.lifecycle import fallback
+from pipeline.lifecycle import rule_override
 from pipeline.workflow import Workflow
 
 Stage = Literal["shadow", "canary"]
@@ -82,12 +82,12 @@ def aliases(state: Mapping[str, Any]) -> dict[str, int | None]:
 
 
 def behind(ledger: Ledger, name: str, until: datetime) -> Event | None:
-    """The event by which the rule decides in place of the champion (``pipeline.lifecycle.fallback``), as both stood at ``until``
+    """The event by which the rule decides in place of the champion (``pipeline.lifecycle.rule_override``), as both stood at ``until``
     (naive UTC); None where the champion decides, or there is none."""
-    if not ledger.events(fallback.KIND, name):
+    if not ledger.events(rule_override.KIND, name):
         return None
     champion = live(ledger, name, until)["champion"]
-    return None if champion is None else fallback.standing(ledger, name, champion, until)
+    return None if champion is None else rule_override.standing(ledger, name, champion, until)
 
 
 # --- who decides a day --------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Which scores meet which outcomes, by what was known at a day's cut-off, and what their figures are compared with.
 
 Belongs here: reading scores, outcomes and a version's held-out figures, and what the rule would have said of the same rows.
-Does not: the figures (``data_checks.performance``), or what a fall starts (``pipeline.lifecycle.retraining``, ``pipeline.lifecycle.fallback``).
+Does not: the figures (``data_checks.performance``), or what a fall starts (``pipeline.lifecycle.retraining``, ``pipeline.lifecycle.rule_override``).
 """
 
 from __future__ import annotations

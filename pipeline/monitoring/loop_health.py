@@ -26,7 +26,7 @@ from delivery import approvals
 from delivery.abort_rules import TRIED
 from delivery.ledger import BatchRow, Event, Ledger, Promotion
 from pipeline import dispatch
-from pipeline.decisions import acting
+from pipeline.decisions import in_effect
 from pipeline.decisions.tables import STEPS
 from pipeline.lifecycle import state
 from pipeline.monitoring import verdicts
@@ -143,8 +143,8 @@ def examine(ledger: Ledger, workflow: Workflow, *, until: datetime, window_days:
     """
     name = workflow.name
     batches = [b for b in ledger.batches(name, kind="decision") if b.recorded_at <= until]
-    told_by = acting.told(batches)
-    last = acting.over(max(told_by)) if told_by else until
+    told_by = in_effect.told(batches)
+    last = in_effect.over(max(told_by)) if told_by else until
     as_of = last if last < until - timedelta(days=window_days) else until
     since = as_of - timedelta(days=window_days)
     events = [e for e in ledger.events(workflow=name) if e.at <= until]
@@ -316,15 +316,15 @@ def _now(ledger: Ledger, workflow: Workflow, batches: Sequence[BatchRow], now: d
     stop, live = ledger.stopped(name), state.live(ledger, name, until=now)
     every = [b for b in ledger.batches(name) if b.recorded_at <= now]
     newest = {b.day: b for b in sorted(batches, key=lambda b: b.sequence)}
-    delivered = (b.day for rows in acting.by_day(batches).values() for b in rows if b.delivery == "COMPLETE")
+    delivered = (b.day for rows in in_effect.by_day(batches).values() for b in rows if b.delivery == "COMPLETE")
     four_eyes = workflow.delivery.approval.four_eyes if workflow.delivery is not None else False
     held = []
     for b in newest.values():
-        if b.status == "HELD" and b.delivery == "NONE" and now < acting.over(b.day):
+        if b.status == "HELD" and b.delivery == "NONE" and now < in_effect.over(b.day):
             stands = approvals.standing(ledger, b, now, four_eyes)
             if not stands.ok:
                 held.append({"batch": b.batch_id, "day": _said(b.day), "approvals_missing": stands.missing,
-                             "until": _said(acting.over(b.day)), "says": stands.text})  # fmt: skip
+                             "until": _said(in_effect.over(b.day)), "says": stands.text})  # fmt: skip
     condemned: list[dict[str, Any]] = [
         {"batch": batch, "version": None, "says": says} for batch, says in dispatch.condemned(ledger, workflow)
     ]
@@ -349,7 +349,7 @@ def _now(ledger: Ledger, workflow: Workflow, batches: Sequence[BatchRow], now: d
         "challenger": None if challenger is None else {"version": challenger[0], "stage": challenger[1]},
         "versions_held": state.held(ledger, name, until=now),
         "blocked": list(live.get("blocked", ())),
-        "newest_day_decided": _said(max(acting.told(batches), default=None)),
+        "newest_day_decided": _said(max(in_effect.told(batches), default=None)),
         "newest_day_delivered": _said(max(delivered, default=None)),
     }  # fmt: skip
 

@@ -28,9 +28,9 @@ from data_checks import effects, regression
 from delivery.ledger import BatchRow, Ledger
 from models.booster import is_number
 from models.policies import arms
-from pipeline.decisions import acting
+from pipeline.decisions import in_effect
 from pipeline.lake import Lake
-from pipeline.lifecycle import fallback, promotion, state
+from pipeline.lifecycle import promotion, rule_override, state
 from pipeline.point_in_time import StageSqlError, connect
 from pipeline.workflow import Regression, Workflow
 
@@ -112,9 +112,9 @@ def comparisons(workflow: Workflow, ledger: Ledger, day: date) -> tuple[Comparis
     """What there is to judge with what was known at the cut-off of ``day``: the champion beside the holdout since its
     version began to act, and the challenger beside the champion since its canary began.
 
-    The ledger's deliveries say what acted (``pipeline.decisions.acting``), of the days before ``day``. A day that a lower step decided
+    The ledger's deliveries say what acted (``pipeline.decisions.in_effect``), of the days before ``day``. A day that a lower step decided
     interrupts nothing. Where no model acts the rule is judged, and so it is from the first day that it decided because the
-    champion does worse than it (``pipeline.lifecycle.fallback``); when that version acts again, its comparison starts anew.
+    champion does worse than it (``pipeline.lifecycle.rule_override``); when that version acts again, its comparison starts anew.
     """
     known = workflow.cutoff_of(day)
     shares = arms.normalised(workflow.arms.shares)
@@ -143,7 +143,7 @@ def comparisons(workflow: Workflow, ledger: Ledger, day: date) -> tuple[Comparis
 def _acted(workflow: Workflow, ledger: Ledger, day: date, known: datetime) -> list[BatchRow]:
     """The batches that acted by a cut-off, oldest first: of each day the newest of them."""
     batches = ledger.batches(workflow.name, kind="decision")
-    return list(acting.newest(b for b in batches if b.day < day and b.recorded_at <= known).values())
+    return list(in_effect.newest(b for b in batches if b.day < day and b.recorded_at <= known).values())
 
 
 def _number(batch: BatchRow, key: str) -> int | None:
@@ -153,7 +153,7 @@ def _number(batch: BatchRow, key: str) -> int | None:
 
 def _left_to_the_rule(ledger: Ledger, workflow: Workflow, acted: Sequence[BatchRow]) -> frozenset[date]:
     """The days that the rule decided while the champion of that hour was behind it."""
-    noted = ledger.events(fallback.KIND, workflow.name)
+    noted = ledger.events(rule_override.KIND, workflow.name)
     ruled = [b for b in acted if b.step == "rule" and noted and b.decided_at >= noted[0].at]
     return frozenset(b.day for b in ruled if state.behind(ledger, workflow.name, b.decided_at) is not None)
 
@@ -433,8 +433,8 @@ def judge(workflow: Workflow, lake: Lake, comparison: Comparison, day: date) -> 
         before = entities(workflow, lake, early, known=comparison.since, until=comparison.since)
     else:
         whole = observations(workflow, lake, start - timedelta(days=spec.pre_days), day, known=day)
-        acting = pc.greater_equal(whole["day"], pa.scalar(start, pa.date32()))
-        observed, before = whole.filter(acting), whole.filter(pc.invert(acting))
+        in_effect = pc.greater_equal(whole["day"], pa.scalar(start, pa.date32()))
+        observed, before = whole.filter(in_effect), whole.filter(pc.invert(in_effect))
     drawn = _drawn(lake, workflow.table("arms"), day)
     epochs = pc.unique(observed["epoch"]).drop_null()
     drawn = drawn.filter(pc.is_in(drawn["epoch"], value_set=epochs))
@@ -650,8 +650,10 @@ def condemned(ledger: Ledger, workflow: Workflow) -> list[Condemned]:
 def _acted_or_may(ledger: Ledger, workflow: Workflow) -> tuple[list[BatchRow], list[BatchRow]]:
     """The batches that acted, oldest day first; and they with those that may still be sent, in the order of deciding."""
     every = ledger.batches(workflow.name, kind="decision")
-    acted = [b for rows in acting.by_day(every).values() for b in rows]
-    may = {b.day: b for b in every if b.status != "REFUSED" and not b.backfill and ledger.clock() < acting.over(b.day)}
+    acted = [b for rows in in_effect.by_day(every).values() for b in rows]
+    may = {
+        b.day: b for b in every if b.status != "REFUSED" and not b.backfill and ledger.clock() < in_effect.over(b.day)
+    }
     chosen = {b.batch_id for b in (*acted, *may.values())}
     return acted, [b for b in every if b.batch_id in chosen]
 

@@ -15,7 +15,7 @@ import pytest
 
 from assets import ingest as stage
 from assets.resources import ClockResource, LakeResource, LandingResource, ReportsResource
-from pipeline import ingest as landing
+from pipeline import ingest
 from pipeline.lake import Lake
 from pipeline.workflow import FOLDER, EventsContract, Workflow, load
 
@@ -54,13 +54,13 @@ class Office:
         ]
         self.path(day).write_text(HEADER + "".join(lines))
 
-    def land(self, day: date, hour: int = 4) -> landing.IngestResult:
+    def land(self, day: date, hour: int = 4) -> ingest.IngestResult:
         at = datetime.combine(day + timedelta(days=1), datetime.min.time()) + timedelta(hours=hour)
-        return landing.ingest(self.workflow, self.lake, self.root / "landing", now=at)
+        return ingest.ingest(self.workflow, self.lake, self.root / "landing", now=at)
 
-    def shares(self, days: Sequence[date] = WEEK) -> dict[date, landing.Share]:
+    def shares(self, days: Sequence[date] = WEEK) -> dict[date, ingest.Share]:
         rows = self.lake.read("ad_budget/events", days=days)
-        return landing.shares(self.workflow, self.lake, days, rows.filter(pa.compute.is_null(rows["superseded_at"])))
+        return ingest.shares(self.workflow, self.lake, days, rows.filter(pa.compute.is_null(rows["superseded_at"])))
 
     def verdict(self, days: Sequence[date] = WEEK) -> dg.AssetCheckResult:
         return stage._quarantine(self.shares(days), self.workflow.contract.events, {})

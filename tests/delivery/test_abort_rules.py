@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from delivery.abort_rules import TRIED, Guards, judge, spend_over_pool
-from delivery.reports import Report
+from delivery.push.types import Report
 
 EVERY = Guards(
     max_rejected_share=0.1, max_conflict_share=0.1, max_unknown_share=0.1, max_overwritten=0, max_spend_over_pool=0.15

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pytest
 from sqlalchemy import create_engine, inspect, text
 
-from delivery import database, ledger, tables, verify
 from delivery.ledger import (
+    FINAL,
     Attempt,
     Busy,
     Fenced,
@@ -33,6 +33,10 @@ from delivery.ledger import (
     LedgerUnavailable,
     Result,
     Unknown,
+    database,
+    pseudonyms,
+    schema,
+    verify,
 )  # fmt: skip
 from tests.support.ledgers import KEY, NOW, Clock, new_batch, some_decisions
 from tests.support.postgres import Server
@@ -97,7 +101,7 @@ def pushed(book: Ledger, batch_id: str = "b1", results: list[Result] | None = No
     book.open_push(lease, batch_id)
     book.begin(lease, batch_id, [attempt(one.n) for one in results])
     book.settle(lease, batch_id, results)
-    book.close_push(lease, batch_id, all(one.state in ledger.FINAL for one in results) and len(results) == 4)
+    book.close_push(lease, batch_id, all(one.state in FINAL for one in results) and len(results) == 4)
     book.release(lease)
 
 
@@ -405,7 +409,7 @@ def test_a_killed_process_that_nobody_has_waited_for_counts_as_dead(file_book: L
 
 
 def ledger_started(pid: int) -> str | None:
-    from delivery.leases import process_started
+    from delivery.ledger.leases import process_started
 
     return process_started(pid)
 
@@ -584,7 +588,7 @@ def test_no_name_stands_anywhere_but_in_names(file_book: Ledger, tmp_path: Path)
     file_book.note("guard", {"entity": "zoe-1", "person": "zoe"})
     file_book.promotion("ad_budget", 3, "promoted", "zoe", {"examples": ["zoe-1"]})
     with sqlite3.connect(tmp_path / "ledger.db") as raw:
-        for table in tables.metadata.tables:
+        for table in schema.metadata.tables:
             found = [row for row in raw.execute(f'SELECT * FROM "{table}"') if any("zoe" in str(cell) for cell in row)]
             assert bool(found) == (table == "names"), (table, found)
     raw.close()
@@ -626,7 +630,7 @@ def everywhere(book: Ledger, words: str) -> set[str]:
     with book.engine.connect() as connection:
         return {
             name
-            for name, table in tables.metadata.tables.items()
+            for name, table in schema.metadata.tables.items()
             for row in connection.execute(table.select())
             if any(words.lower() in str(cell).lower() for cell in row)
         }
@@ -715,7 +719,7 @@ def test_words_of_others_cannot_be_changed_under_the_cover_of_a_forgotten_name(b
 def test_a_name_that_an_older_ledger_kept_in_its_findings_is_erased_from_them(book: Ledger) -> None:
     with pytest.MonkeyPatch.context() as patch:
         # As it was before lists of names were sealed.
-        patch.setattr("delivery.people.LISTS", {})
+        patch.setattr("delivery.ledger.pseudonyms.LISTS", {})
         book.record_batch(
             new_batch("b1", findings=[{"name": "change", "examples": [ZOE, "bob"], "note": f'of "{ZOE}"'}]),
             some_decisions("b1", [ZOE, "bob"]),
@@ -763,8 +767,8 @@ def test_the_migrations_make_the_tables_that_the_code_writes(url: str) -> None:
     Ledger.open(url, key=KEY).close()
     engine = create_engine(url)
     with engine.connect() as connection:
-        context = MigrationContext.configure(connection, opts={"version_table": tables.VERSION_TABLE})
-        assert compare_metadata(context, tables.metadata) == []
+        context = MigrationContext.configure(connection, opts={"version_table": schema.VERSION_TABLE})
+        assert compare_metadata(context, schema.metadata) == []
         assert context.get_current_revision() == database.HEAD
     engine.dispose()
     assert ScriptDirectory(str(ROOT / "delivery" / "migrations")).get_heads() == [database.HEAD]
@@ -774,11 +778,11 @@ def test_a_ledger_of_a_newer_signalbox_is_refused_and_left_alone(url: str) -> No
     Ledger.open(url, key=KEY).close()
     engine = create_engine(url)
     with engine.begin() as connection:
-        connection.execute(text(f"UPDATE {tables.VERSION_TABLE} SET version_num = '9999'"))
+        connection.execute(text(f"UPDATE {schema.VERSION_TABLE} SET version_num = '9999'"))
     with pytest.raises(LedgerNewer, match=r"schema 9999 is unknown.*install that, nothing was changed"):
         Ledger.open(url, key=KEY)
     with engine.connect() as connection:
-        assert connection.execute(text(f"SELECT version_num FROM {tables.VERSION_TABLE}")).scalar() == "9999"
+        assert connection.execute(text(f"SELECT version_num FROM {schema.VERSION_TABLE}")).scalar() == "9999"
     engine.dispose()
 
 
@@ -873,8 +877,7 @@ def test_another_key_is_refused(url: str, book: Ledger) -> None:
 
 KILLED = """
 import os, signal, sys
-from delivery import ledger
-from delivery.ledger import Ledger
+from delivery.ledger import Ledger, ledger
 from tests.support.ledgers import KEY, new_batch, some_decisions
 
 def die(*_):
@@ -973,7 +976,9 @@ def test_no_password_and_no_value_is_told_by_an_error(postgres: Server, monkeypa
         with pytest.raises(LedgerError) as caught:
             Ledger.open(url, key=marked.encode() * 2)
         assert marked not in everything_said(caught.value)
-    book = Ledger(database.engine_for(f"postgresql://signalbox:{marked}@/x?host={folder}"), ledger.People(KEY), Clock())
+    book = Ledger(
+        database.engine_for(f"postgresql://signalbox:{marked}@/x?host={folder}"), pseudonyms.People(KEY), Clock()
+    )
     assert marked not in repr(book)
 
 
@@ -1037,7 +1042,7 @@ def test_the_exported_head_comes_back_and_anything_else_is_said(file_book: Ledge
 
 def test_names_of_tables_do_not_meet_those_of_mlflow_or_dagster(file_book: Ledger) -> None:
     there = set(inspect(file_book.engine).get_table_names())
-    assert "alembic_version" not in there and tables.VERSION_TABLE in there
+    assert "alembic_version" not in there and schema.VERSION_TABLE in there
 
 
 def test_threads_of_one_process_open_new_ledgers_at_once(tmp_path: Path) -> None:

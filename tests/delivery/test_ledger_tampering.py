@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, text
 
-from delivery import chain, tables
-from delivery.ledger import Attempt, Head, Ledger, Result
+from delivery.ledger import Attempt, Head, Ledger, Result, hash_chain, schema
 from tests.support.ledgers import KEY, NOW, Clock, new_batch, some_decisions
 from tests.support.postgres import Server
 
@@ -68,7 +67,7 @@ def filled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def problems_after(book: Ledger, tamper: Callable[[Connection], object], head: Head | None = None) -> list[str]:
     """What verify says after tampering; the tampering is undone."""
-    from delivery import verify
+    from delivery.ledger import verify
 
     with book.engine.connect().execution_options(writes=True) as connection:
         if connection.dialect.name == "sqlite":
@@ -100,9 +99,9 @@ def test_what_was_not_tampered_with_verifies(filled: Ledger) -> None:
 FREE = {("leases", c) for c in ("held", "host", "pid", "started", "expires_at")}
 
 
-@pytest.mark.parametrize("name", tables.metadata.tables)
+@pytest.mark.parametrize("name", schema.metadata.tables)
 def test_an_edit_of_any_column_of_a_sealed_row_is_found(filled: Ledger, name: str) -> None:
-    table = tables.metadata.tables[name]
+    table = schema.metadata.tables[name]
     missed = []
     for column in table.columns:
         if (name, column.name) in FREE:
@@ -152,7 +151,7 @@ def test_an_edit_of_any_column_is_found_whatever_became_of_the_batch(filled: Led
         pytest.skip("the comparison is the same, and the server takes its time")
     missed, rows = set(), 0
     for name in PUSHED:
-        table = tables.metadata.tables[name]
+        table = schema.metadata.tables[name]
         with filled.engine.connect() as connection:
             there = connection.execute(text(f"SELECT COUNT(*) FROM {name} WHERE sequence = {sequence}")).scalar()
         rows += there
@@ -167,9 +166,9 @@ def test_an_edit_of_any_column_is_found_whatever_became_of_the_batch(filled: Led
     assert rows and missed == (UNDER_WAY if sequence == 3 else set())
 
 
-@pytest.mark.parametrize("name", tables.metadata.tables)
+@pytest.mark.parametrize("name", schema.metadata.tables)
 def test_a_deleted_row_of_any_table_is_found(filled: Ledger, name: str) -> None:
-    key = [c.name for c in tables.metadata.tables[name].primary_key.columns]
+    key = [c.name for c in schema.metadata.tables[name].primary_key.columns]
     with filled.engine.connect() as connection:
         rows = connection.execute(text(f"SELECT {', '.join(key)} FROM {name}")).all()
     assert rows, "the test has something to delete"
@@ -330,10 +329,10 @@ def test_a_clock_that_was_set_back_does_not_make_an_older_proof_the_newest(stand
 def test_a_ledger_whose_retention_kept_no_values_still_verifies(standing: Ledger) -> None:
     def as_before(connection: Connection) -> None:
         connection.execute(text("DELETE FROM retired_values"))
-        row = connection.execute(tables.events.select().where(tables.events.c.kind == "retention")).one()
-        body = chain.canonical({k: v for k, v in json.loads(row.body).items() if not k.startswith("values")})
-        own = chain.event_hash(row.previous, row.seq, row.at, row.kind, body)
-        connection.execute(tables.events.update().where(tables.events.c.seq == row.seq).values(body=body, hash=own))
+        row = connection.execute(schema.events.select().where(schema.events.c.kind == "retention")).one()
+        body = hash_chain.canonical({k: v for k, v in json.loads(row.body).items() if not k.startswith("values")})
+        own = hash_chain.event_hash(row.previous, row.seq, row.at, row.kind, body)
+        connection.execute(schema.events.update().where(schema.events.c.seq == row.seq).values(body=body, hash=own))
 
     assert standing.retention(30) == ["b1", "b2"]
     assert problems_after(standing, as_before) == []
@@ -377,14 +376,14 @@ def test_a_cut_off_end_is_found_with_the_exported_head(filled: Ledger, tmp_path:
 def test_a_chain_rewritten_with_right_hashes_is_found_with_the_exported_head(filled: Ledger) -> None:
     def rewrite(connection: Connection) -> None:
         rows = connection.execute(text("SELECT seq, body FROM events ORDER BY seq")).all()
-        events = {row.seq: row for row in connection.execute(tables.events.select())}
-        previous = chain.NOTHING
+        events = {row.seq: row for row in connection.execute(schema.events.select())}
+        previous = hash_chain.NOTHING
         for seq, body in rows:
             if events[seq].kind == "guard":
-                body = chain.canonical({**json.loads(body), "workflow": "ticket_priority"})
-            own = chain.event_hash(previous, seq, events[seq].at, events[seq].kind, body)
+                body = hash_chain.canonical({**json.loads(body), "workflow": "ticket_priority"})
+            own = hash_chain.event_hash(previous, seq, events[seq].at, events[seq].kind, body)
             connection.execute(
-                tables.events.update().where(tables.events.c.seq == seq).values(body=body, previous=previous, hash=own)
+                schema.events.update().where(schema.events.c.seq == seq).values(body=body, previous=previous, hash=own)
             )
             previous = own
 
@@ -419,10 +418,10 @@ def test_rows_that_cannot_be_read_are_findings(tmp_path: Path) -> None:
 def test_an_event_that_was_given_a_fitting_hash_no_longer_has_a_successor(filled: Ledger) -> None:
     def forge(connection: Connection) -> None:
         (seq,) = connection.execute(text("SELECT MIN(seq) FROM events WHERE kind = 'push begun'")).one()
-        one = connection.execute(tables.events.select().where(tables.events.c.seq == seq)).one()
-        body = chain.canonical({**json.loads(one.body), "note": "forged"})
-        own = chain.event_hash(one.previous, seq, one.at, one.kind, body)
-        connection.execute(tables.events.update().where(tables.events.c.seq == seq).values(body=body, hash=own))
+        one = connection.execute(schema.events.select().where(schema.events.c.seq == seq)).one()
+        body = hash_chain.canonical({**json.loads(one.body), "note": "forged"})
+        own = hash_chain.event_hash(one.previous, seq, one.at, one.kind, body)
+        connection.execute(schema.events.update().where(schema.events.c.seq == seq).values(body=body, hash=own))
 
     said = problems_after(filled, forge)
     assert len(said) == 1 and "its predecessor has another hash" in said[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from delivery.pools import Holding, Increase, headroom, live, plan
+from delivery.push.pools import Holding, Increase, headroom, live, plan
 
 MONEY = st.integers(0, 10**15)
 

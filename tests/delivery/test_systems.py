@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from delivery.sandbox.systems import Setup, Systems, history
 from delivery.sandbox.worlds import advertising, tickets
-from orchestration import cli, sandbox
+from orchestration.cli import command, sandbox
 from pipeline.workflow import FOLDER, load
 
 START = date(2026, 3, 2)
@@ -193,7 +193,7 @@ def test_the_environment_fills_what_is_open_and_replaces_nothing(home: Path, mon
 
 
 def test_without_a_sandbox_no_day_passes_and_the_way_out_is_named(home: Path) -> None:
-    result = CliRunner().invoke(cli.app, ["sandbox", "advance"])
+    result = CliRunner().invoke(command.app, ["sandbox", "advance"])
     assert result.exit_code != 0 and "signalbox sandbox up" in str(result.exception) + result.output
 
 
@@ -214,8 +214,8 @@ def started(home: Path, *words: str) -> Up:
     output = home.with_name("up.log")
     with output.open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "orchestration.cli", "sandbox", "up", "--ports", "0", "0", *words],
-            cwd=Path(cli.__file__).parents[1], stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            [sys.executable, "-m", "orchestration.cli.command", "sandbox", "up", "--ports", "0", "0", *words],
+            cwd=Path(command.__file__).parents[2], stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             env=os.environ | {"PYTHONWARNINGS": "ignore", "COLUMNS": "200"},
         )  # fmt: skip
     file, until = home / "sandbox" / "running.json", time.monotonic() + 120
@@ -261,7 +261,7 @@ def test_the_command_runs_both_a_day_passes_in_both_and_a_signal_ends_both(up: U
     assert all(address.removesuffix("/api") in said for address in up.running.values())
     assert not any(os.environ[name] in said for name in NAMES[:2]), "a token on the terminal"
 
-    result = CliRunner().invoke(cli.app, ["sandbox", "advance", "--json"])
+    result = CliRunner().invoke(command.app, ["sandbox", "advance", "--json"])
 
     assert result.exit_code == 0, (result.output, result.exception)
     told = json.loads(result.stdout)
@@ -279,7 +279,7 @@ def test_the_command_runs_both_a_day_passes_in_both_and_a_signal_ends_both(up: U
         time.sleep(0.05)
     assert ended(desk) and answers(up.running) == [False, False]
     assert not (home / "sandbox" / "running.json").exists() and "Traceback" not in up.output.read_text()
-    result = CliRunner().invoke(cli.app, ["sandbox", "advance"])
+    result = CliRunner().invoke(command.app, ["sandbox", "advance"])
     assert "signalbox sandbox up" in str(result.exception)
 
     for name in NAMES:
@@ -310,5 +310,5 @@ def test_addresses_that_a_killed_sandbox_left_behind_are_said_to_be_dead(home: P
     for name, said in (("tokens", {n: "t" * 16 for n in NAMES[:2]}), ("running", dict.fromkeys(NAMES[2:], address))):
         (home / "sandbox" / f"{name}.json").write_text(json.dumps(said))
     sandbox.environment()
-    result = CliRunner().invoke(cli.app, ["sandbox", "advance"])
+    result = CliRunner().invoke(command.app, ["sandbox", "advance"])
     assert result.exit_code != 0 and "signalbox sandbox up" in result.output + str(result.exception)

@@ -83,7 +83,7 @@ def test_the_shipped_workflows_have_no_broken_asset() -> None:
 def test_the_commands_go_on_with_the_good_ones_and_name_the_bad_one(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestration.cli import app
+    from orchestration.cli.command import app
 
     put(folder, "ticket_priority", owner="nobody in particular")
     monkeypatch.setenv("SIGNALBOX_HOME", str(tmp_path / "home"))

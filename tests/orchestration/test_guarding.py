@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 from assets.resources import resources
 from delivery.rollback import Batch, Model
 from models.registry import CHAMPION, Registry
-from orchestration import assembly, cli, runner
+from orchestration import assembly, runner
 from orchestration.automation import RETRY_MINUTES, delivery_requests, guard_requests
+from orchestration.cli import command
 from pipeline.lifecycle import promotion
 from pipeline.monitoring import verdicts as guarding
 from pipeline.workflow import FOLDER, Workflow, load
@@ -315,11 +316,11 @@ def office(ads: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench
 
 
 def test_power_says_how_soon_a_harm_would_be_found_with_this_holdout(office: Bench) -> None:
-    told = CliRunner().invoke(cli.app, ["power", NAME, "--harm", "0.05", "--runs", "20"])
+    told = CliRunner().invoke(command.app, ["power", NAME, "--harm", "0.05", "--runs", "20"])
     assert told.exit_code == 0, (told.output, told.exception)
     assert "with 20% as holdout (3 units in all), a harm of 5.0% is found in" in " ".join(told.output.split())
     document = json.loads(
-        CliRunner().invoke(cli.app, ["power", NAME, "--harm", "0.9", "--runs", "20", "--json"]).stdout
+        CliRunner().invoke(command.app, ["power", NAME, "--harm", "0.9", "--runs", "20", "--json"]).stdout
     )
     (one,) = document["power"]
     assert (document["design"], one["harm"], one["units"], one["history_days"]) == ("cohort", 0.9, 3, 21)
@@ -328,7 +329,7 @@ def test_power_says_how_soon_a_harm_would_be_found_with_this_holdout(office: Ben
 
 def test_without_history_power_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SIGNALBOX_HOME", str(tmp_path))
-    found = CliRunner().invoke(cli.app, ["power", NAME])
+    found = CliRunner().invoke(command.app, ["power", NAME])
     assert isinstance(found.exception, guarding.NoHistory)
     said = str(found.exception)
     assert (
@@ -339,5 +340,5 @@ def test_without_history_power_says_what_is_missing(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("harm", ["0", "1", "-0.1"])
 def test_a_harm_that_is_no_share_is_refused_in_words(office: Bench, harm: str) -> None:
-    found = CliRunner().invoke(cli.app, ["power", NAME, "--harm", harm])
+    found = CliRunner().invoke(command.app, ["power", NAME, "--harm", harm])
     assert found.exit_code == 2 and "between 0 and 1" in " ".join(found.output.split())

@@ -22,7 +22,7 @@ from delivery.push import Stopped
 from delivery.sandbox import advertising_api
 from delivery.sandbox.worlds import advertising
 from models.registry import Registry
-from orchestration import cli
+from orchestration.cli import command
 from pipeline import dispatch
 from tests.conftest import Bench
 
@@ -40,7 +40,7 @@ class Office:
     home: Path
 
     def __call__(self, *words: str, typed: str = "") -> Result:
-        return CliRunner().invoke(cli.app, list(words), input=typed)
+        return CliRunner().invoke(command.app, list(words), input=typed)
 
     def json(self, *words: str, typed: str = "") -> Any:
         result = self(*words, "--json", typed=typed)
@@ -438,12 +438,12 @@ def test_what_cannot_be_done_is_said_in_a_sentence(office: Office, words: tuple[
 
     office.decide()
     done = subprocess.run(
-        [sys.executable, "-m", "orchestration.cli", *words], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "orchestration.cli.command", *words], capture_output=True, text=True, check=False
     )
     said = " ".join((done.stdout + done.stderr).replace("│", " ").split())
     assert done.returncode != 0 and says in said and "Traceback" not in said, said
 
 
 def test_again_is_refused_where_nothing_is_decided() -> None:
-    result = CliRunner().invoke(cli.app, ["run", "ad_budget", "deliver", "--again"])
+    result = CliRunner().invoke(command.app, ["run", "ad_budget", "deliver", "--again"])
     assert result.exit_code == 2 and "--again" in result.output

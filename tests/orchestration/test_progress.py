@@ -25,7 +25,7 @@ def home(ads: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[A
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_range_of_days_shows_where_it_is(home: Any, as_json: bool) -> None:
-    from orchestration.cli import app
+    from orchestration.cli.command import app
 
     first, last = home.days[-3], home.days[-1]
     clock = f"{last + timedelta(days=1)}T04:00:00"

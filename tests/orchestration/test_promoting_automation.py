@@ -21,7 +21,7 @@ from delivery.ledger import Ledger
 from models.evaluation.gate import Verdict
 from models.registry import CHAMPION, Registry
 from orchestration import alias_log, assembly, runner
-from pipeline.lifecycle import gate, promotion, state
+from pipeline.lifecycle import candidate_evaluation, promotion, state
 from pipeline.workflow import Promotion
 from tests.conftest import Bench
 
@@ -77,7 +77,7 @@ def test_a_moved_alias_starts_one_run_that_answers_it(
         first = look()
         assert "champion: stands at 1, the ledger says 2" in first.tags["signalbox/cause"]
         assert look().run_key == first.run_key, "the same difference starts one run"
-        monkeypatch.setattr(gate, "judge", lambda *_, **__: Verdict(False, ("worse by 9%",)))
+        monkeypatch.setattr(candidate_evaluation, "judge", lambda *_, **__: Verdict(False, ("worse by 9%",)))
         assert answer().success
         assert stands(registry) == {CHAMPION: 2} and isinstance(look(), dg.SkipReason)
         told = book.promotions(NAME)[-1]
@@ -90,7 +90,7 @@ def test_a_moved_alias_starts_one_run_that_answers_it(
             seen.append(against.number)
             return Verdict(True, ())
 
-        monkeypatch.setattr(gate, "judge", judged)
+        monkeypatch.setattr(candidate_evaluation, "judge", judged)
         assert answer().success and seen == [2]
         assert state.live(book, NAME)["champion"] == 1 and stands(registry) == {CHAMPION: 1, "previous_champion": 2}
 

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from assets import health as stage
 from assets.resources import resources
-from orchestration import cli, jobs
+from orchestration import jobs
+from orchestration.cli import command
 from pipeline.monitoring import loop_health
 from pipeline.workflow import FOLDER, load
 from tests.pipeline.monitoring.test_loop_health import KNOWN, NOON, tell
@@ -27,7 +28,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def told(*words: str) -> Any:
-    result = CliRunner().invoke(cli.app, ["status", *words])
+    result = CliRunner().invoke(command.app, ["status", *words])
     assert result.exit_code == 0, (result.output, result.exception)
     return json.loads(result.stdout) if "--json" in words else result.output
 
@@ -70,7 +71,7 @@ def test_the_document_keeps_its_keys_whatever_happened(home: Path) -> None:
         "batches": "number", "versions": "list", "lifted": "number",
     }  # fmt: skip
     assert "37.7 h" in told("ad_budget", "--now", NOON.isoformat())
-    wrong = CliRunner().invoke(cli.app, ["status", "no_such"])
+    wrong = CliRunner().invoke(command.app, ["status", "no_such"])
     assert wrong.exit_code == 2
 
 

@@ -18,9 +18,7 @@ from models.evaluation import evaluate, gate, off_policy, paired
 from models.training import distillation, search
 from pipeline.decisions import scoring
 from pipeline.explain import counterfactual
-from pipeline.lifecycle import gate as gating
-from pipeline.lifecycle import search as tuning
-from pipeline.lifecycle import shadow
+from pipeline.lifecycle import candidate_evaluation, shadow, tuning
 from pipeline.monitoring import labels
 from pipeline.workflow import SCORES, ModelSpec, PolicySpec
 from tests.conftest import Bench
@@ -174,8 +172,8 @@ def test_the_gate_says_what_it_cannot_measure_of_priorities_and_of_a_metric_over
     workflow, lake, day = queue.workflow, queue.lake, queue.last
     short = workflow.training.model_copy(update={"holdout_days": 3, "maturity_days": 2})
     workflow = workflow.model_copy(update={"training": short})
-    learn = gating._known(workflow, lake, day)
-    held = gating.held_out(workflow, lake, day, learn)
+    learn = candidate_evaluation._known(workflow, lake, day)
+    held = candidate_evaluation.held_out(workflow, lake, day, learn)
     model = catalog.learner(workflow.model.kind).fit(
         held.early, scoring.learner_spec(workflow), seed=1, device="cpu", threads=1
     )

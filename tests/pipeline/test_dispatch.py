@@ -12,9 +12,8 @@ import pyarrow.compute as pc
 import pytest
 
 from assets import delivery as stage
-from delivery import push as pushing
 from delivery.abort_rules import Finding
-from delivery.connectors.base import Misconfigured
+from delivery.connectors.base import Misconfigured, Unavailable
 from delivery.connectors.sql_table import SqlTableSettings
 from delivery.ledger import BatchRow, Ledger
 from delivery.rollback import RollbackError
@@ -269,7 +268,7 @@ def test_an_address_from_the_environment_replaces_the_workflows(ads: Bench, monk
     monkeypatch.setenv("SIGNALBOX_ADS_TOKEN", "marked-secret-token")
     monkeypatch.setenv("SIGNALBOX_ADS_ENDPOINT", "http://127.0.0.1:9")
     connector = dispatch.connect(ads.workflow, datetime.now)
-    with pytest.raises(pushing.Unavailable, match=r"127\.0\.0\.1:9") as error:
+    with pytest.raises(Unavailable, match=r"127\.0\.0\.1:9") as error:
         connector.read(["line-0001"])
     assert "marked-secret" not in str(error.value)
     silent = ads.workflow.model_copy(update={"delivery": None})

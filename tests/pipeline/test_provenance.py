@@ -55,7 +55,7 @@ def test_one_byte_of_what_decides_changes_the_digest(tree: Path, file: str) -> N
     "file",
     [
         "delivery/sandbox/advertising_api.py", "delivery/sandbox/worlds/tickets.py", "delivery/sandbox/__init__.py",
-        "orchestration/cli.py", "workflows/ticket_priority/features.sql", "workflows/ad_budget/workflow.yaml",
+        "orchestration/cli/command.py", "workflows/ticket_priority/features.sql", "workflows/ad_budget/workflow.yaml",
         "delivery/connectors/examples/jira.yaml",
     ],
 )  # fmt: skip

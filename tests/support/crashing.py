@@ -160,7 +160,7 @@ def _prepare() -> None:
     import sqlalchemy.dialects.sqlite.pysqlite  # noqa: F401
 
     import delivery.approvals
-    import delivery.verify  # noqa: F401
+    import delivery.ledger.verify  # noqa: F401
 
     google_ads.connect(
         google_ads.GoogleAdsSettings(customer_id="1", endpoint="http://127.0.0.1:1/", token_env="ADS_TOKEN"),

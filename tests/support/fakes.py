@@ -16,8 +16,8 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from delivery.connectors.base import Capabilities, Change, EntityState, Reading, Unavailable, Write, Written
-from delivery.leases import this_host
 from delivery.ledger import BatchRow, Holder, Ledger, NewBatch
+from delivery.ledger.leases import this_host
 
 START = datetime(2026, 3, 2, 4, 0)
 DAY = date(2026, 3, 1)

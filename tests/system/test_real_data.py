@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 import pytest
 from rich.console import Console
 
-from orchestration import real_data
-from orchestration.real_data import Measured
+from orchestration.demo import real_data
+from orchestration.demo.real_data import Measured
 from pipeline import point_in_time
 from pipeline.lake import Lake, content_digest
 from pipeline.workflow import FOLDER, load

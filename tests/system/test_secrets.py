@@ -34,7 +34,8 @@ import sqlalchemy
 from typer.testing import CliRunner
 
 from assets.resources import resources
-from orchestration import cli, runner
+from orchestration import runner
+from orchestration.cli import command
 from pipeline import dispatch
 from pipeline import workflow as workflows
 from pipeline.workflow import FOLDER, load
@@ -271,9 +272,9 @@ class Firm:
     patch: pytest.MonkeyPatch
     said: io.StringIO
 
-    def cli(self, *words: str, typed: str = "", fails: bool = False) -> str:
+    def command(self, *words: str, typed: str = "", fails: bool = False) -> str:
         """A command in this process; everything that it shows, a traceback too, is kept."""
-        result = CliRunner().invoke(cli.app, list(words), input=typed)
+        result = CliRunner().invoke(command.app, list(words), input=typed)
         text = result.output
         if result.exception is not None:
             text += "".join(traceback.format_exception(result.exception)) + repr(result.exception)
@@ -284,8 +285,8 @@ class Firm:
     def process(self, *words: str, typed: str = "", fails: bool = False) -> str:
         """A command in a process of its own."""
         done = subprocess.run(
-            [sys.executable, "-m", "orchestration.cli", *words], input=typed, capture_output=True, text=True,
-            cwd=Path(cli.__file__).parents[1], env=dict(os.environ), timeout=120, check=False,
+            [sys.executable, "-m", "orchestration.cli.command", *words], input=typed, capture_output=True, text=True,
+            cwd=Path(command.__file__).parents[2], env=dict(os.environ), timeout=120, check=False,
         )  # fmt: skip
         text = done.stdout + done.stderr
         self.said.write(text)
@@ -375,7 +376,7 @@ def words_in_ledger(batch_id: str) -> str:
 
 
 def cli_now() -> Any:
-    from orchestration import console
+    from orchestration.cli import console
 
     return console.now()
 

@@ -13,7 +13,8 @@ import pytest
 from assets.resources import resources
 from data_checks.contract import ExpectationSpec
 from delivery.sandbox.worlds import advertising, tickets
-from orchestration import demo, runner
+from orchestration import runner
+from orchestration.demo import story
 from pipeline.settings import home
 from pipeline.workflow import FOLDER, Workflow, load
 
@@ -39,7 +40,7 @@ def land(workflow: Workflow, days: int, broken: int | None = None) -> list[date]
 
     folder = home() / "landing" / workflow.name / "export"
     for number, day in enumerate(span):
-        demo.stamp(advertising.export_day(rows, folder, day, break_schema=number == broken), day)
+        story.stamp(advertising.export_day(rows, folder, day, break_schema=number == broken), day)
     return span
 
 
@@ -52,18 +53,18 @@ def test_a_broken_upstream_schema_stops_the_day_and_the_deadline_changes_nothing
 ) -> None:
     *before, last = land(workflow, DAYS, broken=DAYS - 1)
     assert runner.run(
-        workflow, "prepare", before[0], before[-1], now=demo.at(before[-1], "04:00"), instance=instance
+        workflow, "prepare", before[0], before[-1], now=story.at(before[-1], "04:00"), instance=instance
     ).success
     lake = resources()["lake"].lake
     versions = {t: lake.version(workflow.table(t)) for t in ("events", "features")}
-    run = runner.run(workflow, "daily", last, last, now=demo.at(last, "04:00"), instance=instance)
+    run = runner.run(workflow, "daily", last, last, now=story.at(last, "04:00"), instance=instance)
     found = results(run)
     assert found[("events", "files")] == "ERROR" and found[("events", "contract")] == "ERROR"
     assert ("features", "contract") not in found, "what depends on a failed gate may not run"
     assert {t: lake.version(workflow.table(t)) for t in versions} == versions
     says = next(r["says"] for r in runner.check_rows(run) if r["check"] == "files")
     assert "revenue" in says and "advertising_" in says
-    late = runner.run(workflow, "decide", last, last, now=demo.at(last, "06:05"), instance=instance)
+    late = runner.run(workflow, "decide", last, last, now=story.at(last, "06:05"), instance=instance)
     assert late.success
     batch = lake.read(workflow.table("batches"), days=[last]).to_pylist()[0]
     assert (batch["step"], batch["rows"], batch["late"]) == ("no_change", 0, True)
@@ -79,9 +80,9 @@ def test_features_that_break_their_contract_are_withheld(instance: dg.DagsterIns
     )
     strict = workflow.model_copy(update={"contract": promised})
     lake = resources()["lake"].lake
-    good = runner.run(workflow, "prepare", span[0], span[-1], now=demo.at(span[-1], "04:00"), instance=instance)
+    good = runner.run(workflow, "prepare", span[0], span[-1], now=story.at(span[-1], "04:00"), instance=instance)
     assert good.success and lake.read(workflow.table("features"), days=[span[-1]]).num_rows == 24
-    run = runner.run(strict, "prepare", span[-1], span[-1], now=demo.at(span[-1], "04:30"), instance=instance)
+    run = runner.run(strict, "prepare", span[-1], span[-1], now=story.at(span[-1], "04:30"), instance=instance)
     assert results(run)[("features", "contract")] == "ERROR"
     assert lake.read(workflow.table("features"), days=[span[-1]]).num_rows == 0
     assert lake.read(workflow.table("features"), days=[span[-2]]).num_rows == 24
@@ -101,16 +102,16 @@ def test_an_empty_day_goes_no_further_and_one_sentence_says_why(
     else:
         world, folder = tickets.World(3, load=0.9, teams=2), home() / "landing" / name / "export"
         for day in (before, last):
-            demo.stamp(tickets.export_day(world.step(day), folder, day), day)
+            story.stamp(tickets.export_day(world.step(day), folder, day), day)
     (file,) = (home() / "landing" / name / "export").glob(f"*{last}*")
     if left == "no file":
         file.unlink()
     else:
         header = gzip.decompress(file.read_bytes()).split(b"\n")[0] + b"\n" if name == "ad_budget" else b""
         file.write_bytes(gzip.compress(header))
-        demo.stamp(file, last)
-    assert runner.run(workflow, "prepare", before, before, now=demo.at(before, "04:00"), instance=instance).success
-    run = runner.run(workflow, "daily", last, last, now=demo.at(last, "04:00"), instance=instance)
+        story.stamp(file, last)
+    assert runner.run(workflow, "prepare", before, before, now=story.at(before, "04:00"), instance=instance).success
+    run = runner.run(workflow, "daily", last, last, now=story.at(last, "04:00"), instance=instance)
     found = {(r["asset"].split("/")[-1], r["check"]): r for r in runner.check_rows(run)}
     contract = found[("events", "contract")]
     assert (contract["result"], contract["says"]) == ("ERROR", f"{last}: no event of the day has landed")

@@ -30,7 +30,7 @@ from delivery.ledger import OPEN, BatchRow, Ledger, NewBatch
 from delivery.push import Blocked, NotApproved, PushError, PushSettings, Refused, Report, push
 from delivery.rollback import Batch, RollbackError, Since, roll_back
 from pipeline import dispatch
-from pipeline.decisions import acting, facts, scoring
+from pipeline.decisions import in_effect, recomputation, scoring
 from pipeline.monitoring import verdicts
 from pipeline.workflow import FOLDER, Workflow, load
 from tests.support import properties
@@ -101,7 +101,7 @@ class Days(RuleBasedStateMachine):
 
     def figures(self, day: date) -> dict[str, Any]:
         """Everything that is asked about a past day, but for deliveries of which nobody knows yet."""
-        rows = acting.decided(self.ledger, self.workflow.name, day, day).to_pylist()
+        rows = in_effect.decided(self.ledger, self.workflow.name, day, day).to_pylist()
         known = [r for r in rows if r["state"] not in OPEN]
         return {
             "decisions": {r["entity_id"]: (r["decision_id"], r["state"], r["standing"]) for r in known},
@@ -124,7 +124,7 @@ class Days(RuleBasedStateMachine):
         self.clock.sleep((datetime.combine(day + timedelta(days=1), time()) - self.clock()).total_seconds())
         self.exports[day] = self.values()
         for one in self.exports:
-            if self.clock() >= acting.over(one) and one not in self.past:
+            if self.clock() >= in_effect.over(one) and one not in self.past:
                 self.past[one] = self.figures(one)
         self.clock.sleep(4 * 3600)
 
@@ -155,9 +155,9 @@ class Days(RuleBasedStateMachine):
     def decide(self, day: date, moves: list[int], status: str, *, again: bool) -> None:
         """As the stages do."""
         self.clock.sleep(60)
-        found = facts.today(self.workflow, self.ledger, day, self.clock(), again=again)
+        found = recomputation.today(self.workflow, self.ledger, day, self.clock(), again=again)
         was = [b.batch_id for b in self.batches() if b.day == day]
-        over = self.clock() >= acting.over(day)
+        over = self.clock() >= in_effect.over(day)
         assert not (was and over and found.decides), f"{day} is over and decided, and would be decided anew"
         assert again or not found.decides or not any(b.acted for b in self.batches() if b.day == day)
         if not found.decides:
@@ -216,7 +216,7 @@ class Days(RuleBasedStateMachine):
     @rule(which=st.integers(0, 20), crash=st.none() | st.integers(1, 40))
     def send_by_hand(self, which: int, crash: int | None) -> None:
         """Somebody sends whichever batch, of a day that is not over."""
-        rows = [b for b in self.batches() if self.clock() < acting.over(b.day)]
+        rows = [b for b in self.batches() if self.clock() < in_effect.over(b.day)]
         if rows:
             self.push(rows[which % len(rows)].batch_id, crash, "")
 
@@ -280,7 +280,7 @@ class Days(RuleBasedStateMachine):
         assert batch.status == "READY" or batch.batch_id in self.approved, (
             f"{batch.batch_id} was sent, and is {batch.status}"
         )
-        assert not batch.backfill and self.clock() < acting.over(batch.day) + timedelta(hours=1)
+        assert not batch.backfill and self.clock() < in_effect.over(batch.day) + timedelta(hours=1)
         later = [b.batch_id for b in self.batches() if b.day == batch.day and b.sequence > batch.sequence]
         assert not later, f"{batch.batch_id} was sent after {later} had been decided"
         assert not self.ledger.pending_rollbacks(self.workflow.name)

@@ -20,7 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline import ingest as landing
-from pipeline.ingest import IngestResult, discover, ingest, ingesting, manifest, readers
+from pipeline.ingest import IngestResult, discover, ingest, manifest, readers
+from pipeline.ingest import landing as ingesting
 from pipeline.lake import Lake, content_digest
 from pipeline.workflow import Contract, Source, Workflow
 from tests.support.properties import examples

@@ -169,7 +169,7 @@ def test_a_crash_in_remap_ends_in_the_same_tables(
 
 
 def test_the_command_says_what_it_did_and_what_to_run_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from orchestration import cli
+    from orchestration.cli import command
     from pipeline.ingest import ingest
     from pipeline.lake import Lake
     from tests.assets.test_ingest import FIRST, Office
@@ -183,8 +183,8 @@ def test_the_command_says_what_it_did_and_what_to_run_next(tmp_path: Path, monke
     events = before.contract.events.model_copy(update={"rows": ()})
     changed = before.model_copy(update={"contract": before.contract.model_copy(update={"events": events})})
     ingest(changed, Lake(str(tmp_path / "lake")), tmp_path / "landing", now=LATER)
-    monkeypatch.setattr("orchestration.operations.workflow_named", lambda name: changed)
-    said = CliRunner().invoke(cli.app, ["remap", "ad_budget", "--since", str(FIRST)])
+    monkeypatch.setattr("orchestration.cli.operations.workflow_named", lambda name: changed)
+    said = CliRunner().invoke(command.app, ["remap", "ad_budget", "--since", str(FIRST)])
     assert said.exit_code == 0, said.output
     assert "1 files mapped again, 0 gone, 0 refused" in said.output
     assert f"signalbox run ad_budget prepare --since {FIRST}" in " ".join(said.output.split())

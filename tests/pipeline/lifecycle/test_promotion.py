@@ -24,8 +24,8 @@ from delivery.ledger import Ledger
 from models.evaluation.gate import Verdict
 from models.registry import CHALLENGER, CHAMPION, PREVIOUS, ModelBlocked, ModelMissing, Registry, Version
 from pipeline import dispatch, point_in_time
-from pipeline.decisions import acting, replay, scoring, tables
 from pipeline.decisions import decide as deciding
+from pipeline.decisions import in_effect, replay, scoring, tables
 from pipeline.explain import trace
 from pipeline.lake import content_digest
 from pipeline.lifecycle import promotion as promoting
@@ -1054,7 +1054,7 @@ def test_backfills_and_stopped_workflows_move_nothing(firm: Firm) -> None:
     firm.admit(3)
     firm.decide()
     later = firm.day + timedelta(days=1)
-    over = acting.over(later)
+    over = in_effect.over(later)
     assert advance(firm.workflow, firm.registry, firm.ledger, firm.bench.lake, later, over) == "waits"
     firm.ledger.switch(NAME, True, "ann", "look first")
     assert firm.advance() == "waits"

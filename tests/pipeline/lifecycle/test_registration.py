@@ -22,7 +22,7 @@ from models.registry import Registry, Version
 from models.training import fit
 from pipeline import point_in_time
 from pipeline.decisions import scoring
-from pipeline.lifecycle import gate, registration
+from pipeline.lifecycle import candidate_evaluation, registration
 from tests.conftest import Bench, moved
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -43,12 +43,12 @@ def trained(bench: Bench, registry: Registry) -> Version:
     """What the stage ``model`` does between the training set and the first place of a version."""
     workflow, day = bench.workflow, bench.last
     rows = point_in_time.ordered(point_in_time.training_set(workflow, bench.lake, day), "day")
-    held = gate.held_out(workflow, bench.lake, day, rows)
+    held = candidate_evaluation.held_out(workflow, bench.lake, day, rows)
     learn = point_in_time.rows_where(rows, workflow.training.train_on)
     spec = scoring.learner_spec(workflow)
     fitted = fit.fit_and_judge(
         learn, held.early, held.rows, learner=catalog.learner(workflow.model.kind), champion=None, spec=spec, day=day,
-        decided=held.decided, **gate.asked(workflow, "cpu"),
+        decided=held.decided, **candidate_evaluation.asked(workflow, "cpu"),
     )  # fmt: skip
     made = registration.register(
         workflow, registry, fitted, learn, held, spec=spec, day=day, device="cpu", passed=True, facts={"device": "cpu"},
@@ -220,7 +220,7 @@ def test_what_mlflow_shows_of_a_training(registered: Registered) -> None:
 
 def test_the_last_point_of_a_curve_is_what_the_gate_measured(ads: Bench) -> None:
     rows = point_in_time.ordered(point_in_time.training_set(ads.workflow, ads.lake, ads.last), "day")
-    held = gate.held_out(ads.workflow, ads.lake, ads.last, rows)
+    held = candidate_evaluation.held_out(ads.workflow, ads.lake, ads.last, rows)
     model: Any = ads.fit(held.split)
     drawn = registration.curves(model, held)
     assert drawn["validation_mae"][8] == pytest.approx(model.evaluate(held.rows)["mae"], rel=1e-9)
@@ -230,7 +230,7 @@ def test_the_last_point_of_a_curve_is_what_the_gate_measured(ads: Bench) -> None
 def test_curves_of_tickets_have_every_head_and_fall(queue: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = point_in_time.ordered(point_in_time.training_set(queue.workflow, queue.lake, queue.last), "day")
     none = rows.slice(0, 0)
-    held = gate.Held(queue.last, queue.last, rows, none, none, fit.Newest(none, none))
+    held = candidate_evaluation.Held(queue.last, queue.last, rows, none, none, fit.Newest(none, none))
     monkeypatch.setattr(registration, "CURVE_ROWS", 500)
     drawn = registration.curves(queue.fit(queue.last), held)
     assert set(drawn) == {f"training_{loss}" for loss in ("log_loss", "hours_error", "effort_error")}

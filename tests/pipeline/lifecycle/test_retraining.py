@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from data_checks.performance import SCHEMA
 from delivery.ledger import Ledger
 from pipeline.lake import Lake
-from pipeline.lifecycle import fallback, retraining
+from pipeline.lifecycle import retraining, rule_override
 from pipeline.lifecycle.retraining import ORDER, Cause, Evidence, Runs, Trigger, Walk, decide, evidence
 from pipeline.workflow import FOLDER, Retraining, Workflow, load
 from tests.support.properties import examples
@@ -383,7 +383,7 @@ def test_a_champion_behind_the_rule_goes_on_asking_until_another_is_promoted_or_
             "text": "version 4 does worse",
             "figures": {"n": 300},
         }
-        book.note(fallback.KIND, said)
+        book.note(rule_override.KIND, said)
         made = look(19)
         assert [(t.cause, t.action, t.day) for t in made] == [("rule", "asked", ago(19))], (
             "not of a day that did not know it"

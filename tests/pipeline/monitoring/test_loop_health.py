@@ -13,7 +13,7 @@ import pytest
 
 from delivery.ledger import Attempt, Ledger, Result
 from pipeline import dispatch
-from pipeline.lifecycle import fallback
+from pipeline.lifecycle import rule_override
 from pipeline.monitoring import loop_health, verdicts
 from pipeline.workflow import FOLDER, load
 from tests.support.ledgers import KEY, Clock, new_batch, some_decisions
@@ -287,7 +287,7 @@ def test_a_champion_behind_the_rule_and_versions_that_wait_for_a_person_are_told
         "text": "version 2 does worse than the rule",
         "figures": {},
     }
-    book.note(fallback.KIND, said)
+    book.note(rule_override.KIND, said)
     clock.now = april(9, 0)
     found = loop_health.examine(book, WORKFLOW, until=april(6, 0))
     assert (found.figures["behind_the_rule"], found.figures["held_for_a_person"]) == (1, 3)

@@ -13,7 +13,7 @@ import pytest
 
 from delivery.ledger import Ledger, NewBatch
 from pipeline.lake import Lake
-from pipeline.lifecycle import fallback
+from pipeline.lifecycle import rule_override
 from pipeline.monitoring import verdicts
 from pipeline.point_in_time import StageSqlError
 from pipeline.workflow import FOLDER, Workflow, load
@@ -326,7 +326,7 @@ class Book:
             "text": "it does worse",
             "figures": {},
         }
-        self.ledger.note(fallback.KIND, said)
+        self.ledger.note(rule_override.KIND, said)
 
     def taken_back(self, n: int) -> None:
         self.now = datetime.combine(at(n + 1), time(8))

@@ -19,8 +19,7 @@ from models.evaluation import evaluate, gate
 from models.registry import Registry, Version
 from pipeline import point_in_time
 from pipeline.decisions import scoring
-from pipeline.lifecycle import gate as gating
-from pipeline.lifecycle import promotion, state
+from pipeline.lifecycle import candidate_evaluation, promotion, state
 from pipeline.monitoring import labels
 from tests.conftest import Bench, moved
 from tests.support.ledgers import KEY
@@ -77,7 +76,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, empty_registry_folder: Path, 
 def judge(
     bench: Bench, made: Versions, version: Version, against: Version | None, day: date | None = None
 ) -> gate.Verdict:
-    return gating.judge(bench.workflow, bench.lake, made.registry, version, day or bench.last, against=against)
+    return candidate_evaluation.judge(
+        bench.workflow, bench.lake, made.registry, version, day or bench.last, against=against
+    )
 
 
 def test_a_version_with_its_slopes_turned_round_is_refused_by_what_its_policy_is_worth(
@@ -176,7 +177,7 @@ def test_without_matured_days_nothing_passes(ads: Bench, made: Versions) -> None
 
 def test_the_held_out_days_and_the_randomised_ones_before_them(ads: Bench) -> None:
     rows = point_in_time.ordered(point_in_time.training_set(ads.workflow, ads.lake, ads.last), "day")
-    held = gating.held_out(loose(ads, value_days=10).workflow, ads.lake, ads.last, rows)
+    held = candidate_evaluation.held_out(loose(ads, value_days=10).workflow, ads.lake, ads.last, rows)
     judged = set(held.rows["day"].to_pylist())
     # what the last day's budgets came to is known a day later
     assert judged == {ads.last - timedelta(days=n) for n in range(1, 7)} and min(judged) > held.split
@@ -187,7 +188,7 @@ def test_the_held_out_days_and_the_randomised_ones_before_them(ads: Bench) -> No
 def test_tickets_are_judged_by_the_order_of_their_queue(queue: Bench, empty_registry: Registry) -> None:
     soon = loose(queue, maturity_days=1, holdout_days=4, slice_min_rows=30, margin=1.0)
     version = register(soon, empty_registry, soon.last - timedelta(days=6))
-    found = gating.judge(soon.workflow, soon.lake, empty_registry, version, soon.last, against=version)
+    found = candidate_evaluation.judge(soon.workflow, soon.lake, empty_registry, version, soon.last, against=version)
     assert found.figures["against"] == "rule" and found.figures["groups"], found.reasons
     value = found.figures["policy_value"][evaluate.HELD_OUT]
     assert isinstance(value, dict) and 0 < value["mine"] <= 1 and "misses" in value["of"]
@@ -196,10 +197,10 @@ def test_tickets_are_judged_by_the_order_of_their_queue(queue: Bench, empty_regi
 def test_who_is_champion_is_what_the_ledger_says(ads: Bench, made: Versions, tmp_path: Path) -> None:
     made.registry.promote(made.poisoned)  # an alias that somebody moved
     with Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}", key=KEY, clock=lambda: ads.morning(ads.last)) as book:
-        first = gating.champion_of(ads.workflow, made.registry, book, ads.last)
+        first = candidate_evaluation.champion_of(ads.workflow, made.registry, book, ads.last)
         assert first is not None and first.number == made.poisoned.number, "the ledger knows nobody yet"
         book.promotion(ads.workflow.name, made.champion.number, "promoted", "run 1", {})
-        found = gating.champion_of(ads.workflow, made.registry, book, ads.last)
+        found = candidate_evaluation.champion_of(ads.workflow, made.registry, book, ads.last)
         assert found is not None and found.number == made.champion.number
 
 
@@ -212,10 +213,13 @@ def test_a_backfill_is_not_compared_with_what_was_learned_after_it(
     with Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}", key=KEY, clock=lambda: ads.morning(ads.last)) as book:
         for one in (old, new):
             book.promotion(ads.workflow.name, one.number, "promoted", "run 1", {})
-        found = gating.champion_of(ads.workflow, empty_registry, book, day)
+        found = candidate_evaluation.champion_of(ads.workflow, empty_registry, book, day)
         assert found is not None and found.number == old.number
-        assert gating.champion_of(ads.workflow, empty_registry, book, old.trained_day - timedelta(days=1)) is None
-        champion = gating.champion_of(ads.workflow, empty_registry, book, ads.last)
+        assert (
+            candidate_evaluation.champion_of(ads.workflow, empty_registry, book, old.trained_day - timedelta(days=1))
+            is None
+        )
+        champion = candidate_evaluation.champion_of(ads.workflow, empty_registry, book, ads.last)
         assert champion is not None and champion.number == new.number
 
 
@@ -285,7 +289,7 @@ def fitted(bench: Bench, day: date) -> Any:
     """As a retraining fits: with its number of threads."""
     rows = point_in_time.training_set(bench.workflow, bench.lake, day)
     spec, how = scoring.learner_spec(bench.workflow), {"seed": scoring.SEED, "device": "cpu"}
-    return catalog.learner("response").fit(rows, spec, threads=gating.THREADS, **how)
+    return catalog.learner("response").fit(rows, spec, threads=candidate_evaluation.THREADS, **how)
 
 
 def test_a_retraining_by_the_champions_own_recipe_is_measured_by_twins_of_both_ages(desk: Desk) -> None:
@@ -354,7 +358,7 @@ def test_what_the_champion_scored_live_stands_in_the_verdict(desk: Desk) -> None
     days = [d for d in bench.days if d > desk.champion.trained_day]
     for day in days:
         bench.decide(desk.registry, day)
-    found = gating.live(bench.workflow, bench.lake, desk.champion, bench.last)["live"]
+    found = candidate_evaluation.live(bench.workflow, bench.lake, desk.champion, bench.last)["live"]
     rows = labels.scored(bench.workflow, bench.lake, bench.last)
     known = rows.filter(~pc.is_nan(pc.field("actual")))
     lost = pc.mean(pc.abs(pc.subtract(known["predicted"], known["actual"]))).as_py()
@@ -362,19 +366,19 @@ def test_what_the_champion_scored_live_stands_in_the_verdict(desk: Desk) -> None
     assert (
         found["days"] == [str(days[0]), str(max(known["day"].to_pylist()))] and found["version"] == desk.champion.number
     )
-    assert gating.live(bench.workflow, bench.lake, None, bench.last) == {}
-    assert gating.live(bench.workflow, bench.lake, replace(desk.champion, number=9), bench.last) == {}
+    assert candidate_evaluation.live(bench.workflow, bench.lake, None, bench.last) == {}
+    assert candidate_evaluation.live(bench.workflow, bench.lake, replace(desk.champion, number=9), bench.last) == {}
     text = gate.live_sentence(found)
     assert f"live, version {desk.champion.number}'s mae was" in text and "at the budgets that stood" in text
 
 
 def test_with_too_little_history_for_a_twin_the_champion_is_compared_as_it_is_and_that_is_said(desk: Desk) -> None:
     young = loose(desk.bench, min_rows=5000)
-    split = gating.twin_day(young.workflow, young.last)
-    champion, note = gating.opponent(young.workflow, young.lake, desk.registry, desk.champion, split)
+    split = candidate_evaluation.twin_day(young.workflow, young.last)
+    champion, note = candidate_evaluation.opponent(young.workflow, young.lake, desk.registry, desk.champion, split)
     assert champion is not None and champion.recipe is None and not champion.clean and note == ""
     assert "rows were known by" in champion.why and "5000 are needed (training.min_rows)" in champion.why
     # once the champion is as old as the held-out days it needs none
-    later = gating.twin_day(young.workflow, desk.champion.trained_day + timedelta(days=9))
-    champion, _ = gating.opponent(young.workflow, young.lake, desk.registry, desk.champion, later)
+    later = candidate_evaluation.twin_day(young.workflow, desk.champion.trained_day + timedelta(days=9))
+    champion, _ = candidate_evaluation.opponent(young.workflow, young.lake, desk.registry, desk.champion, later)
     assert champion is not None and champion.clean

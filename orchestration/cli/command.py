@@ -19,8 +19,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from orchestration import operations, sandbox
-from orchestration.console import Day, Json, a_day, console, ledger, shown, told, workflow_named
+from orchestration.cli import operations, sandbox
+from orchestration.cli.console import Day, Json, a_day, console, ledger, shown, told, workflow_named
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, help=__doc__)
 
@@ -37,7 +37,7 @@ def init(as_json: Json = False) -> None:
 @app.command()
 def validate(as_json: Json = False) -> None:
     """Read every workflow's folder, try its SQL on empty tables, and say what is wrong: file, place and the way out."""
-    from pipeline import validation
+    from pipeline import workflow_validation
     from pipeline.workflow import load_all
 
     found = load_all()
@@ -45,8 +45,8 @@ def validate(as_json: Json = False) -> None:
         {"workflow": name, "result": "bad", "reasons": why.splitlines()} for name, why in found.refused.items()
     ]
     for workflow in found.workflows:
-        wrong = validation.problems(workflow)
-        notes = [*found.shares.get(workflow.name, ()), *validation.notes(workflow)]
+        wrong = workflow_validation.problems(workflow)
+        notes = [*found.shares.get(workflow.name, ()), *workflow_validation.notes(workflow)]
         row: dict[str, Any] = {"workflow": workflow.name, "result": "bad" if wrong else "good"}
         rows.append({**row, **({"reasons": wrong or notes} if wrong or notes else {})})
     rows.sort(key=lambda row: str(row["workflow"]))
@@ -174,7 +174,7 @@ def _teller(as_json: bool) -> Console:
 @app.command()
 def demo(as_json: Json = False) -> None:
     """Two workflows over seven weeks, on generated data: the whole story, with a closing summary."""
-    from orchestration import demo as story
+    from orchestration.demo import story
 
     summary = story.tell(_teller(as_json))
     if as_json:
@@ -188,7 +188,7 @@ def real(
     as_json: Json = False,
 ) -> None:
     """Both workflows on the real data sets that docs/real_data.md describes, in a state folder of their own."""
-    from orchestration import real_data
+    from orchestration.demo import real_data
 
     found = real_data.run(_teller(as_json), data, only=workflow)
     if as_json:

@@ -20,11 +20,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from sqlalchemy import Connection, func, select
 
-from delivery import chain, tables
-from delivery.database import select_bulk
-from delivery.events import CHAINED, batch_body, body_of, root_of, stored_rows
-from delivery.people import PEOPLE, People, digests_in
-from delivery.records import FINAL, OPEN, Head
+from delivery.ledger import hash_chain, schema
+from delivery.ledger.database import select_bulk
+from delivery.ledger.events import CHAINED, batch_body, body_of, root_of, stored_rows
+from delivery.ledger.pseudonyms import PEOPLE, People, digests_in
+from delivery.ledger.records import FINAL, OPEN, Head
 
 _SAID = 20
 """Problems of one sort that are listed; the rest is counted."""
@@ -161,19 +161,19 @@ def _examine(proof: _Proof, head: Head | None) -> tuple[list[str], int, int, Hea
     for sort, count in proof.said.items():
         if count > _SAID:
             proof.problems.append(f"… and {count - _SAID} more of {sort}")
-    now = Head(len(proof.hashes), proof.hashes[-1]) if proof.hashes else Head(0, chain.NOTHING)
+    now = Head(len(proof.hashes), proof.hashes[-1]) if proof.hashes else Head(0, hash_chain.NOTHING)
     return proof.problems, len(proof.hashes), batches, now
 
 
 def _events(proof: _Proof) -> None:
-    e = tables.events.c
-    previous, last = chain.NOTHING, 0
-    for row in proof.connection.execute(select(tables.events).order_by(e.seq)):
+    e = schema.events.c
+    previous, last = hash_chain.NOTHING, 0
+    for row in proof.connection.execute(select(schema.events).order_by(e.seq)):
         if row.seq != last + 1:
             proof.wrong("events", f"event {last + 1} is missing: {last} is followed by {row.seq}")
         elif row.previous != previous:
             proof.wrong("events", f"event {row.seq} does not follow on event {last}: its predecessor has another hash")
-        if chain.event_hash(row.previous, row.seq, row.at, row.kind, row.body) != row.hash:
+        if hash_chain.event_hash(row.previous, row.seq, row.at, row.kind, row.body) != row.hash:
             proof.wrong("events", f"event {row.seq} ({row.kind}) was changed: its hash is another one")
         last, previous = row.seq, row.hash
         proof.hashes.append(row.hash)
@@ -205,7 +205,7 @@ def _fold(proof: _Proof, seq: int, kind: str, body: Mapping[str, Any]) -> None:
         elif kind == "push ended":
             one.roots = {name: body[name] for name in ("deliveries", "attempts", "conflicts")}
             if body["complete"]:
-                one.delivery, one.counts = "COMPLETE", chain.canonical(body["counts"])
+                one.delivery, one.counts = "COMPLETE", hash_chain.canonical(body["counts"])
 
 
 def _head(proof: _Proof, head: Head) -> None:
@@ -236,7 +236,7 @@ def _chained(proof: _Proof, kind: str) -> None:
             body = {**body, "reason": proof.text(body["reason"])}
         if kind == "approver" and row.secret_hash is None and latest[row.approver] != row.seq:
             mine["secret_hash"] = body.get("secret_hash")  # erased when it was replaced
-        if chain.canonical(mine) != chain.canonical(body):
+        if hash_chain.canonical(mine) != hash_chain.canonical(body):
             proof.wrong(table.name, f"{table.name}: row {row.seq} was changed: its event says otherwise")
     for seq in told:
         proof.wrong(table.name, f"{table.name}: row {seq} was deleted: event {seq} tells of it")
@@ -244,7 +244,7 @@ def _chained(proof: _Proof, kind: str) -> None:
 
 def _batches(proof: _Proof) -> int:
     told = dict(proof.events["batch"])
-    rows = proof.connection.execute(select(tables.batches).order_by(tables.batches.c.sequence)).all()
+    rows = proof.connection.execute(select(schema.batches).order_by(schema.batches.c.sequence)).all()
     for row in rows:
         where = f"batch {row.batch_id}"
         body = told.pop(row.seq, None)
@@ -255,7 +255,7 @@ def _batches(proof: _Proof) -> int:
             proof.ids[row.sequence] = row.batch_id
             values = {k: row._mapping[k] for k in body if k in row._mapping}
             recorded = {**body, "findings": proof.text(body["findings"])}
-            if chain.canonical(batch_body(values, proof.people)) != chain.canonical(recorded):
+            if hash_chain.canonical(batch_body(values, proof.people)) != hash_chain.canonical(recorded):
                 proof.wrong("batches", f"{where} was changed: event {row.seq} says otherwise")
             events = proof.pushed[row.batch_id]
             for name in ("delivery", "system", "superseded_by", "counts", "retired"):
@@ -274,7 +274,7 @@ def _batches(proof: _Proof) -> int:
 
 def _rows(proof: _Proof, where: str, sequence: int, body: Mapping[str, Any], events: _Pushed) -> None:
     """Everything of one batch, each table read once."""
-    decided = stored_rows(proof.connection, tables.decisions, sequence)
+    decided = stored_rows(proof.connection, schema.decisions, sequence)
     if events.retired:
         if decided.num_rows:
             proof.wrong(
@@ -289,7 +289,7 @@ def _rows(proof: _Proof, where: str, sequence: int, body: Mapping[str, Any], eve
         )
     pushed = {
         table.name: stored_rows(proof.connection, table, sequence, with_words=True)
-        for table in (tables.deliveries, tables.attempts, tables.conflicts)
+        for table in (schema.deliveries, schema.attempts, schema.conflicts)
     }
     delivered = pushed["deliveries"]
     back = pc.is_in(decided["n"], pa.array(sorted(events.taken_back), decided["n"].type))
@@ -409,14 +409,14 @@ def _newest(proofs: Sequence[pa.Table]) -> pa.Table:
 
 
 def _orphans(proof: _Proof) -> None:
-    known = select(tables.batches.c.sequence)
+    known = select(schema.batches.c.sequence)
     for table in (
-        tables.decisions,
-        tables.deliveries,
-        tables.attempts,
-        tables.conflicts,
-        tables.acknowledged,
-        tables.retired_values,
+        schema.decisions,
+        schema.deliveries,
+        schema.attempts,
+        schema.conflicts,
+        schema.acknowledged,
+        schema.retired_values,
     ):
         count = proof.connection.execute(
             select(func.count()).select_from(table).where(table.c.sequence.not_in(known))
@@ -427,13 +427,13 @@ def _orphans(proof: _Proof) -> None:
 
 def _acknowledged(proof: _Proof) -> None:
     """Each entity's row is the newest proof that any delivery of ours gives, or gave before a retention removed it."""
-    kept = stored_rows(proof.connection, tables.retired_values)
+    kept = stored_rows(proof.connection, schema.retired_values)
     if root_of(kept) != (proof.kept["values_root"] if proof.kept is not None else root_of(kept.slice(0, 0))):
         proof.wrong(
             "retired_values",
             "retired_values: what stood of batches that a retention removed was changed since: the Merkle root is another one",
         )
-    stands = stored_rows(proof.connection, tables.acknowledged).select(_PROVED)
+    stands = stored_rows(proof.connection, schema.acknowledged).select(_PROVED)
     for column in ("entity", "target"):
         proof.mention("acknowledged", stands[column])
     newest = _newest([kept.select(_PROVED), *proof.proofs])
@@ -495,7 +495,7 @@ def _mentions(proof: _Proof) -> None:
 
 
 def _leases(proof: _Proof) -> None:
-    fences = {row.system: row.fence for row in proof.connection.execute(select(tables.leases))}
+    fences = {row.system: row.fence for row in proof.connection.execute(select(schema.leases))}
     for system, fence in proof.fences.items():
         if fences.get(system, 0) < fence:
             proof.wrong("leases", f"leases: {system} had the lease {fence}, and stands at {fences.get(system, 0)}")
@@ -503,5 +503,5 @@ def _leases(proof: _Proof) -> None:
 
 def _meta(proof: _Proof) -> None:
     right = {"key": proof.people.digest("ledger", "key"), "chain": "lock"}
-    if {row.name: row.value for row in proof.connection.execute(select(tables.meta))} != right:
+    if {row.name: row.value for row in proof.connection.execute(select(schema.meta))} != right:
         proof.wrong("meta", "meta: what says which key the ledger was made with was changed")

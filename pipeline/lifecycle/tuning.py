@@ -24,8 +24,7 @@ from models.training import distillation, fit, search
 from pipeline import point_in_time
 from pipeline.decisions import scoring
 from pipeline.lake import Lake
-from pipeline.lifecycle import gate as gating
-from pipeline.lifecycle import promotion, registration, state
+from pipeline.lifecycle import candidate_evaluation, promotion, registration, state
 from pipeline.settings import home
 from pipeline.workflow import Workflow
 
@@ -73,7 +72,7 @@ def tune(
         return search.untuned(spec, note)
     how: dict[str, Any] = {
         "metric": training.metric, "better": training.better, "seed": scoring.SEED, "device": device,
-        "threads": gating.THREADS, "progress": lambda p: say(f"search: {p}"),
+        "threads": candidate_evaluation.THREADS, "progress": lambda p: say(f"search: {p}"),
     }  # fmt: skip
     learner = catalog.learner(workflow.model.kind)
     if training.search is not None:
@@ -88,7 +87,7 @@ def student(
     registry: Registry,
     ledger: Ledger,
     lake: Lake,
-    held: gating.Held,
+    held: candidate_evaluation.Held,
     learn: pa.Table,
     made: Version,
     *,
@@ -109,7 +108,7 @@ def student(
         return ""
     if workflow.model.kind not in distillation.KINDS:
         return f"No student was trained: {catalog.why_not(workflow.model.kind, 'distillation')}."
-    champion = gating.champion_of(workflow, registry, ledger, day)
+    champion = candidate_evaluation.champion_of(workflow, registry, ledger, day)
     teacher_version = champion
     try:
         if champion is None or distillation.RECIPE in registry.recipe(champion):
@@ -122,7 +121,7 @@ def student(
     recipe[distillation.RECIPE] = training.distill.model_dump(mode="json", exclude={"promote"})
     clean = teacher_version.trained_day <= held.split
     base = catalog.learner(workflow.model.kind)
-    other, note = gating.opponent(workflow, lake, registry, champion, held.split)
+    other, note = candidate_evaluation.opponent(workflow, lake, registry, champion, held.split)
     fitted = fit.fit_and_judge(
         learn,
         held.early,
@@ -133,7 +132,8 @@ def student(
         spec=recipe,
         day=day,
         decided=held.decided,
-        **gating.asked(workflow, device) | {"rule": distillation.unaware(catalog.rule(workflow.model.kind))},
+        **candidate_evaluation.asked(workflow, device)
+        | {"rule": distillation.unaware(catalog.rule(workflow.model.kind))},
     )
     agrees = distillation.agreement(teacher, fitted.model, held.rows if held.rows.num_rows else learn)
     facts = {

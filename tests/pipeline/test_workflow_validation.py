@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from models import catalog
-from pipeline import point_in_time, validation
-from pipeline.decisions import acting, scoring
+from pipeline import point_in_time, workflow_validation
+from pipeline.decisions import in_effect, scoring
 from pipeline.workflow import ENGINE_COLUMNS, FOLDER, WorkflowInvalid, load
 
 Edit = Callable[[Path], None]
@@ -225,7 +225,7 @@ MISTAKES = [
 
 def said(folder: Path) -> list[str]:
     try:
-        return validation.problems(load(folder))
+        return workflow_validation.problems(load(folder))
     except WorkflowInvalid as error:
         return str(error).splitlines()
 
@@ -244,8 +244,8 @@ def test_a_mistake_is_found_with_its_place_and_the_way_out(tmp_path: Path, mista
 @pytest.mark.parametrize("name", ["ad_budget", "ticket_priority"])
 def test_the_shipped_workflows_read_good(name: str) -> None:
     workflow = load(FOLDER / name)
-    assert validation.problems(workflow) == []
-    assert validation.notes(workflow) == []
+    assert workflow_validation.problems(workflow) == []
+    assert workflow_validation.notes(workflow) == []
 
 
 DAYS_ROW = """SELECT line_id AS entity_id, campaign, segment, format, placement, CAST(cost * 1e6 AS BIGINT) AS budget_micros
@@ -273,7 +273,7 @@ def test_a_source_of_one_row_a_day_raises_no_alarm_of_two(
     folder = Path(shutil.copytree(FOLDER / "ad_budget", tmp_path / "ad_budget"))
     contract("events.unique", unique)(folder)
     (folder / "features.sql").write_text(sql)
-    found, notes = validation._repeated(load(folder), "features.sql", "features")
+    found, notes = workflow_validation._repeated(load(folder), "features.sql", "features")
     assert (bool(found), notes) == (told, [])
 
 
@@ -295,8 +295,8 @@ def test_what_cannot_be_known_without_data_is_said(tmp_path: Path) -> None:
     put("sources.export.format", "parquet")(folder)
     swap("sources/export.sql", "parse_time(date, '%Y-%m-%d')", "date + INTERVAL 1 DAY")(folder)
     workflow = load(folder)
-    assert validation.problems(workflow, today=TODAY) == []
-    told = "\n".join(validation.notes(workflow, today=TODAY))
+    assert workflow_validation.problems(workflow, today=TODAY) == []
+    told = "\n".join(workflow_validation.notes(workflow, today=TODAY))
     assert (
         "no day can be run before" in told and "sources.export" in told and "stands twice shows with data only" in told
     )
@@ -305,9 +305,9 @@ def test_what_cannot_be_known_without_data_is_said(tmp_path: Path) -> None:
 def test_a_source_that_declares_no_columns_is_bound_by_those_that_it_reads(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(FOLDER / "ad_budget", tmp_path / "ad_budget"))
     put("sources.export.columns", None)(folder)
-    assert validation.problems(load(folder)) == []
+    assert workflow_validation.problems(load(folder)) == []
     swap("sources/export.sql", "clicks,", "nosuch(clicks) AS clicks,")(folder)
-    assert "nosuch" in validation.problems(load(folder))[0]
+    assert "nosuch" in workflow_validation.problems(load(folder))[0]
 
 
 def test_a_priority_that_the_system_has_no_name_for_is_found(tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def test_a_priority_that_the_system_has_no_name_for_is_found(tmp_path: Path) -> 
         "names": {1: "high", 2: "low"},
     }
     put("delivery.connector", named)(folder)
-    found = validation.problems(load(folder))
+    found = workflow_validation.problems(load(folder))
     assert [line for line in found if "cannot write 3" in line and "guardrails.levels" in line], found
 
 
@@ -363,7 +363,7 @@ def test_what_a_candidate_may_be_judged_by_is_measured_of_model_and_rule(
 @pytest.mark.parametrize("table", ["events", "features", "outcomes", "training_set"])
 def test_the_names_that_are_reserved_are_those_that_the_engine_adds(ads: Any, table: str) -> None:
     workflow, lake = ads.workflow, ads.lake
-    own = validation._events(workflow)
+    own = workflow_validation._events(workflow)
     if table == "events":
         written = set(lake.read(workflow.table("events"), days=[]).schema.names)
         assert written - set(workflow.contract.events.columns) == set(ENGINE_COLUMNS["events"])
@@ -371,15 +371,16 @@ def test_the_names_that_are_reserved_are_those_that_the_engine_adds(ads: Any, ta
         return
     wrong: list[str] = []
     features, outcomes = (
-        validation._yields(workflow, path, own, wrong) for path in (workflow.features.sql, workflow.outcomes.sql)
+        workflow_validation._yields(workflow, path, own, wrong)
+        for path in (workflow.features.sql, workflow.outcomes.sql)
     )
     assert features is not None and outcomes is not None and not wrong
     if table == "training_set":
         made = point_in_time.training_set(workflow, lake, ads.last).schema.names
-        assert made == validation._training_set(workflow, features, outcomes)[0].names
+        assert made == workflow_validation._training_set(workflow, features, outcomes)[0].names
         return
     mine = features if table == "features" else outcomes
     assert set(lake.read(workflow.table(table), days=[]).schema.names) - set(mine.names) <= set(ENGINE_COLUMNS[table])
-    assert set(acting.DECIDED.names) - {"entity_id", "perturbation_probability", "decided_at"} <= set(
+    assert set(in_effect.DECIDED.names) - {"entity_id", "perturbation_probability", "decided_at"} <= set(
         ENGINE_COLUMNS["outcomes"]
     )

@@ -1,7 +1,7 @@
 """Sends a batch downstream and proves by read-back that it is there: the heart of the product.
 
-Belongs here: the steps of a push, what may be sent when, the dry run. Does not: what one reading means (``delivery.judging``),
-money (``delivery.pools``), pace (``delivery.pacing``), how any one system is called (``delivery.connectors``).
+Belongs here: the steps of a push, what may be sent when, the dry run. Does not: what one reading means (``delivery.push.reconciliation``),
+money (``delivery.push.pools``), pace (``delivery.push.rate_limit``), how any one system is called (``delivery.connectors``).
 
 Every send is in the ledger before it goes out, so that a process may be killed at any instant: what was in flight is found
 again and resolved by reading. Values are absolute, in the unit of the decision. Durations are measured on a monotonic clock.
@@ -25,7 +25,6 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, Literal, ParamSpec, TypeVar
 
-from delivery import judging, pools
 from delivery.connectors.base import (
     Capabilities,
     Change,
@@ -38,7 +37,6 @@ from delivery.connectors.base import (
     mapping_of,
     on_another_version,
 )
-from delivery.judging import Final, Gone, Item, Judgement, Send, Third, Wait
 from delivery.ledger import (
     OPEN,
     Attempt,
@@ -53,8 +51,10 @@ from delivery.ledger import (
     utc_now,
 )  # fmt: skip
 from delivery.limits import Limits
-from delivery.pacing import Backoff, Breaker, Bucket, Pause
-from delivery.reports import (
+from delivery.push import pools, reconciliation
+from delivery.push.rate_limit import Backoff, Breaker, Bucket, Pause
+from delivery.push.reconciliation import Final, Gone, Item, Judgement, Send, Third, Wait
+from delivery.push.types import (  # fmt: skip
     Blocked,
     Changed,
     Diff,
@@ -66,12 +66,7 @@ from delivery.reports import (
     Refused,
     Report,
     Stopped,
-)  # fmt: skip
-
-__all__ = [
-    "Blocked", "Changed", "Diff", "DiffRow", "NotApproved", "Progress", "PushError", "PushSettings", "Refused", "Report", "Stopped",
-    "dry_run", "idempotency_key", "push", "resolve",
-]  # fmt: skip
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -382,7 +377,7 @@ class _Push:
         self.halt = threading.Event()
         self.system = connector.system
         self.workers = ThreadPoolExecutor(settings.concurrency, thread_name_prefix="push")
-        self.owners = judging.Owners()
+        self.owners = reconciliation.Owners()
         self.lock = threading.Lock()
         self.began = monotonic()
         self.moved = self.began
@@ -570,7 +565,7 @@ class _Push:
             for item in sharing:
                 reading = readings[item.key]
                 item.clear_at, item.target = 0.0, target
-                judged = judging.judge(item, reading, at=self.monotonic(), stale_s=0.0)
+                judged = reconciliation.judge(item, reading, at=self.monotonic(), stale_s=0.0)
                 if isinstance(judged, Final):
                     rows.append(_row(item, reading, judged.state, judged.says))
                 elif isinstance(judged, Send):
@@ -1085,7 +1080,7 @@ class _Push:
                 if isinstance(judgement, Send):
                     judgement = self._spent(item, reading)
                 if isinstance(judgement, Final):
-                    done.final, done.verified_at = judging.with_beside(item, judgement, reading), verified_at
+                    done.final, done.verified_at = reconciliation.with_beside(item, judgement, reading), verified_at
                 elif isinstance(judgement, Gone):
                     done.until, done.window, done.says = float("inf"), False, judgement.says
                 elif isinstance(judgement, Wait):
@@ -1099,7 +1094,7 @@ class _Push:
                     done.window = self._patient(item, at)
                     done.until = max(at, item.clear_at) if done.window else float("inf")
                 elif id(item) in sent:
-                    self._later([item], dones, None, f"answered, and still shows {judging.shown(reading)}")
+                    self._later([item], dones, None, f"answered, and still shows {reconciliation.shown(reading)}")
                 else:
                     sends.append((item, reading))
             if not sends:
@@ -1193,7 +1188,9 @@ class _Push:
         )  # fmt: skip
 
     def _judge(self, item: Item, reading: Reading, at: float | None = None) -> Judgement:
-        return judging.judge(item, reading, at=self.monotonic() if at is None else at, stale_s=self.can.stale_reads_s)
+        return reconciliation.judge(
+            item, reading, at=self.monotonic() if at is None else at, stale_s=self.can.stale_reads_s
+        )
 
     def _history(self, judged: Sequence[tuple[Item, Reading, Judgement]]) -> dict[str, list[Change]] | None:
         """The changes of those whose judgement needs them; None where the system keeps none."""
@@ -1223,26 +1220,28 @@ class _Push:
             return replace(judgement, says=f"{judgement.says}; the workflow {theirs[1]} has set it")
         own = None if changes is None else changes.get(item.key)
         if isinstance(judgement, Third):
-            judgement = judging.third(item, reading, own)
+            judgement = reconciliation.third(item, reading, own)
         if own is None:
             return judgement
-        if isinstance(judgement, Send) and item.maybe and judging.set_back(item, own):
-            judgement = judging.conflict(item, reading.value, f"{judging.shown(reading)} was set again after our write")
+        if isinstance(judgement, Send) and item.maybe and reconciliation.set_back(item, own):
+            judgement = reconciliation.conflict(
+                item, reading.value, f"{reconciliation.shown(reading)} was set again after our write"
+            )
         if isinstance(judgement, Final) and not self.can.conditional_write:
-            return judging.with_lost(item, judgement, own)
+            return reconciliation.with_lost(item, judgement, own)
         return judgement
 
     def _spent(self, item: Item, reading: Reading) -> Judgement:
         """Whether another write of the same value is worth it."""
         if item.conflicts >= CONFLICTS_IN_A_ROW * self.settings.attempts:
-            says = f"shows {judging.shown(reading)}, and the system says at every write that it was changed"
-            return judging.conflict(item, reading.value, says)
+            says = f"shows {reconciliation.shown(reading)}, and the system says at every write that it was changed"
+            return reconciliation.conflict(item, reading.value, says)
         if item.tries >= self.settings.attempts:
             if item.accepted:
-                return judging.ignored(item, reading, self.can.stale_reads_s)
+                return reconciliation.ignored(item, reading, self.can.stale_reads_s)
             if self.accepted > item.started_before:
                 # Others are taken, this one never gets an answer: it is this one and not the system.
-                says = f"no answer to {item.tries} writes while others got one, still shows {judging.shown(reading)}"
+                says = f"no answer to {item.tries} writes while others got one, still shows {reconciliation.shown(reading)}"
                 return Final("REJECTED", f"{says} ({item.answered})" if item.answered else says, reading.value)
         return Send(reading)
 
@@ -1505,7 +1504,7 @@ def _report(ledger: Ledger, connector: Connector, batch: BatchRow, why: str) -> 
         told = (d.entity or "(erased)", d.says or "")
         if d.state != "ACKED":
             rest[d.state].append(told)
-        elif judging.BESIDE in told[1]:
+        elif reconciliation.BESIDE in told[1]:
             beside.append(told)
     return Report(
         batch.batch_id, connector.system, batch.delivery == "COMPLETE", dict(batch.counts),

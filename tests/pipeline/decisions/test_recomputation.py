@@ -15,7 +15,7 @@ import pytest
 from delivery.ledger import BatchRow, Ledger
 from models.registry import Registry
 from pipeline import dispatch, provenance
-from pipeline.decisions import decide, facts, scoring
+from pipeline.decisions import decide, recomputation, scoring
 from tests.conftest import Bench
 from tests.support.fakes import Clock, FakeSystem
 from tests.support.ledgers import new_batch
@@ -52,9 +52,9 @@ def row(sequence: int = 1, delivery: str = "NONE", backfill: bool = False, **cou
     ],
 )
 def test_what_a_day_is_follows_from_its_batches_and_the_hour(
-    batches: list[BatchRow], now: datetime, state: facts.DayState
+    batches: list[BatchRow], now: datetime, state: recomputation.DayState
 ) -> None:
-    assert facts.state_of(DAY, batches, now) == state
+    assert recomputation.state_of(DAY, batches, now) == state
 
 
 @pytest.mark.parametrize(
@@ -68,9 +68,9 @@ def test_what_a_day_is_follows_from_its_batches_and_the_hour(
     ],
 )
 def test_a_fact_is_decided_anew_only_while_its_effect_lasts_and_only_when_asked(
-    state: facts.DayState, unasked: bool, again: bool
+    state: recomputation.DayState, unasked: bool, again: bool
 ) -> None:
-    assert facts.decides(state, again=False) == unasked and facts.decides(state, again=again) == again
+    assert recomputation.decides(state, again=False) == unasked and recomputation.decides(state, again=again) == again
 
 
 @pytest.fixture
@@ -90,9 +90,9 @@ def recorded(bench: Bench, registry: Registry, book: Ledger, now: datetime | Non
     return made
 
 
-def compared(bench: Bench, registry: Registry, book: Ledger, made: BatchRow) -> facts.Compared:
+def compared(bench: Bench, registry: Registry, book: Ledger, made: BatchRow) -> recomputation.Compared:
     before = {t: bench.lake.version(bench.workflow.table(t)) for t in TABLES}
-    found = facts.compare(bench.workflow, bench.lake, registry, book, made)
+    found = recomputation.compare(bench.workflow, bench.lake, registry, book, made)
     after = {t: bench.lake.version(bench.workflow.table(t)) for t in TABLES}
     assert after == before, "something was written"
     return found
@@ -197,7 +197,7 @@ def test_a_difference_without_a_cause_is_said_to_be_one(
     monkeypatch.setattr(decide, "decide", fickle)
     found = compared(bench, registry, book, made)
     assert found.unexplained == found.differing > 0 and not found.causes
-    assert facts.NO_CAUSE in found.says and found.first["why"][0].as_py() == facts.NO_CAUSE
+    assert recomputation.NO_CAUSE in found.says and found.first["why"][0].as_py() == recomputation.NO_CAUSE
     assert found.first["differs_in"][0].as_py() == "expected_gain"
 
 
@@ -207,7 +207,7 @@ def test_what_cannot_be_recomputed_says_why(bench: Bench, registry: Registry, bo
     bench.lake.replace_days(table, bench.lake.read(table, days=[bench.last]).slice(0, 0), [bench.last])
     found = compared(bench, registry, book, made)
     assert not found.equal and not found.unexplained and f"no features of {bench.last}" in found.says
-    retired = facts.compare(bench.workflow, bench.lake, registry, book, replace(made, retired=True))
+    retired = recomputation.compare(bench.workflow, bench.lake, registry, book, replace(made, retired=True))
     assert "retention" in retired.says and not retired.equal
 
 
@@ -229,9 +229,9 @@ def test_the_batch_that_acted_is_compared_and_not_a_newer_one(bench: Bench, regi
     dispatch.deliver(bench.workflow, book, system, status, run_id="r", clock=clock, sleep=clock.sleep)
     registry.step_back(bench.workflow.name, 2, "to decide otherwise")
     newer = recorded(bench, registry, book)
-    found = facts.today(bench.workflow, book, bench.last, bench.morning(bench.last, 6))
+    found = recomputation.today(bench.workflow, book, bench.last, bench.morning(bench.last, 6))
     assert newer.batch_id != made.batch_id and found.state == "sent" and not found.decides
     assert found.recorded is not None and found.recorded.batch_id == made.batch_id
     assert "--again" in found.says and made.batch_id in found.says
-    asked = facts.today(bench.workflow, book, bench.last, bench.morning(bench.last, 6), again=True)
+    asked = recomputation.today(bench.workflow, book, bench.last, bench.morning(bench.last, 6), again=True)
     assert asked.decides and asked.asked

@@ -17,8 +17,7 @@ from models.registry import CHAMPION, Registry
 from models.training import distillation, fit, search
 from pipeline import point_in_time
 from pipeline.decisions import scoring
-from pipeline.lifecycle import gate, state
-from pipeline.lifecycle import search as tuning
+from pipeline.lifecycle import candidate_evaluation, state, tuning
 from pipeline.workflow import Promotion, Training
 from tests.conftest import Bench
 
@@ -112,7 +111,7 @@ def test_search_and_early_stopping_together_are_refused(ads: Bench) -> None:
 def train(bench: Bench, registry: Registry, ledger: Ledger, day: date) -> tuple[Any, str]:
     """What the stage does after a candidate was registered."""
     rows = point_in_time.ordered(point_in_time.training_set(bench.workflow, bench.lake, day), "day")
-    held = gate.held_out(bench.workflow, bench.lake, day, rows)
+    held = candidate_evaluation.held_out(bench.workflow, bench.lake, day, rows)
     learn = point_in_time.rows_where(rows, bench.workflow.training.train_on)
     made = registry.by_alias(bench.workflow.name, CHAMPION)
     assert made is not None
@@ -164,12 +163,12 @@ def test_a_student_is_judged_registered_and_admitted_as_asked(
     files = empty_registry.load(student)
     expected = distillation.distill(
         catalog.learner("response").from_files(empty_registry.load(teacher)), learn, {"rounds": 20},
-        seed=scoring.SEED, device="cpu", threads=gate.THREADS,
+        seed=scoring.SEED, device="cpu", threads=candidate_evaluation.THREADS,
     )  # fmt: skip
     assert files["level.txt"] == expected.files()["level.txt"]
     # and the next candidate can be compared with it: its recipe fits, teacher first
-    split = gate.twin_day(bench.workflow, bench.last + timedelta(days=1))
-    champion, _ = gate.opponent(bench.workflow, bench.lake, empty_registry, student, split)
+    split = candidate_evaluation.twin_day(bench.workflow, bench.last + timedelta(days=1))
+    champion, _ = candidate_evaluation.opponent(bench.workflow, bench.lake, empty_registry, student, split)
     twin, why = fit.champions_twin(champion, catalog.learner("response"), {"seed": 1, "device": "cpu", "threads": 1})
     assert twin is not None and twin.booster.num_trees() == 20, why  # type: ignore[attr-defined]
 
@@ -182,7 +181,7 @@ def test_a_student_never_teaches_and_without_a_champion_there_is_none(
     monkeypatch.setattr(Registry, "recipe", lambda self, v: {**scoring.learner_spec(bench.workflow), "distill": {}})
     failed = teacher.__class__(**{**vars(teacher), "passed": False})
     rows = point_in_time.training_set(bench.workflow, bench.lake, bench.last)
-    held = gate.held_out(bench.workflow, bench.lake, bench.last, rows)
+    held = candidate_evaluation.held_out(bench.workflow, bench.lake, bench.last, rows)
     said = tuning.student(
         bench.workflow, empty_registry, ledger, bench.lake, held, rows, failed, day=bench.last, device="cpu", run="r"
     )

@@ -1,7 +1,7 @@
 """Hashes that make the ledger tamper-evident: the chain over events and the Merkle tree over rows. Pure functions.
 
 Belongs here: canonical text, leaf and node hashing, roots and proofs. Does not: reading or writing a database, and what the
-events mean (``delivery.events``, ``delivery.verify``). Canonical JSON is RFC 8785, the tree is that of RFC 6962, section 2.1.
+events mean (``delivery.ledger.events``, ``delivery.ledger.verify``). Canonical JSON is RFC 8785, the tree is that of RFC 6962, section 2.1.
 """
 
 from __future__ import annotations

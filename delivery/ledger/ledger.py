@@ -17,14 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from sqlalchemy import Connection, Engine, Row, Table, and_, bindparam, delete, func, insert, or_, select, text, update
 
-from delivery import chain, tables, verify
-from delivery.database import (
+from delivery.ledger import hash_chain, schema, verify
+from delivery.ledger.database import (  # fmt: skip
     DaySent,
     Fenced,
     LedgerError,
     LedgerMismatch,
-    LedgerNewer,
-    LedgerUnavailable,
     Unknown,
     chunks,
     engine_for,
@@ -35,12 +33,11 @@ from delivery.database import (
     reading,
     select_bulk,
     writing,
-)  # fmt: skip
-from delivery.events import CHAINED, WORDS, batch_body, body_of, root_of, roots, stored_rows
-from delivery.leases import ABANDONED, Busy, Holder, Lease
-from delivery.people import MARK, PEOPLE, People, digests_in, eraser, in_texts, unsealed
-from delivery.records import (
-    ACTED,
+)
+from delivery.ledger.events import CHAINED, WORDS, batch_body, body_of, root_of, roots, stored_rows
+from delivery.ledger.leases import ABANDONED, Busy, Holder, Lease
+from delivery.ledger.pseudonyms import MARK, PEOPLE, People, digests_in, eraser, in_texts, unsealed
+from delivery.ledger.records import (  # fmt: skip
     FINAL,
     OPEN,
     Acknowledged,
@@ -58,18 +55,10 @@ from delivery.records import (
     Promotion,
     Result,
     Rollback,
-    State,
     Switch,
     Verdict,
     generation,
-)  # fmt: skip
-
-__all__ = [
-    "ACTED", "FINAL", "OPEN", "Acknowledged", "Approval", "Approver", "Attempt", "AttemptRow", "BatchRow", "Busy", "Conflict",
-    "DaySent", "Delivery", "Event", "Fenced", "Head", "Holder", "Lease", "Ledger", "LedgerError", "LedgerMismatch", "LedgerNewer",
-    "LedgerUnavailable", "Leftover", "NewBatch", "Promotion", "Result", "Rollback", "State", "Switch", "Unknown", "Verdict", "generation",
-    "utc_now",
-]  # fmt: skip
+)
 
 _OWN = frozenset({*CHAINED, "batch", "push begun", "push ended", "taken back", "superseded", "forgotten", "retention"})
 _JSON = frozenset({"evidence"})
@@ -117,7 +106,7 @@ class Ledger:
     def _claim(self) -> None:
         """The ledger belongs to the key that it was made with."""
         mine = self.people.digest("ledger", "key")
-        found = select(tables.meta.c.value).where(tables.meta.c.name == "key")
+        found = select(schema.meta.c.value).where(schema.meta.c.name == "key")
         with reading(self.engine) as connection:
             stands = connection.execute(found).scalar()
         if stands is None:
@@ -148,23 +137,23 @@ class Ledger:
     def _lock(self, connection: Connection) -> None:
         """One appender at a time; SQLite has only one writer anyway."""
         if not is_sqlite(connection):
-            connection.execute(select(tables.meta.c.value).where(tables.meta.c.name == "chain").with_for_update())
+            connection.execute(select(schema.meta.c.value).where(schema.meta.c.name == "chain").with_for_update())
 
     def _append(self, connection: Connection, kind: str, body: Mapping[str, Any], at: datetime | None = None) -> int:
         """Add an event and return its number."""
         self._lock(connection)
         sealed, mapping = self.people.sealed(body)
         self._remember(connection, mapping)
-        canonical = chain.canonical(sealed)
-        e = tables.events.c
+        canonical = hash_chain.canonical(sealed)
+        e = schema.events.c
         last = connection.execute(select(e.seq, e.hash).order_by(e.seq.desc()).limit(1)).first()
-        seq, previous = (last.seq + 1, last.hash) if last else (1, chain.NOTHING)
+        seq, previous = (last.seq + 1, last.hash) if last else (1, hash_chain.NOTHING)
         at = at or self.clock()
         connection.execute(
-            insert(tables.events),
+            insert(schema.events),
             {
                 "seq": seq, "at": at, "kind": kind, "body": canonical, "previous": previous,
-                "hash": chain.event_hash(previous, seq, at, kind, canonical),
+                "hash": hash_chain.event_hash(previous, seq, at, kind, canonical),
             },
         )  # fmt: skip
         return int(seq)
@@ -174,7 +163,7 @@ class Ledger:
         table = CHAINED[kind]
         seq = self._append(connection, kind, body_of(values, self.people), values["at"])
         row = {k: self.people.digest(PEOPLE[k], v) if k in PEOPLE else v for k, v in values.items()}
-        row |= {k: chain.canonical(self.people.sealed({k: row[k]})[0][k]) for k in _JSON & row.keys()}
+        row |= {k: hash_chain.canonical(self.people.sealed({k: row[k]})[0][k]) for k in _JSON & row.keys()}
         connection.execute(insert(table), {"seq": seq, **row})
         return seq
 
@@ -189,7 +178,7 @@ class Ledger:
     def _names(self, connection: Connection, digests: Iterable[str | None]) -> dict[str | None, str]:
         known: dict[str | None, str] = {}
         for some in chunks({d for d in digests if d}):
-            n = tables.names.c
+            n = schema.names.c
             found = connection.execute(select(n.digest, n.name).where(n.digest.in_(some)))
             known |= {row.digest: row.name for row in found}
         return known
@@ -209,9 +198,9 @@ class Ledger:
     @plainly
     def events(self, kind: str | None = None, workflow: str | None = None) -> list[Event]:
         """The chain's events, oldest first, of one kind or one workflow."""
-        query = select(tables.events).order_by(tables.events.c.seq)
+        query = select(schema.events).order_by(schema.events.c.seq)
         if kind is not None:
-            query = query.where(tables.events.c.kind == kind)
+            query = query.where(schema.events.c.kind == kind)
         with reading(self.engine) as connection:
             rows = [(row, json.loads(row.body)) for row in connection.execute(query)]
             rows = [(row, body) for row, body in rows if workflow is None or body.get("workflow") == workflow]
@@ -233,10 +222,10 @@ class Ledger:
     @plainly
     def head(self) -> Head:
         """The last link, to be kept elsewhere."""
-        e = tables.events.c
+        e = schema.events.c
         with reading(self.engine) as connection:
             last = connection.execute(select(e.seq, e.hash).order_by(e.seq.desc()).limit(1)).first()
-        return Head(last.seq, last.hash) if last else Head(0, chain.NOTHING)
+        return Head(last.seq, last.hash) if last else Head(0, hash_chain.NOTHING)
 
     @plainly
     def verify(self, *, head: Head | None = None) -> Verdict:
@@ -258,12 +247,12 @@ class Ledger:
         between the look at a day and its record a push may begin.
         """
         stored, mapping = self._stored(new, decisions)
-        root = chain.merkle_root(chain.leaf_hashes(stored))
+        root = hash_chain.merkle_root(hash_chain.leaf_hashes(stored))
         changed = pc.sum(stored["changed"]).as_py() or 0
-        b = tables.batches.c
+        b = schema.batches.c
         with writing(self.engine) as connection, connection.begin():
             self._lock(connection)
-            row = connection.execute(select(tables.batches).where(b.batch_id == new.batch_id)).first()
+            row = connection.execute(select(schema.batches).where(b.batch_id == new.batch_id)).first()
             if row is not None and (row.digest, row.root) != (new.digest, root):
                 raise LedgerMismatch(
                     f"batch {new.batch_id} stands in the ledger with another content: a batch is recorded once; "
@@ -277,7 +266,7 @@ class Ledger:
                 new = replace(new, batch_id=f"{row.batch_id}.{number}")
                 ids = pc.binary_join_element_wise(stored["decision_id"], str(number), ".")
                 stored = stored.set_column(stored.schema.get_field_index("decision_id"), "decision_id", ids)
-                root = chain.merkle_root(chain.leaf_hashes(stored))
+                root = hash_chain.merkle_root(hash_chain.leaf_hashes(stored))
             if unless_sent:
                 self._not_sent(connection, new)
             last = connection.execute(select(func.max(b.sequence))).scalar() or 0
@@ -285,8 +274,8 @@ class Ledger:
             return self._batch(connection, new.batch_id)
 
     def _not_sent(self, connection: Connection, new: NewBatch) -> None:
-        b = tables.batches.c
-        day = select(tables.batches).where(b.workflow == new.workflow, b.day == new.day, b.kind == "decision")
+        b = schema.batches.c
+        day = select(schema.batches).where(b.workflow == new.workflow, b.day == new.day, b.kind == "decision")
         for one in self._rows(connection, connection.execute(day).all()):
             if one.acted or one.delivery == "OPEN":
                 raise DaySent(
@@ -299,9 +288,9 @@ class Ledger:
         """The last time that the content of a batch was decided; a rollback is made once for the batch that it takes back."""
         if row.kind != "decision":
             return row
-        b = tables.batches.c
+        b = schema.batches.c
         same = connection.execute(
-            select(tables.batches).where(
+            select(schema.batches).where(
                 b.workflow == row.workflow, b.day == row.day, b.kind == row.kind, b.sequence >= row.sequence
             )
         )
@@ -313,7 +302,7 @@ class Ledger:
         """Whether a batch is still what may be sent, or was: nothing was decided, superseded or taken back since."""
         if row.kind != "decision":
             return True
-        b, r = tables.batches.c, tables.rollbacks.c
+        b, r = schema.batches.c, schema.rollbacks.c
         own = connection.execute(select(func.count()).where(r.batch_id == row.batch_id)).scalar()
         newer = select(func.count()).where(b.workflow == row.workflow, b.sequence > row.sequence)
         decided = connection.execute(newer.where(b.kind == "decision", b.day == row.day)).scalar()
@@ -392,19 +381,19 @@ class Ledger:
         values = {
             "batch_id": new.batch_id, "workflow": new.workflow, "kind": new.kind, "day": new.day, "digest": new.digest,
             "status": new.status, "step": new.step, "as_of": new.as_of, "decided_at": new.decided_at, "run_id": new.run_id,
-            "record": chain.canonical(record["record"]), "findings": chain.canonical([body for body, _ in findings]),
+            "record": hash_chain.canonical(record["record"]), "findings": hash_chain.canonical([body for body, _ in findings]),
             "pools": None if new.pools is None else json.dumps(dict(new.pools), sort_keys=True),
             "reverses": new.reverses, "sequence": sequence, "root": root, "rows": stored.num_rows, "changed": changed,
             "recorded_at": now,
         }  # fmt: skip
         seq = self._append(connection, "batch", batch_body(values, self.people), now)
         connection.execute(
-            insert(tables.batches), {**values, "seq": seq, "delivery": "NONE", "retired": False}
+            insert(schema.batches), {**values, "seq": seq, "delivery": "NONE", "retired": False}
         )  # fmt: skip
         self._remember(connection, [*in_record, *(one for _, named in findings for one in named)])
-        insert_bulk(connection, tables.names, mapping, ignore_known=True)
+        insert_bulk(connection, schema.names, mapping, ignore_known=True)
         numbers = pa.array([sequence] * stored.num_rows, pa.int64())
-        insert_bulk(connection, tables.decisions, stored.add_column(0, "sequence", numbers))
+        insert_bulk(connection, schema.decisions, stored.add_column(0, "sequence", numbers))
         connection.exec_driver_sql(
             "INSERT INTO deliveries (sequence, n, state, attempts, repeats) "
             f"SELECT sequence, n, 'PENDING', 0, 0 FROM decisions WHERE sequence = {int(sequence)} AND changed <> 0"
@@ -415,13 +404,13 @@ class Ledger:
         return self._rows(connection, [row])[0]
 
     def _find(self, connection: Connection, batch_id: str) -> AnyRow:
-        row = connection.execute(select(tables.batches).where(tables.batches.c.batch_id == batch_id)).first()
+        row = connection.execute(select(schema.batches).where(schema.batches.c.batch_id == batch_id)).first()
         if row is None:
             raise Unknown(f"the ledger holds no batch {batch_id!r}: `signalbox batches` lists them")
         return row
 
     def _rows(self, connection: Connection, rows: Sequence[AnyRow]) -> list[BatchRow]:
-        d = tables.deliveries.c
+        d = schema.deliveries.c
         counted: dict[int, dict[str, int]] = {}
         for some in chunks(row.sequence for row in rows if row.counts is None and row.delivery == "OPEN"):
             query = select(d.sequence, d.state, func.count()).where(d.sequence.in_(some)).group_by(d.sequence, d.state)
@@ -470,8 +459,8 @@ class Ledger:
     ) -> list[BatchRow]:
         """Batches in the order in which they were recorded; ``since``: of that day or later; ``model_version``: decided by
         it, or by it in the arm challenger."""
-        b = tables.batches.c
-        query = select(tables.batches).order_by(b.sequence)
+        b = schema.batches.c
+        query = select(schema.batches).order_by(b.sequence)
         if workflow is not None:
             query = query.where(b.workflow == workflow)
         if since is not None:
@@ -530,12 +519,12 @@ class Ledger:
             row: dict[str, Any] = self._decisions(
                 connection, "d.sequence = ? AND d.n = ?", [at.sequence, at.n]
             ).to_pylist()[0]
-            found = connection.execute(select(tables.batches).where(tables.batches.c.sequence == at.sequence)).one()
+            found = connection.execute(select(schema.batches).where(schema.batches.c.sequence == at.sequence)).one()
             row["batch"] = self._rows(connection, [found])[0]
         return row
 
     def _at(self, connection: Connection, decision_id: str) -> AnyRow:
-        d = tables.decisions.c
+        d = schema.decisions.c
         query = select(d.sequence, d.n).where(d.decision_id == decision_id).order_by(d.sequence.desc()).limit(1)
         at = connection.execute(query).first()
         if at is None:
@@ -547,7 +536,7 @@ class Ledger:
     @plainly
     def deliveries(self, batch_id: str, states: Collection[str] | None = None) -> list[Delivery]:
         """A batch's deliveries in the order of its decisions, those in ``states`` only where given."""
-        d = tables.deliveries.c
+        d = schema.deliveries.c
         with reading(self.engine) as connection, connection.begin():
             where = [d.sequence == self._find(connection, batch_id).sequence]
             if states is not None:
@@ -557,7 +546,7 @@ class Ledger:
     @plainly
     def deliveries_of(self, decision_id: str) -> list[Delivery]:
         """The delivery of a decision, as a list: empty where nothing was to be changed; raises Unknown."""
-        d = tables.deliveries.c
+        d = schema.deliveries.c
         with reading(self.engine) as connection, connection.begin():
             at = self._at(connection, decision_id)
             return self._deliveries(connection, [d.sequence == at.sequence, d.n == at.n])
@@ -573,8 +562,8 @@ class Ledger:
         return raw.set_column(4, "verified_at", raw["verified_at"].cast(pa.timestamp("us")))
 
     def _deliveries(self, connection: Connection, where: Sequence[Any]) -> list[Delivery]:
-        d, c, b = tables.deliveries, tables.decisions, tables.batches
-        entity, target = tables.names.alias("e"), tables.names.alias("t")
+        d, c, b = schema.deliveries, schema.decisions, schema.batches
+        entity, target = schema.names.alias("e"), schema.names.alias("t")
         query = (
             select(
                 b.c.batch_id, d.c.n, c.c.decision_id, entity.c.name, c.c.arm, c.c.before, c.c.after, c.c.expected_gain,
@@ -595,7 +584,7 @@ class Ledger:
     @plainly
     def attempts(self, batch_id: str, n: int | None = None) -> list[AttemptRow]:
         """What was tried, of a whole batch or of one delivery, in order."""
-        a = tables.attempts.c
+        a = schema.attempts.c
         with reading(self.engine) as connection, connection.begin():
             query = select(
                 a.n, a.attempt, a.value, a.expected, a.idempotency_key, a.started_at, a.ended_at, a.outcome, a.window_ms,
@@ -608,7 +597,7 @@ class Ledger:
     @plainly
     def conflicts(self, batch_id: str) -> list[Conflict]:
         """Deliveries of a batch that met, or replaced, somebody else's value."""
-        k, c, e = tables.conflicts, tables.decisions, tables.names
+        k, c, e = schema.conflicts, schema.decisions, schema.names
         with reading(self.engine) as connection, connection.begin():
             query = (
                 select(k.c.n, e.c.name, k.c.state, k.c.expected, k.c.found, k.c.sent, k.c.at)
@@ -623,7 +612,7 @@ class Ledger:
     def _held(self, connection: Connection, lease: Lease) -> None:
         """The fence: the lease is still ours, and stays so until this transaction ends."""
         row = connection.execute(
-            select(tables.leases).where(tables.leases.c.system == lease.system).with_for_update()
+            select(schema.leases).where(schema.leases.c.system == lease.system).with_for_update()
         ).first()
         if row is None or not row.held or row.fence != lease.fence:
             now = "nobody" if row is None or not row.held else str(Holder(row.host, row.pid, row.started))
@@ -649,8 +638,8 @@ class Ledger:
 
     def _opened_again(self, connection: Connection, batch_id: str) -> None:
         """Raise LedgerError where the last push of a batch has ended: what it left is sealed, and a change would break the seal."""
-        e = tables.events.c
-        named = f'"batch_id":{chain.canonical(batch_id)}'
+        e = schema.events.c
+        named = f'"batch_id":{hash_chain.canonical(batch_id)}'
         query = select(e.kind).where(
             e.kind.in_(("push begun", "push ended", "superseded")), e.body.contains(named, autoescape=True)
         )
@@ -660,7 +649,7 @@ class Ledger:
             )
 
     def _states(self, connection: Connection, row: AnyRow, numbers: Sequence[int]) -> dict[int, AnyRow]:
-        d, c = tables.deliveries, tables.decisions
+        d, c = schema.deliveries, schema.decisions
         if len(set(numbers)) != len(numbers):
             raise LedgerError(f"batch {row.batch_id}: a delivery is named twice in one call")
         found: dict[int, AnyRow] = {}
@@ -685,7 +674,7 @@ class Ledger:
         """
         if not attempts:
             return
-        a, d = tables.attempts, tables.deliveries
+        a, d = schema.attempts, schema.deliveries
         with writing(self.engine) as connection, connection.begin():
             row = self._pushing(connection, lease, batch_id)
             found = self._states(connection, row, [one.n for one in attempts])
@@ -786,7 +775,7 @@ class Ledger:
                         "found": _or(one.found, new["observed"]), "sent": new["sent"], "at": one.ended_at or now,
                     }
                 )  # fmt: skip
-        d, a = tables.deliveries, tables.attempts
+        d, a = schema.deliveries, schema.attempts
         names = [k for k in changes[0] if k != "k"]
         connection.execute(
             update(d)
@@ -809,16 +798,16 @@ class Ledger:
         if proved:
             connection.execute(_ACKNOWLEDGE, proved)
         if met:
-            connection.execute(delete(tables.conflicts).where(
-                tables.conflicts.c.sequence == row.sequence, tables.conflicts.c.n == bindparam("k")
+            connection.execute(delete(schema.conflicts).where(
+                schema.conflicts.c.sequence == row.sequence, schema.conflicts.c.n == bindparam("k")
             ), [{"k": one["n"]} for one in met])  # fmt: skip
-            connection.execute(insert(tables.conflicts), met)
+            connection.execute(insert(schema.conflicts), met)
 
     def _proved_last(
         self, connection: Connection, system: str, entities: Sequence[str]
     ) -> dict[str, tuple[datetime, int, int]]:
         """When the value that stands acknowledged of each entity was proved, and by which delivery."""
-        k = tables.acknowledged.c
+        k = schema.acknowledged.c
         found: dict[str, tuple[datetime, int, int]] = {}
         for some in chunks(entities):
             query = select(k.entity, k.verified_at, k.sequence, k.n).where(k.system == system, k.entity.in_(some))
@@ -841,7 +830,7 @@ class Ledger:
     def _acknowledged(
         self, connection: Connection, system: str, digests: Iterable[str], workflow: str | None
     ) -> dict[str, AnyRow]:
-        k, b = tables.acknowledged, tables.batches
+        k, b = schema.acknowledged, schema.batches
         rows = select(
             k.c.entity,
             k.c.target,
@@ -877,7 +866,7 @@ class Ledger:
         self, connection: Connection, system: str, digests: Iterable[str], workflow: str
     ) -> dict[str, AnyRow]:
         """A workflow's own last proven values, where another workflow has proved one on the same entity since."""
-        d, c, b = tables.deliveries, tables.decisions, tables.batches
+        d, c, b = schema.deliveries, schema.decisions, schema.batches
         query = (
             select(
                 c.c.entity, d.c.target, d.c.observed.label("value"), d.c.verified_at, d.c.sequence, b.c.batch_id, b.c.workflow,
@@ -898,7 +887,7 @@ class Ledger:
     def setters(self, system: str, entities: Sequence[str], workflow: str) -> dict[str, tuple[int, str]]:
         """Where another workflow proved a value last: entity → (value, workflow)."""
         by_digest = dict(zip(self.people.digests("entity", entities), entities, strict=True))
-        k, b = tables.acknowledged, tables.batches
+        k, b = schema.acknowledged, schema.batches
         rows = select(k.c.entity, k.c.value, b.c.workflow).join(b, b.c.sequence == k.c.sequence)
         found: dict[str, tuple[int, str]] = {}
         with reading(self.engine) as connection, connection.begin():
@@ -928,24 +917,24 @@ class Ledger:
             self._as_recorded(connection, row)
             body = {"batch_id": batch_id, "workflow": row.workflow, "system": lease.system, "fence": lease.fence}
             self._append(connection, "push begun", body | ({"run_id": run_id} if run_id else {}))
-            b = tables.batches
+            b = schema.batches
             connection.execute(
                 update(b).where(b.c.sequence == row.sequence).values(delivery="OPEN", system=lease.system, counts=None)
             )
 
     def _as_recorded(self, connection: Connection, row: AnyRow) -> None:
         """The decisions, the pools and the record are those that the chain holds: an approval is for exactly them."""
-        e = tables.events.c
+        e = schema.events.c
         event = connection.execute(select(e.body).where(e.seq == row.seq)).scalar()
         body = json.loads(event) if event else {}
         values = {k: row._mapping[k] for k in body if k in row._mapping and k != "findings"}
         same = bool(body) and all(
-            chain.canonical(value) == chain.canonical(body[name])
+            hash_chain.canonical(value) == hash_chain.canonical(body[name])
             for name, value in batch_body({"findings": "", **values}, self.people).items()
             if name != "findings"  # words, of which a name may have been erased
         )
-        if not same or row.root != chain.merkle_root(
-            chain.leaf_hashes(stored_rows(connection, tables.decisions, row.sequence))
+        if not same or row.root != hash_chain.merkle_root(
+            hash_chain.leaf_hashes(stored_rows(connection, schema.decisions, row.sequence))
         ):
             raise LedgerMismatch(
                 f"batch {row.batch_id}: its decisions or its record are not those that were recorded and approved: nothing "
@@ -960,7 +949,7 @@ class Ledger:
         after this batch's ``as_of``, something else than was decided here; and ``entities``, of which an earlier batch's
         write may still land. The push must be open. Raises Fenced.
         """
-        d = tables.deliveries
+        d = schema.deliveries
         with writing(self.engine) as connection, connection.begin():
             row = self._pushing(connection, lease, batch_id)
             numbers = self._left_standing(connection, row, lease.system, entities)
@@ -990,7 +979,7 @@ class Ledger:
             self._seal(connection, lease, row, complete)
 
     def _seal(self, connection: Connection, lease: Lease, row: AnyRow, complete: bool) -> None:
-        d, b = tables.deliveries.c, tables.batches
+        d, b = schema.deliveries.c, schema.batches
         query = select(d.state, func.count()).where(d.sequence == row.sequence).group_by(d.state)
         counts = {state: count for state, count in connection.execute(query)}
         left = sum(counts.get(state, 0) for state in OPEN)
@@ -1006,7 +995,7 @@ class Ledger:
             connection.execute(
                 update(b)
                 .where(b.c.sequence == row.sequence)
-                .values(delivery="COMPLETE", system=lease.system, counts=chain.canonical(counts))
+                .values(delivery="COMPLETE", system=lease.system, counts=hash_chain.canonical(counts))
             )
 
     @plainly
@@ -1016,7 +1005,7 @@ class Ledger:
         One with something left that may have been sent stays open, as after ``open_push``: what is found out of it is
         settled next, and ``close_push`` seals it.
         """
-        d, b = tables.deliveries, tables.batches
+        d, b = schema.deliveries, schema.batches
         with writing(self.engine) as connection, connection.begin():
             self._held(connection, lease)
             self._lock(connection)
@@ -1051,7 +1040,7 @@ class Ledger:
     @plainly
     def would_take_back(self, system: str, batch_id: str) -> list[Delivery]:
         """The deliveries that ``take_back`` would add now, as they would be."""
-        c, e = tables.decisions, tables.names
+        c, e = schema.decisions, schema.names
         with reading(self.engine) as connection, connection.begin():
             row = self._find(connection, batch_id)
             numbers = self._left_standing(connection, row, system, ())
@@ -1085,7 +1074,7 @@ class Ledger:
 
     def _left_standing(self, connection: Connection, row: AnyRow, system: str, entities: Collection[str]) -> list[int]:
         """Decisions of a batch that change nothing, have no delivery, and whose entity shows an earlier batch's value."""
-        k, b, c, d = tables.acknowledged, tables.batches, tables.decisions, tables.deliveries
+        k, b, c, d = schema.acknowledged, schema.batches, schema.decisions, schema.deliveries
         same_day = and_(b.c.day == row.day, b.c.kind == "decision", b.c.sequence < row.sequence)
         # Whoever proved last: where that was another workflow, what this one had proved before may stand there again.
         since = select(k.c.entity).join(b, b.c.sequence == k.c.sequence)
@@ -1136,7 +1125,7 @@ class Ledger:
         write), verified_at, batch_id, sequence, kind and day of the batch; in the order of proof. Of batches whose rows
         were retired only the last value of each entity is known.
         """
-        b, d, c, k, e = tables.batches.c, tables.deliveries, tables.decisions, tables.acknowledged, tables.names
+        b, d, c, k, e = schema.batches.c, schema.deliveries, schema.decisions, schema.acknowledged, schema.names
         whole = select(d.c.sequence, c.c.entity, d.c.observed.label("value"), d.c.prior, d.c.verified_at).join(
             c, and_(c.c.sequence == d.c.sequence, c.c.n == d.c.n)
         )
@@ -1180,7 +1169,7 @@ class Ledger:
 
     def _pushed_since(self, connection: Connection, workflow: str, since: datetime) -> set[str]:
         """Batches of a workflow of which a push was under way at some time after ``since``."""
-        e, b = tables.events.c, tables.batches.c
+        e, b = schema.events.c, schema.batches.c
         ended = select(e.body).where(e.kind.in_(["push begun", "push ended"]), e.at > since)
         bodies = (json.loads(row.body) for row in connection.execute(ended))
         still = select(b.batch_id).where(b.workflow == workflow, b.delivery == "OPEN")
@@ -1198,7 +1187,7 @@ class Ledger:
         has expired. A process that lives on this host keeps it, whatever the clock says.
         """
         holder = holder or Holder.here()
-        table = tables.leases
+        table = schema.leases
         now = self.clock()
         expires_at = now + timedelta(seconds=ttl_s)
         with writing(self.engine) as connection, connection.begin():
@@ -1230,7 +1219,7 @@ class Ledger:
     def renew(self, lease: Lease, ttl_s: float = 60.0) -> Lease:
         """The same lease for another ``ttl_s`` seconds from now; raises Fenced."""
         expires_at = self.clock() + timedelta(seconds=ttl_s)
-        table = tables.leases
+        table = schema.leases
         with writing(self.engine) as connection, connection.begin():
             self._held(connection, lease)
             connection.execute(update(table).where(table.c.system == lease.system).values(expires_at=expires_at))
@@ -1239,7 +1228,7 @@ class Ledger:
     @plainly
     def release(self, lease: Lease) -> None:
         """Give the lease back; nothing happens where it is somebody else's by now."""
-        table = tables.leases
+        table = schema.leases
         mine = and_(table.c.system == lease.system, table.c.fence == lease.fence)
         with writing(self.engine) as connection, connection.begin():
             connection.execute(update(table).where(mine).values(held=False))
@@ -1268,7 +1257,7 @@ class Ledger:
     @plainly
     def approvals(self, batch_id: str) -> list[Approval]:
         """Approvals of a batch, oldest first; whether they count is for ``delivery.approvals`` to say."""
-        a = tables.approvals
+        a = schema.approvals
         return [
             Approval(*row) for row in self._people(
                 a, [a.c.batch_id, a.c.digest, a.c.approver, a.c.reason, a.c.at, a.c.expires_at], a.c.batch_id == batch_id
@@ -1317,7 +1306,7 @@ class Ledger:
             self._set_approver(connection, name, active, secret_hash)
 
     def _set_approver(self, connection: Connection, name: str, active: bool, secret_hash: str | None) -> None:
-        a = tables.approvers
+        a = schema.approvers
         digest = self.people.digest("person", name)
         connection.execute(update(a).where(a.c.approver == digest).values(secret_hash=None))
         values = {"approver": name, "active": active, "secret_hash": secret_hash, "at": self.clock()}
@@ -1326,7 +1315,7 @@ class Ledger:
     @plainly
     def approvers(self) -> list[Approver]:
         """Who may approve now, by name."""
-        a = tables.approvers
+        a = schema.approvers
         latest = {name: (active, secret, at) for name, active, secret, at in self._people(
             a, [a.c.approver, a.c.active, a.c.secret_hash, a.c.at]
         )}  # fmt: skip
@@ -1347,7 +1336,7 @@ class Ledger:
     @plainly
     def stopped(self, workflow: str) -> Switch | None:
         """The switch that stops the workflow; None where it may act."""
-        s = tables.switches
+        s = schema.switches
         columns = [s.c.workflow, s.c.stopped, s.c.actor, s.c.reason, s.c.at]
         last = [Switch(*row) for row in self._people(s, columns, s.c.workflow == workflow)][-1:]
         return last[0] if last and last[0].stopped else None
@@ -1365,7 +1354,7 @@ class Ledger:
     @plainly
     def promotions(self, workflow: str) -> list[Promotion]:
         """What happened to a workflow's versions, oldest first."""
-        p = tables.promotions
+        p = schema.promotions
         columns = [p.c.workflow, p.c.version, p.c.action, p.c.actor, p.c.evidence, p.c.at]
         return [Promotion(*row) for row in self._people(p, columns, p.c.workflow == workflow)]
 
@@ -1404,7 +1393,7 @@ class Ledger:
     @plainly
     def rollbacks(self, batch_id: str | None = None) -> list[Rollback]:
         """Rollbacks asked for, complete and closed, oldest first."""
-        r = tables.rollbacks
+        r = schema.rollbacks
         columns = [r.c.batch_id, r.c.action, r.c.actor, r.c.reason, r.c.trigger, r.c.evidence, r.c.at]
         where = None if batch_id is None else r.c.batch_id == batch_id
         return [Rollback(*row) for row in self._people(r, columns, where)]
@@ -1412,7 +1401,7 @@ class Ledger:
     @plainly
     def pending_rollbacks(self, workflow: str) -> list[str]:
         """Batches of a workflow whose rollback was asked for and is neither complete nor closed, oldest request first."""
-        r, b = tables.rollbacks, tables.batches
+        r, b = schema.rollbacks, schema.batches
         query = select(r.c.batch_id, r.c.action).join(b, b.c.batch_id == r.c.batch_id).where(b.c.workflow == workflow)
         with reading(self.engine) as connection:
             last = {row.batch_id: row.action for row in connection.execute(query.order_by(r.c.seq))}
@@ -1422,7 +1411,7 @@ class Ledger:
     def taken_back_since(self, batch_id: str) -> str | None:
         """A rollback of an entity that the batch would change, recorded after the batch was decided, or under way by then: its
         values were proven later. None: there is none."""
-        b, d = tables.batches, tables.deliveries
+        b, d = schema.batches, schema.deliveries
         with reading(self.engine) as connection, connection.begin():
             row = self._find(connection, batch_id)
             proven = select(d.c.n).where(d.c.sequence == b.c.sequence, d.c.verified_at > row.recorded_at)
@@ -1439,7 +1428,7 @@ class Ledger:
 
     def _changed(self, connection: Connection, sequence: int, proven_since: datetime | None = None) -> pa.Array:
         """The digests of the entities that a batch changes; ``proven_since``: of which it proved a value after that."""
-        c, d = tables.decisions, tables.deliveries
+        c, d = schema.decisions, schema.deliveries
         query = select(c.c.entity).where(c.c.sequence == sequence, c.c.changed != 0)
         if proven_since is not None:
             query = query.join(d, and_(d.c.sequence == c.c.sequence, d.c.n == c.c.n))
@@ -1484,8 +1473,8 @@ class Ledger:
 
     def _passed(self, connection: Connection, undoing: int, entities: Collection[str]) -> dict[tuple[str, int], int]:
         """What rollbacks of the same workflow brought back: (entity, value) → the newest batch of which it was."""
-        d, c, r = tables.deliveries, tables.decisions, tables.batches.alias("r")
-        original, mine = tables.batches.alias("o"), tables.batches.alias("m")
+        d, c, r = schema.deliveries, schema.decisions, schema.batches.alias("r")
+        original, mine = schema.batches.alias("o"), schema.batches.alias("m")
         query = (
             select(c.c.entity, c.c.after, func.max(original.c.sequence))
             .select_from(
@@ -1517,7 +1506,7 @@ class Ledger:
 
     def _sequences(self, connection: Connection, batch_ids: Sequence[str]) -> dict[str, tuple[int, str | None]]:
         """Name → number, and the batch that it reverses."""
-        b = tables.batches.c
+        b = schema.batches.c
         found: dict[str, tuple[int, str | None]] = {}
         for some in chunks(batch_ids):
             rows = connection.execute(select(b.batch_id, b.sequence, b.reverses).where(b.batch_id.in_(some)))
@@ -1534,13 +1523,13 @@ class Ledger:
         somebody approved), ``(erased)`` stands in its place. The digests stay, so the chain still verifies, and nobody can
         read them any more. An approver is revoked by it.
         """
-        n, d, c, a = tables.names, tables.deliveries, tables.decisions, tables.attempts
+        n, d, c, a = schema.names, schema.deliveries, schema.decisions, schema.attempts
         digests = [self.people.digest(kind, name) for kind in ("entity", "target", "person")]
         entity, _, person = digests
         with writing(self.engine) as connection, connection.begin():
             self._lock(connection)
             found = set(connection.execute(select(n.c.digest).where(n.c.digest.in_(digests))).scalars())
-            v = tables.approvers
+            v = schema.approvers
             last = select(v.c.active).where(v.c.approver == person).order_by(v.c.seq.desc()).limit(1)
             if found and connection.execute(last).scalar():
                 self._set_approver(connection, name, False, None)
@@ -1580,7 +1569,7 @@ class Ledger:
             key = list(table.primary_key.columns)
             for row in connection.execute(select(*key, column).where(or_(*there))).all():
                 old = row._mapping[column.name]
-                new = chain.canonical(in_texts(json.loads(old), erase)) if is_json else erase(old)
+                new = hash_chain.canonical(in_texts(json.loads(old), erase)) if is_json else erase(old)
                 if new == old:
                     continue
                 mine = and_(*(one == row._mapping[one.name] for one in key))
@@ -1597,7 +1586,7 @@ class Ledger:
         """
         if keep_days < 1:
             raise LedgerError(f"a retention of {keep_days} days would remove everything: keep one day at least")
-        b = tables.batches
+        b = schema.batches
         with writing(self.engine) as connection, connection.begin():
             self._lock(connection)
             before = self.clock().date() - timedelta(days=keep_days)
@@ -1608,14 +1597,14 @@ class Ledger:
             if not old:
                 return []
             for some in chunks(row.sequence for row in old):
-                for table in (tables.attempts, tables.conflicts, tables.deliveries, tables.decisions):
+                for table in (schema.attempts, schema.conflicts, schema.deliveries, schema.decisions):
                     connection.execute(delete(table).where(table.c.sequence.in_(some)))
                 connection.execute(update(b).where(b.c.sequence.in_(some)).values(retired=True))
             kept = self._keep_values_of_retired(connection)
-            n = tables.names
-            used = select(tables.decisions.c.entity).union(
-                select(tables.decisions.c.unit).where(tables.decisions.c.unit.is_not(None)),
-                select(tables.acknowledged.c.entity),
+            n = schema.names
+            used = select(schema.decisions.c.entity).union(
+                select(schema.decisions.c.unit).where(schema.decisions.c.unit.is_not(None)),
+                select(schema.acknowledged.c.entity),
             )
             found = connection.execute(
                 select(b.c.findings).where(b.c.retired.is_(False), b.c.findings != "[]")
@@ -1623,8 +1612,8 @@ class Ledger:
             quoted = self._quoted(connection, found)
             connection.execute(delete(n).where(n.c.kind == "entity", n.c.digest.not_in(used)))
             self._remember(connection, quoted)
-            held = select(tables.deliveries.c.target).where(tables.deliveries.c.target.is_not(None)).union(
-                select(tables.acknowledged.c.target).where(tables.acknowledged.c.target.is_not(None))
+            held = select(schema.deliveries.c.target).where(schema.deliveries.c.target.is_not(None)).union(
+                select(schema.acknowledged.c.target).where(schema.acknowledged.c.target.is_not(None))
             )  # fmt: skip
             connection.execute(delete(n).where(n.c.kind == "target", n.c.digest.not_in(held)))
             ids = [row.batch_id for row in old]
@@ -1644,7 +1633,7 @@ class Ledger:
 
         Later deliveries may replace a row of ``acknowledged``; against the copy ``verify`` still tells what stood.
         """
-        k, r, b = tables.acknowledged, tables.retired_values, tables.batches
+        k, r, b = schema.acknowledged, schema.retired_values, schema.batches
         connection.execute(delete(r))
         of_retired = select(*(k.c[c.name] for c in r.columns)).join(b, b.c.sequence == k.c.sequence).where(b.c.retired)
         connection.execute(insert(r).from_select([c.name for c in r.columns], of_retired))
@@ -1668,7 +1657,7 @@ _ACKNOWLEDGE = text(
     "VALUES (:system, :entity, :target, :value, :verified_at, :sequence, :n) ON CONFLICT (system, entity) DO UPDATE SET "
     "target = excluded.target, value = excluded.value, verified_at = excluded.verified_at, sequence = excluded.sequence, "
     "n = excluded.n"
-).bindparams(bindparam("verified_at", type_=tables.acknowledged.c.verified_at.type))
+).bindparams(bindparam("verified_at", type_=schema.acknowledged.c.verified_at.type))
 
 
 _STOOD = "d.state IN ('ACKED', 'OVERWRITTEN')"

@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from orchestration.console import ledger, told
+from orchestration.cli.console import ledger, told
 from pipeline.settings import home
 
 _RUNNING = "running.json"

@@ -1,10 +1,10 @@
-"""Alembic's entry: migrates over the connection and in the transaction that ``delivery.database.migrate`` opened."""
+"""Alembic's entry: migrates over the connection and in the transaction that ``delivery.ledger.database.migrate`` opened."""
 
 from __future__ import annotations
 
 from alembic import context
 
-from delivery.tables import VERSION_TABLE, metadata
+from delivery.ledger.schema import VERSION_TABLE, metadata
 
 connection = context.config.attributes["connection"]
 # SQLite can change a schema in a transaction too; Alembic does not assume so by itself.

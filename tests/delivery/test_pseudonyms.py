@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from delivery.people import ERASED, MARK, People, digests_in, eraser, unsealed
+from delivery.ledger.pseudonyms import ERASED, MARK, People, digests_in, eraser, unsealed
 
 NAMES = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=30)
 

@@ -20,7 +20,7 @@ from common import errors
 from delivery.ledger import BatchRow, Ledger
 from models.registry import Registry
 from pipeline import point_in_time, provenance
-from pipeline.decisions import acting, decide, scoring, tables
+from pipeline.decisions import decide, in_effect, scoring, tables
 from pipeline.lake import Lake, TableMissing, content_digest
 from pipeline.workflow import Workflow
 
@@ -32,7 +32,7 @@ effect is over."""
 
 def state_of(day: date, batches: Sequence[BatchRow], now: datetime) -> DayState:
     """What a day is at ``now``, from its decision batches in the ledger: a pure function."""
-    over = now >= acting.over(day)
+    over = now >= in_effect.over(day)
     if not batches:
         return "backfill" if over else "fresh"
     if over:

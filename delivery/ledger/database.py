@@ -22,7 +22,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from delivery.tables import VERSION_TABLE
+from delivery.ledger.schema import VERSION_TABLE
 
 HEAD = "0002"
 """The schema that this code writes: the newest migration."""

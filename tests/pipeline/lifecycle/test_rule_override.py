@@ -20,8 +20,8 @@ from data_checks import performance as figures
 from delivery.ledger import Ledger
 from models.registry import Registry
 from pipeline import dispatch
-from pipeline.decisions import decide, facts, replay, scoring
-from pipeline.lifecycle import fallback, promotion, retraining
+from pipeline.decisions import decide, recomputation, replay, scoring
+from pipeline.lifecycle import promotion, retraining, rule_override
 from pipeline.monitoring import labels
 from pipeline.workflow import Retraining
 from tests.conftest import Bench
@@ -64,8 +64,8 @@ def test_the_day_of_a_version_that_does_worse_is_the_rule_s_until_another_is_cha
     small: Bench, registry: Registry, book: Ledger, moment: list[datetime]
 ) -> None:
     assert score(small, registry, book).step == "champion"
-    assert fallback.note(book, "ad_budget", small.last, BEHIND)
-    assert not fallback.note(book, "ad_budget", small.last, BEHIND), "once"
+    assert rule_override.note(book, "ad_budget", small.last, BEHIND)
+    assert not rule_override.note(book, "ad_budget", small.last, BEHIND), "once"
     scored = score(small, registry, book)
     assert scored.step == "rule" and scored.model is None and scored.table.num_rows
     assert scored.reasons == ("version 2 does worse than the rule: wape 0.821 vs 0.732 of the rule [0.77, 0.87]",)
@@ -81,11 +81,11 @@ def test_the_day_of_a_version_that_does_worse_is_the_rule_s_until_another_is_cha
 def test_a_person_takes_it_back_and_it_is_not_done_again(
     small: Bench, registry: Registry, book: Ledger, moment: list[datetime]
 ) -> None:
-    fallback.note(book, "ad_budget", small.last, BEHIND)
+    rule_override.note(book, "ad_budget", small.last, BEHIND)
     moment[0] += timedelta(minutes=5)
     promotion.lift("ad_budget", registry, book, 2, actor="ann", reason="the outcomes were wrong")
     assert score(small, registry, book).step == "champion"
-    assert not fallback.note(book, "ad_budget", small.last, BEHIND)
+    assert not rule_override.note(book, "ad_budget", small.last, BEHIND)
     with pytest.raises(promotion.NotBlocked):
         promotion.lift("ad_budget", registry, book, 1, actor="ann", reason="never")
 
@@ -94,7 +94,7 @@ def test_what_was_found_later_changes_nothing_of_an_earlier_hour(
     small: Bench, registry: Registry, book: Ledger, moment: list[datetime]
 ) -> None:
     moment[0] = small.morning(small.last, 12)
-    fallback.note(book, "ad_budget", small.last, BEHIND)
+    rule_override.note(book, "ad_budget", small.last, BEHIND)
     assert score(small, registry, book).step == "champion"
     # a backfill sees what was known by the day's deadline
     late = small.morning(small.last) + timedelta(days=9)
@@ -103,7 +103,7 @@ def test_what_was_found_later_changes_nothing_of_an_earlier_hour(
 
 
 def test_a_challenger_is_tried_beside_the_rule(small: Bench, registry: Registry, book: Ledger) -> None:
-    fallback.note(book, "ad_budget", small.last, BEHIND)
+    rule_override.note(book, "ad_budget", small.last, BEHIND)
     assert score(small, registry, book).beside is None
     book.promotion("ad_budget", 1, "shadow", "run", {"digest": registry.by_number("ad_budget", 1).digest})
     beside = score(small, registry, book).beside
@@ -113,7 +113,7 @@ def test_a_challenger_is_tried_beside_the_rule(small: Bench, registry: Registry,
 def test_a_day_that_the_rule_took_is_replayed_and_recomputed_to_the_bit(
     small: Bench, registry: Registry, book: Ledger
 ) -> None:
-    fallback.note(book, "ad_budget", small.last, BEHIND)
+    rule_override.note(book, "ad_budget", small.last, BEHIND)
     scoring.write_scores(small.workflow, small.lake, small.last, score(small, registry, book))
     batch = decide.decide_day(small.workflow, small.lake, small.last)
     now = small.morning(small.last, 5)
@@ -124,11 +124,11 @@ def test_a_day_that_the_rule_took_is_replayed_and_recomputed_to_the_bit(
     decided = small.decided(small.last)
     changed = next(d for d in decided if d["changed"])
     assert replay.replay("ad_budget", small.lake, registry, changed["decision_id"]).equal
-    compared = facts.compare(small.workflow, small.lake, registry, book, row)
+    compared = recomputation.compare(small.workflow, small.lake, registry, book, row)
     assert compared.equal, compared.says
     # a new champion since then is a cause, and named
     book.promotion("ad_budget", 1, "promoted", "ann")
-    later = facts.compare(small.workflow, small.lake, registry, book, row)
+    later = recomputation.compare(small.workflow, small.lake, registry, book, row)
     assert not later.unexplained and (later.equal or "step rule then, champion now" in later.says)
 
 
@@ -191,7 +191,7 @@ def test_outcomes_that_show_it_put_the_champion_behind_and_ask_for_a_training(
     asked = retraining.evidence(small.workflow.retraining, "wape", rows, None)
     assert asked[0].cause == "rule" and "vs" in asked[0].text
     with given["ledger"].open(clock) as book:
-        (event,) = book.events(fallback.KIND, "ad_budget")
+        (event,) = book.events(rule_override.KIND, "ad_budget")
         assert event.body["version"] == 2 and event.body["figures"]["worse_low"] > 0
         made = scoring.score_day(
             small.workflow, small.lake, registry, small.last, now=small.morning(small.last, 5), ledger=book
@@ -211,7 +211,7 @@ def test_the_check_warns_for_as_long_as_the_rule_decides_in_the_champions_place(
     with Ledger.open(url, key=KEY, clock=lambda: moment[0]) as book:
         book.promotion(name, 2, "promoted", "run", {"digest": registry.by_number(name, 2).digest})
         moment[0] = small.morning(first, 6)
-        fallback.note(book, name, first, BEHIND)
+        rule_override.note(book, name, first, BEHIND)
         moment[0] = small.morning(small.days[-2], 6)
         promotion.lift(name, registry, book, 2, actor="ann", reason="the outcomes were wrong")
     monkeypatch.setenv("SIGNALBOX_HOME", str(small.root))

@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from orchestration.console import (
+from orchestration.cli.console import (
     As,
     Json,
     Reason,
@@ -97,7 +97,7 @@ def show(
 ) -> None:
     """A batch: what it would change or has changed, in sum and the largest first; what was objected; what became of it."""
     from delivery.approvals import standing
-    from delivery.judging import BESIDE
+    from delivery.push.reconciliation import BESIDE
     from pipeline.decisions import tables
 
     with ledger() as book:
@@ -192,7 +192,7 @@ def deliver(
     """Send a batch downstream and verify it by reading back; run again to go on where an earlier run ended."""
     from delivery import push as pushing
     from pipeline import dispatch
-    from pipeline.decisions import acting
+    from pipeline.decisions import in_effect
 
     with ledger() as book:
         found = _batch(book, batch, day)
@@ -201,7 +201,9 @@ def deliver(
         try:
             if dry_run:
                 diff = pushing.dry_run(book, connector, found.batch_id, settings=workflow.delivery.push, clock=now)
-                late_note = [] if now() < acting.over(found.day) else ["its day is over: it is sent with --late only"]
+                late_note = (
+                    [] if now() < in_effect.over(found.day) else ["its day is over: it is sent with --late only"]
+                )
                 told(
                     diff.as_dict() | {"notes": [*diff.notes, *late_note]},
                     as_json,

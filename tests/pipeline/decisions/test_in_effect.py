@@ -22,7 +22,7 @@ from delivery.ledger import Attempt, BatchRow, Ledger, LedgerError, NewBatch, Re
 from delivery.push import PushError, PushSettings, push
 from delivery.rollback import Batch, RollbackError, roll_back
 from pipeline import dispatch
-from pipeline.decisions import acting
+from pipeline.decisions import in_effect
 from pipeline.lake import Lake
 from pipeline.monitoring import loop_health, verdicts
 from pipeline.workflow import FOLDER, load
@@ -107,7 +107,7 @@ class Book:
 
     def told(self, n: int) -> dict[str, tuple[str, str | None, int]]:
         """Of each entity that something acted on: by which batch, the state of its delivery, and what stood."""
-        found = acting.decided(self.ledger, WORKFLOW.name, day_of(n), day_of(n)).to_pylist()
+        found = in_effect.decided(self.ledger, WORKFLOW.name, day_of(n), day_of(n)).to_pylist()
         return {r["entity_id"]: (r["batch_id"], r["state"], r["standing"]) for r in found}
 
 
@@ -251,7 +251,7 @@ def test_backfills_before_the_first_day_are_no_missed_deadlines(book: Book) -> N
 
 def test_days_whose_stored_scores_are_not_of_the_version_that_acted_are_named(book: Book, tmp_path: Path) -> None:
     lake = Lake(str(tmp_path / "lake"))
-    assert acting.scored_by_others(book.ledger, WORKFLOW, lake) == set()
+    assert in_effect.scored_by_others(book.ledger, WORKFLOW, lake) == set()
     versions = {0: 1, 1: 2, 2: 2, 3: None}
     rows = [{"day": day_of(n), "model_version": v} for n, v in versions.items()]
     schema = pa.schema({"day": pa.date32(), "model_version": pa.int64()})
@@ -262,7 +262,7 @@ def test_days_whose_stored_scores_are_not_of_the_version_that_acted_are_named(bo
         book.sent(f"x{n}", n, {"a": 120 + n})
     book.decide("y1", 1, {"a": 170}, decided_at=morning(4), model_version=2)
     book.decide("y2", 2, {"a": 170}, decided_at=morning(4, 5), model_version=2)
-    assert acting.scored_by_others(book.ledger, WORKFLOW, lake) == {day_of(1), day_of(3)}
+    assert in_effect.scored_by_others(book.ledger, WORKFLOW, lake) == {day_of(1), day_of(3)}
 
 
 # --- any history ------------------------------------------------------------------------------------------------------
@@ -369,7 +369,7 @@ class Loop:
         days = [day_of(n) for n in range(self.n)]
         told = loop_health.examine(self.ledger, WORKFLOW, until=now)
         return {
-            "outcomes": acting.decided(self.ledger, name, FIRST, day_of(self.n - 1)).to_pylist() if days else [],
+            "outcomes": in_effect.decided(self.ledger, name, FIRST, day_of(self.n - 1)).to_pylist() if days else [],
             "randomised": {day: dispatch.randomised(self.ledger, name, day) for day in days},
             "acted": [b.batch_id for b in verdicts._acted(WORKFLOW, self.ledger, day_of(self.n), now)],
             "days": [one for one in told.days if one["day"] < day_of(self.n)],

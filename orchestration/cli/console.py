@@ -1,7 +1,7 @@
 """What the commands share: the console, options, parsers of what is typed, and what is opened for one command.
 
-Belongs here: what more than one group of commands reads or prints with. Does not: a command (``orchestration.cli``,
-``orchestration.operations``, ``orchestration.sandbox``).
+Belongs here: what more than one group of commands reads or prints with. Does not: a command (``orchestration.cli.command``,
+``orchestration.cli.operations``, ``orchestration.cli.sandbox``).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from delivery.database import LedgerError
+from delivery.ledger.database import LedgerError
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from delivery.database import LedgerError
+from delivery.ledger.database import LedgerError
 
 State = Literal[
     "PENDING", "IN_FLIGHT", "ACKED", "REJECTED", "UNKNOWN", "CONFLICT", "OVERWRITTEN", "SKIPPED", "NOT_REVERSIBLE"

@@ -1,7 +1,7 @@
 """What an event of the chain says of a row, and the rows as they are hashed: what is written and what is proved go by it.
 
 Belongs here: the bodies of events, the rows under a Merkle root, which tables repeat events. Does not: appending an event
-(``delivery.ledger``), hashing itself (``delivery.chain``), or the proof (``delivery.verify``).
+(``delivery.ledger``), hashing itself (``delivery.ledger.hash_chain``), or the proof (``delivery.ledger.verify``).
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from typing import Any
 import pyarrow as pa
 from sqlalchemy import Connection, Table
 
-from delivery import chain, tables
-from delivery.database import is_sqlite, select_bulk
-from delivery.people import People
+from delivery.ledger import hash_chain, schema
+from delivery.ledger.database import is_sqlite, select_bulk
+from delivery.ledger.pseudonyms import People
 
 CHAINED = {
-    "approval": tables.approvals,
-    "approver": tables.approvers,
-    "rollback": tables.rollbacks,
-    "switch": tables.switches,
-    "promotion": tables.promotions,
+    "approval": schema.approvals,
+    "approver": schema.approvers,
+    "rollback": schema.rollbacks,
+    "switch": schema.switches,
+    "promotion": schema.promotions,
 }
 """Kinds of event that a table repeats row by row."""
 WORDS = (
-    tables.deliveries.c.says, tables.attempts.c.says, tables.batches.c.findings, tables.approvals.c.reason,
-    tables.rollbacks.c.reason, tables.switches.c.reason,
+    schema.deliveries.c.says, schema.attempts.c.says, schema.batches.c.findings, schema.approvals.c.reason,
+    schema.rollbacks.c.reason, schema.switches.c.reason,
 )  # fmt: skip
 """Columns of free words, which may quote a name: the chain holds a keyed digest of each text, so that they can be erased."""
 _WORDS = frozenset({"reason", "secret_hash"})
@@ -79,10 +79,12 @@ def stored_rows(
 
 def root_of(rows: pa.Table) -> str:
     """The Merkle root over rows as ``stored_rows`` gives them."""
-    return chain.merkle_root(chain.leaf_hashes(rows.drop_columns("says") if "says" in rows.column_names else rows))
+    return hash_chain.merkle_root(
+        hash_chain.leaf_hashes(rows.drop_columns("says") if "says" in rows.column_names else rows)
+    )
 
 
 def roots(connection: Connection, sequence: int) -> dict[str, str]:
     """Merkle roots over what a push left of a batch."""
-    pushed = (tables.deliveries, tables.attempts, tables.conflicts)
+    pushed = (schema.deliveries, schema.attempts, schema.conflicts)
     return {table.name: root_of(stored_rows(connection, table, sequence)) for table in pushed}

@@ -1,7 +1,7 @@
 """The ledger's tables. Belongs here: columns and keys. Does not: how a database gets them (``delivery/migrations``).
 
 ``sequence`` numbers batches, ``n`` the decisions of one batch, ``seq`` the events. Columns ``entity``, ``unit``, ``target``,
-``actor`` and ``approver`` hold digests (``delivery.people``), never names. Times are naive UTC.
+``actor`` and ``approver`` hold digests (``delivery.ledger.pseudonyms``), never names. Times are naive UTC.
 """
 
 from __future__ import annotations

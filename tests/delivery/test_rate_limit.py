@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 
-from delivery.pacing import Backoff, Breaker, Bucket, Pause
+from delivery.push.rate_limit import Backoff, Breaker, Bucket, Pause
 from tests.support.fakes import Clock
 
 

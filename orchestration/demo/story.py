@@ -1,7 +1,7 @@
 """``signalbox demo``: both workflows over generated days, as a data team would live them, with a closing summary.
 
 Belongs here: the story (which days, what goes wrong when, what people do). Does not: the worlds and the systems before them
-(``delivery.sandbox``), the runs (``orchestration.runner``), or what the decisions earned (``orchestration.earned``).
+(``delivery.sandbox``), the runs (``orchestration.runner``), or what the decisions earned (``orchestration.demo.scorecard``).
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ from delivery.sandbox import systems
 from delivery.sandbox.worlds import advertising
 from models import catalog, serving
 from models.registry import CHAMPION, Registry
-from orchestration import automation, earned, runner, sandbox
-from pipeline import dispatch
-from pipeline import ingest as landing
+from orchestration import automation, runner
+from orchestration.cli import sandbox
+from orchestration.demo import scorecard
+from pipeline import dispatch, ingest
 from pipeline.decisions import scoring, tables
 from pipeline.lake import Lake
 from pipeline.lifecycle import promotion
@@ -161,12 +162,12 @@ class Company:
 
     def export(self, workflow: Workflow, day: date, broken: bool) -> None:
         """Upstream drops a day's export, in its schema or in a broken one."""
-        landing = home() / "landing" / workflow.name
+        ingest = home() / "landing" / workflow.name
         if workflow.name == "ad_budget":
             rows = self.both.ads.rows(day)
-            path = advertising.export_day(rows, landing / "export", day, break_schema=broken)
+            path = advertising.export_day(rows, ingest / "export", day, break_schema=broken)
         else:
-            path = Path(self.both.desk.export(landing, break_schema=broken)["export"])
+            path = Path(self.both.desk.export(ingest, break_schema=broken)["export"])
         stamp(path, day)
 
     def people(self, workflow: Workflow, day: date) -> None:
@@ -355,7 +356,7 @@ class Company:
                 file.write_bytes(gzip.compress(out.getvalue(), mtime=0))
             else:
                 file.write_bytes(self.sent[file])
-        landing.ingest(workflow, self.lake, home() / "landing", now=datetime.fromisoformat(at(day, "02:30")))
+        ingest.ingest(workflow, self.lake, home() / "landing", now=datetime.fromisoformat(at(day, "02:30")))
         how = "without the log of what exploring drew" if lost else "with the log of what exploring drew again"
         self.story.tell(day, workflow.name, f"upstream sent {len(self.sent)} files again, {how}")
 
@@ -520,7 +521,7 @@ def _summary(company: Company) -> dict[str, Any]:
             )
         verdict = book.verify()
         head = verdict.head
-    worth = earned.show(console, company.both, lake, company.workflows)
+    worth = scorecard.show(console, company.both, lake, company.workflows)
     console.print(
         f"\nThe ledger {'verifies' if verdict.ok else 'DOES NOT VERIFY'}: {verdict.events} events, {verdict.batches} batches, head {head.hash[:16]}…"
     )
