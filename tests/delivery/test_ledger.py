@@ -771,7 +771,7 @@ def test_the_migrations_make_the_tables_that_the_code_writes(url: str) -> None:
         assert compare_metadata(context, schema.metadata) == []
         assert context.get_current_revision() == database.HEAD
     engine.dispose()
-    assert ScriptDirectory(str(ROOT / "delivery" / "migrations")).get_heads() == [database.HEAD]
+    assert ScriptDirectory(str(ROOT / "delivery" / "ledger" / "migrations")).get_heads() == [database.HEAD]
 
 
 def test_a_ledger_of_a_newer_signalbox_is_refused_and_left_alone(url: str) -> None:

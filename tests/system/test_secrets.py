@@ -440,24 +440,24 @@ def test_a_full_run_leaves_no_secret_anywhere(
 
     ads.system.now, batch = None, ads.batch().batch_id
     right, wrong = MARKS["approver's secret"], MARKS["secret typed by mistake"]
-    firm.cli("approvers", "add", "robin", typed=f"{right}\n")
-    firm.cli("approve", batch, "--as", "robin", "--reason", "as planned", typed=f"{wrong}\n", fails=True)
-    firm.cli("deliver", batch, "--late", fails=True)
-    firm.cli("approve", batch, "--as", "robin", "--reason", "as planned", typed=f"{right}\n")
+    firm.command("approvers", "add", "robin", typed=f"{right}\n")
+    firm.command("approve", batch, "--as", "robin", "--reason", "as planned", typed=f"{wrong}\n", fails=True)
+    firm.command("deliver", batch, "--late", fails=True)
+    firm.command("approve", batch, "--as", "robin", "--reason", "as planned", typed=f"{right}\n")
     with firm.patch.context() as patch:
         patch.setenv("SIGNALBOX_ADS_TOKEN", MARKS["wrong ads token"])
         assert "SIGNALBOX_ADS_TOKEN" in firm.process("deliver", batch, "--late", fails=True)
     for status, how in ((500, "--late"), (401, "--dry-run")):
         firm.gates["ads"].status = status
-        firm.cli("deliver", batch, how, fails=True)
+        firm.command("deliver", batch, how, fails=True)
     firm.gates["ads"].status = 0
-    firm.cli("deliver", batch, "--dry-run")
-    assert json.loads(firm.cli("deliver", batch, "--late", "--json"))["complete"]
+    firm.command("deliver", batch, "--dry-run")
+    assert json.loads(firm.command("deliver", batch, "--late", "--json"))["complete"]
     row = next(d for d in ads.bench.decided(ads.day) if d["changed"])
-    firm.cli("explain", row["decision_id"], "--live")
-    firm.cli("show", batch)
-    firm.cli("rollback", batch, "--reason", "it does harm", "--as", "kim")
-    assert json.loads(firm.cli("verify", "--json", "--export", str(firm.home / "head.json")))["ok"]
+    firm.command("explain", row["decision_id"], "--live")
+    firm.command("show", batch)
+    firm.command("rollback", batch, "--reason", "it does harm", "--as", "kim")
+    assert json.loads(firm.command("verify", "--json", "--export", str(firm.home / "head.json")))["ok"]
     assert ads.stands() == ads.decided("before")
 
     found = marks_below(firm.home, MAY_HOLD)
