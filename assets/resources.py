@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from datetime import UTC, date, datetime
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pyarrow as pa
 
+from common.clock import utc_now
 from delivery.ledger import Ledger
 from models.registry import Registry
 from pipeline.lake import Lake
@@ -95,7 +96,7 @@ class ClockResource(dg.ConfigurableResource):
 
     def now(self) -> datetime:
         """Now, as naive UTC."""
-        return utc(datetime.fromisoformat(self.fixed)) if self.fixed else datetime.now(UTC).replace(tzinfo=None)
+        return utc(datetime.fromisoformat(self.fixed)) if self.fixed else utc_now()
 
 
 def resources(now: str | None = None) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from common import clock
 from common.errors import SignalboxError
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def _steps(curves: Mapping[str, Mapping[int, float]]) -> list[Any]:
     """Curves as MLflow's metrics: a step is a number of rounds."""
     from mlflow.entities import Metric
 
-    now = int(time.time() * 1000)
+    now = int(clock.now().timestamp() * 1000)
     return [Metric(f"curve_{name}", value, now, step) for name, one in curves.items() for step, value in one.items()]
 
 

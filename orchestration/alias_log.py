@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from common import clock
 from pipeline.settings import home
 
 _ALIAS = "/mlflow/registered-models/alias"
@@ -51,7 +51,7 @@ def authenticate() -> Any:
 def note(user: str, model: str, alias: str, version: int | str | None) -> None:
     """Add a line: who gave ``alias`` to which version (None: took it away)."""
     line = {
-        "at": datetime.now(UTC).isoformat(), "user": user, "model": model, "alias": alias,
+        "at": clock.now().isoformat(), "user": user, "model": model, "alias": alias,
         "version": None if version is None else int(version),
     }  # fmt: skip
     file = path()

@@ -13,7 +13,7 @@ from typing import Any
 import dagster as dg
 
 from assets.resources import ClockResource, LakeResource, LandingResource, LedgerResource, RegistryResource
-from common import errors
+from common import clock, errors
 from delivery.ledger import Ledger, Rollback, generation
 from models.registry import Registry
 from orchestration.jobs import jobs_of
@@ -105,7 +105,7 @@ def _unfinished(record: dg.RunRecord) -> bool:
         return False
     changed = record.update_timestamp
     changed = changed if changed.tzinfo else changed.replace(tzinfo=UTC)
-    return record.dagster_run.status == dg.DagsterRunStatus.QUEUED or datetime.now(UTC) - changed < DEAD_AFTER
+    return record.dagster_run.status == dg.DagsterRunStatus.QUEUED or clock.now() - changed < DEAD_AFTER
 
 
 def running_days(instance: dg.DagsterInstance, workflow: Workflow, jobs: Sequence[str]) -> frozenset[date]:
@@ -138,7 +138,7 @@ def training_runs(instance: dg.DagsterInstance, workflow: Workflow) -> retrainin
     """The runs of a workflow's retraining job by the day they train for, from Dagster's own records (the newest hundred)."""
     records = instance.get_run_records(dg.RunsFilter(job_name=f"{workflow.name}_retrain"), limit=100)
     # Dagster stamps its records with the machine's clock, whatever time the story has
-    old = datetime.now(UTC) - timedelta(hours=workflow.retraining.longest_hours)
+    old = clock.now() - timedelta(hours=workflow.retraining.longest_hours)
     found: dict[str, set[date]] = {"trained": set(), "running": set(), "failed": set()}
     for one in records:
         tags = one.dagster_run.tags

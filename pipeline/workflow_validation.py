@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from common import duckdb_session
+from common import clock, duckdb_session
 from common.duckdb_session import StageSqlError, Text
 from data_checks.effects import measured
 from delivery.connectors import catalog as connectors
@@ -55,7 +55,7 @@ def problems(workflow: Workflow, *, today: date | None = None, thorough: bool = 
     rows, and the expectations' arguments are held against Great Expectations, whose import takes seconds.
     """
     wrong = [
-        *_start(workflow, today or datetime.now(UTC).date()),
+        *_start(workflow, today or clock.now().date()),
         *_contract(workflow),
         *(line for name in workflow.sources for line in _mapping(workflow, name)[0]),
         *_connector(workflow),
@@ -86,7 +86,7 @@ def problems(workflow: Workflow, *, today: date | None = None, thorough: bool = 
 def notes(workflow: Workflow, *, today: date | None = None) -> list[str]:
     """What could not be judged without data, and why; for people, no fault."""
     told = [line for name in workflow.sources for line in _mapping(workflow, name)[1]]
-    if workflow.start > (today or datetime.now(UTC).date()):
+    if workflow.start > (today or clock.now().date()):
         told.append(f"start: no day can be run before {workflow.start}")
     for path, stage in ((workflow.features.sql, "features"), (workflow.outcomes.sql, "outcomes")):
         told += _repeated(workflow, path, stage)[1]

@@ -206,3 +206,19 @@ def test_duckdb_is_opened_in_one_place() -> None:
         and node.attr in ("connect", "sql", "query", "execute", "default_connection")
     ]
     assert not wrong, f"common.duckdb_session.engine() opens it, locked: {wrong}"
+
+
+READS_A_CLOCK = re.compile(r"datetime\.(?:now|utcnow|today)\(|\bdate\.today\(|\btime\.time\(")
+
+
+def test_what_time_it_is_is_read_in_one_place() -> None:
+    wrong = [
+        f"{file.relative_to(ROOT)}:{number}"
+        for room in ALLOWED
+        for file in modules(room)
+        if file != ROOT / "common" / "clock.py"
+        and "sandbox" not in file.parts  # stand-ins for systems have clocks of their own
+        for number, line in enumerate(file.read_text().splitlines(), 1)
+        if READS_A_CLOCK.search(line)
+    ]
+    assert not wrong, f"common.clock tells it: {wrong}"

@@ -8,6 +8,7 @@ Belongs here: the record and its rules. Does not: talking to a downstream system
 (``delivery.approvals``).
 """
 
+from common.clock import utc_now
 from delivery.ledger.database import (
     DaySent,
     Fenced,
@@ -18,7 +19,7 @@ from delivery.ledger.database import (
     Unknown,
 )
 from delivery.ledger.leases import Busy, Holder, Lease
-from delivery.ledger.ledger import Ledger, utc_now
+from delivery.ledger.ledger import Ledger
 from delivery.ledger.records import (
     ACTED,
     FINAL,

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from datetime import date, datetime, timedelta, timezone
+from datetime import date, datetime, timedelta
 from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from sqlalchemy import Connection, Engine, Row, Table, and_, bindparam, delete, func, insert, or_, select, text, update
 
+from common.clock import utc_now
 from delivery.ledger import hash_chain, schema, verify
 from delivery.ledger.database import (  # fmt: skip
     DaySent,
@@ -69,11 +70,6 @@ _GIVEN = (
 
 
 AnyRow: TypeAlias = "Row[*tuple[Any, ...]]"
-
-
-def utc_now() -> datetime:
-    """Now, as naive UTC."""
-    return datetime.now(timezone.utc).replace(tzinfo=None)  # noqa: UP017
 
 
 class Ledger:

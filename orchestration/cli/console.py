@@ -10,12 +10,14 @@ import contextlib
 import getpass
 import json
 from collections.abc import Iterator
-from datetime import UTC, date, datetime
+from datetime import date
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from common.clock import utc_now
 
 if TYPE_CHECKING:
     from delivery.ledger import BatchRow, Ledger
@@ -39,17 +41,12 @@ Day = Annotated[
 ]
 
 
-def now() -> datetime:
-    """Now, naive UTC."""
-    return datetime.now(UTC).replace(tzinfo=None)
-
-
 @contextlib.contextmanager
 def ledger() -> Iterator[Ledger]:
     """The ledger, closed afterwards."""
     from assets.resources import resources
 
-    book = resources()["ledger"].open(now)
+    book = resources()["ledger"].open(utc_now)
     try:
         yield book
     finally:

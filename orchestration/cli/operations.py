@@ -30,7 +30,6 @@ from orchestration.cli.console import (
     every_workflow,
     ledger,
     money_or_level,
-    now,
     told,
     who,
     workflow_named,
@@ -38,7 +37,8 @@ from orchestration.cli.console import (
 )
 
 if TYPE_CHECKING:
-    from delivery.ledger import Ledger
+    from common.clock import utc_now
+from delivery.ledger import Ledger
 
 
 def register(app: typer.Typer) -> None:
@@ -105,7 +105,7 @@ def show(
         workflow = workflow_of(found)
         decisions = book.decisions(batch)
         four_eyes = workflow.delivery.approval.four_eyes if workflow.delivery else False
-        stands = standing(book, found, now(), four_eyes)
+        stands = standing(book, found, utc_now(), four_eyes)
         rows = book.deliveries(batch)
         stopped = book.stopped(found.workflow)
     largest = tables.largest_changes(decisions, limit).to_pylist()
@@ -197,12 +197,12 @@ def deliver(
     with ledger() as book:
         found = _batch(book, batch, day)
         workflow = workflow_of(found)
-        connector = dispatch.connect(workflow, now)
+        connector = dispatch.connect(workflow, utc_now)
         try:
             if dry_run:
-                diff = pushing.dry_run(book, connector, found.batch_id, settings=workflow.delivery.push, clock=now)
+                diff = pushing.dry_run(book, connector, found.batch_id, settings=workflow.delivery.push, clock=utc_now)
                 late_note = (
-                    [] if now() < in_effect.over(found.day) else ["its day is over: it is sent with --late only"]
+                    [] if utc_now() < in_effect.over(found.day) else ["its day is over: it is sent with --late only"]
                 )
                 told(
                     diff.as_dict() | {"notes": [*diff.notes, *late_note]},
@@ -212,7 +212,7 @@ def deliver(
                 return
             with _bar(as_json) as progress:
                 done = dispatch.deliver(
-                    workflow, book, connector, found, run_id=f"cli:{os.getpid()}", clock=now, sleep=time.sleep,
+                    workflow, book, connector, found, run_id=f"cli:{os.getpid()}", clock=utc_now, sleep=time.sleep,
                     progress=progress, stale=late,
                 )  # fmt: skip
         finally:
@@ -432,7 +432,12 @@ def rollback(
             return
         reports = []
         for which in chosen:
-            asked: dict[str, Any] = {"actor": who(name), "reason": reason, "run_id": f"cli:{os.getpid()}", "clock": now}
+            asked: dict[str, Any] = {
+                "actor": who(name),
+                "reason": reason,
+                "run_id": f"cli:{os.getpid()}",
+                "clock": utc_now,
+            }
             if close:
                 reports.append(dispatch.close_rollback(book, which, **asked))
                 continue
@@ -460,7 +465,7 @@ def _tried(book: Ledger, chosen: Iterable[Any], as_json: bool) -> None:
     diffs: list[Any] = []
     lines: list[str] = []
     for which in chosen:
-        found = dispatch.try_roll_back(book, which, clock=now)
+        found = dispatch.try_roll_back(book, which, clock=utc_now)
         diffs += found
         workflow = workflow_of(book.batch(found[0].batch_id.removeprefix("rollback-")))
         first: dict[str, int | None] = {}
@@ -508,7 +513,7 @@ def explain(
         reading = None
         if live:
             row = book.decision(decision)
-            connector = dispatch.connect(workflow_of(row["batch"]), now)
+            connector = dispatch.connect(workflow_of(row["batch"]), utc_now)
             try:
                 reading = connector.read([row["entity_id"]])[row["entity_id"]]
             finally:
@@ -584,7 +589,7 @@ def power(
     table = found.table("outcomes")
     if day is None and lake.exists(table):
         day = max(lake.read(table, columns=["day"])["day"].to_pylist(), default=None)
-    told_of = verdicts.power(found, lake, day or closed_days(found, now()), harms, runs=runs)
+    told_of = verdicts.power(found, lake, day or closed_days(found, utc_now()), harms, runs=runs)
     document = {
         "workflow": workflow,
         "design": found.arms.design,
@@ -632,7 +637,7 @@ def remap(
     from pipeline import ingest
 
     found, given = workflow_named(workflow), resources()
-    done = ingest.remap(found, given["lake"].lake, given["landing"].root, now=now(), since=since)
+    done = ingest.remap(found, given["lake"].lake, given["landing"].root, now=utc_now(), since=since)
     document = {
         "workflow": found.name, "gone": list(done.gone), "refused": dict(done.refused),
         "mapped": [

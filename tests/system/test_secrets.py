@@ -34,6 +34,7 @@ import sqlalchemy
 from typer.testing import CliRunner
 
 from assets.resources import resources
+from common.clock import utc_now
 from orchestration import runner
 from orchestration.cli import command
 from pipeline import dispatch
@@ -371,19 +372,13 @@ def firm(
 
 
 def states_of(batch_id: str) -> set[str]:
-    with resources()["ledger"].open(cli_now) as book:
+    with resources()["ledger"].open(utc_now) as book:
         return {d.state for d in book.deliveries(batch_id)}
 
 
 def words_in_ledger(batch_id: str) -> str:
-    with resources()["ledger"].open(cli_now) as book:
+    with resources()["ledger"].open(utc_now) as book:
         return " ".join(f"{d.state} {d.says}" for d in book.deliveries(batch_id))
-
-
-def cli_now() -> Any:
-    from orchestration.cli import console
-
-    return console.now()
 
 
 def failing_deliveries(firm: Firm, name: str, morning: Morning, token: str, wrong: str) -> None:
