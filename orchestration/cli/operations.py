@@ -22,6 +22,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from common.clock import utc_now
 from orchestration.cli.console import (
     As,
     Json,
@@ -37,8 +38,7 @@ from orchestration.cli.console import (
 )
 
 if TYPE_CHECKING:
-    from common.clock import utc_now
-from delivery.ledger import Ledger
+    from delivery.ledger import Ledger
 
 
 def register(app: typer.Typer) -> None:
