@@ -21,7 +21,7 @@ import numpy as np
 
 from delivery.sandbox.worlds.advertising import Setting, World, history
 from models.elasticity import fit_elasticities, response
-from models.policies.budget import allocate
+from models.policies.allocation import allocate
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Micros = np.ndarray[Any, np.dtype[np.int64]]

@@ -17,8 +17,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of the linear algebra s
 import numpy as np
 import pyarrow as pa
 
+from models.policies.allocation import MICROS, allocate
 from models.policies.arms import Explore
-from models.policies.budget import MICROS, allocate, decide
+from models.policies.budget import decide
 
 POINTS = 9
 LIMIT = {"cap": 2**60, "largest_change": 0.3}

@@ -188,9 +188,9 @@ def noise_for(loss: Callable[[float], float], target: float) -> float:
 def _spoilt(rows: pa.Table, kind: str, day: date, maturity: int) -> pa.Table:
     """Of the newest days every outcome wrong."""
     newest = pc.greater(rows["day"], pa.scalar(day - timedelta(days=maturity or 3)))
-    column = paired.KINDS[kind].actual
+    column = paired.comparison(kind).actual
     was = rows[column]
-    wrong = pc.multiply(was, 3.0) if kind == "response" else pc.if_else(pc.is_valid(was), True, was)
+    wrong = pc.multiply(was, 3.0) if catalog.KINDS[kind].scores == "amount" else pc.if_else(pc.is_valid(was), True, was)
     return rows.set_column(rows.schema.get_field_index(column), column, pc.if_else(newest, wrong, was))
 
 
@@ -231,7 +231,7 @@ def trial(place: Place, day: date, tallies: Mapping[str, Tally]) -> None:
     test, actual = paired.known(kind, point_in_time.rows_where(later.filter(ahead), training.evaluate_on))
 
     def loss(model: Any) -> float:
-        found = paired.losses(kind, training.metric, paired.KINDS[kind].predict(model, test), actual)
+        found = paired.losses(kind, training.metric, paired.comparison(kind).predict(model, test), actual)
         assert found is not None
         return float(found.mean())
 

@@ -32,7 +32,7 @@ import pyarrow.compute as pc
 from benchmarks.priority_policy import Known, daily_priorities
 from data_checks import regression
 from delivery.sandbox.worlds import advertising, tickets
-from models.policies import arms, budget
+from models.policies import allocation, arms, budget
 from models.policies.priority import PriorityPolicy
 from pipeline.workflow import FOLDER, Workflow
 from pipeline.workflow import load as load_workflow
@@ -158,7 +158,7 @@ def _planned(
     if kind == "slight":
         low, high = (np.rint(usual[at] * s).astype(np.int64) for s in (0.85, 1.15))
         low, high = np.minimum(low, stood[at]), np.maximum(high, stood[at])
-    plan = budget.allocate(
+    plan = allocation.allocate(
         spends, values, total=int(stood[at].sum()), floor=low, cap=high, before=stood[at],
         largest_change=policy.largest_daily_change,
     )  # fmt: skip

@@ -30,7 +30,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from delivery.sandbox.worlds.tickets import DAY, EPOCH, HOUR, Order, World, history, service_seconds
-from models.policies.priority import PriorityPolicy, decide, index
+from models.policies.priority import PriorityPolicy, decide
+from models.policies.ranking import index
 
 START = date(2026, 1, 5)
 BEFORE, JUDGED = 21, 21

@@ -3,7 +3,7 @@
 Belongs here: finding that code. Does not: anything about models (``models.serving``). The product never runs this: it reads a
 version's files by their digests (``Registry.load``).
 
-MLflow copies this file into the version's artifacts, with the package ``models`` beside it in ``code``.
+MLflow copies this file into the version's artifacts, with the packages that it imports beside it in ``code``.
 """
 
 import sys
@@ -17,32 +17,38 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
 
-def _of_package() -> list[str]:
-    return [name for name in sys.modules if name == "models" or name.startswith("models.")]
+def _imported(packages: list[str]) -> list[str]:
+    return [name for name in sys.modules if name.partition(".")[0] in packages]
 
 
 def _sources(package: Path) -> dict[str, bytes]:
     return {str(file.relative_to(package)): file.read_bytes() for file in package.rglob("*.py")}
 
 
+def _is_here(folder: Path, package: str) -> bool:
+    """Whether the package that was imported is of the same code."""
+    imported = getattr(sys.modules.get(package), "__file__", None)
+    return imported is not None and _sources(Path(imported).parent) == _sources(folder / package)
+
+
 @contextmanager
 def _own_code(folder: Path) -> Iterator[None]:
-    """Within, the package ``models`` is that of ``folder``, or one of the same code that was imported before.
+    """Within, the packages of ``folder`` are its own, or those of the same code that were imported before.
 
-    Other code of that name comes back afterwards: a process may load versions of different code, and is free to have a package
-    ``models`` of its own.
+    Other code of their names comes back afterwards: a process may load versions of different code, and is free to have a package
+    ``models`` or ``common`` of its own.
     """
-    imported = getattr(sys.modules.get("models"), "__file__", None)
-    if imported is not None and _sources(Path(imported).parent) == _sources(folder / "models"):
+    packages = sorted(file.parent.name for file in folder.glob("*/__init__.py"))
+    if all(_is_here(folder, package) for package in packages):
         yield
         return
-    others = {name: sys.modules.pop(name) for name in _of_package()}
+    others = {name: sys.modules.pop(name) for name in _imported(packages)}
     sys.path.insert(0, str(folder))
     try:
         yield
     finally:
         sys.path.remove(str(folder))
-        for name in _of_package():
+        for name in _imported(packages):
             del sys.modules[name]
         sys.modules.update(others)
 

@@ -288,7 +288,7 @@ class Registry:
                 logged = mlflow.pyfunc.log_model(
                     name="model",
                     python_model=str(_PACKAGE / _FROM_CODE),
-                    code_paths=[str(_PACKAGE)],
+                    code_paths=[str(_PACKAGE), str(_PACKAGE.with_name("common"))],
                     artifacts=artifacts,
                     pip_requirements=[f"{package}=={metadata.version(package)}" for package in _NEEDED],
                     **how,

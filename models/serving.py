@@ -19,7 +19,7 @@ from models import catalog
 if TYPE_CHECKING:
     import pandas as pd
 
-    from models.catalog import Learner
+    from models.learners.base import Learner
 
 KIND = b"kind"
 EXAMPLES = 3

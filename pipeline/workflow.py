@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -23,20 +23,18 @@ from common.errors import SignalboxError
 from data_checks.contract import ExpectationSpec
 from data_checks.drift import DriftSpec
 from data_checks.guardrails import Guardrails
-from data_checks.performance import METRICS, Kind, PerformanceSpec
+from data_checks.performance import METRICS, PerformanceSpec
 from data_checks.regression import RegressionSpec
 from delivery.abort_rules import Guards
 from delivery.connectors import catalog
 from delivery.connectors.base import Misconfigured
 from delivery.connectors.catalog import ConnectorSettings
 from delivery.push.types import PushSettings
-from models.catalog import KINDS
+from models.catalog import KINDS, POLICIES
 from models.evaluation.gate import GateSpec
-from models.learners.duration import DurationModel
-from models.learners.response import ResponseModel
+from models.learners.base import ModelSettings
 from models.policies.arms import ARMS, Arms
-from models.policies.budget import BudgetPolicy
-from models.policies.priority import PriorityPolicy
+from models.policies.base import PolicySettings
 from models.training.distillation import Distill
 from models.training.search import EarlyStopping, Search
 
@@ -253,11 +251,12 @@ class Outcomes(Strict):
     )
 
 
-SCORES: dict[str, Kind] = {"duration": "probability", "response": "amount"}
-"""What the scores of each kind of model are."""
-
-ModelSpec = Annotated[DurationModel | ResponseModel, Field(discriminator="kind")]
-PolicySpec = Annotated[PriorityPolicy | BudgetPolicy, Field(discriminator="kind")]
+if TYPE_CHECKING:
+    ModelSpec: TypeAlias = ModelSettings
+    PolicySpec: TypeAlias = PolicySettings
+else:  # the sections of the kinds in the catalog
+    ModelSpec = Annotated[Union[tuple(one.settings for one in KINDS.values())], Field(discriminator="kind")]  # noqa: UP007
+    PolicySpec = Annotated[Union[tuple(one.settings for one in POLICIES.values())], Field(discriminator="kind")]  # noqa: UP007
 
 
 class Training(Strict):
@@ -469,7 +468,7 @@ class Workflow(Strict):
     @classmethod
     def _measured(cls, value: Retraining, info: Any) -> Retraining:
         if "training" in info.data and "model" in info.data:
-            metric, known = value.metric or info.data["training"].metric, METRICS[SCORES[info.data["model"].kind]]
+            metric, known = value.metric or info.data["training"].metric, METRICS[KINDS[info.data["model"].kind].scores]
             if metric not in known:
                 raise ValueError(
                     f"metric: {metric!r} is not measured day by day, so its fall would start nothing; "
@@ -708,25 +707,8 @@ def _of_limits(workflow: Workflow) -> list[str]:
     for arm in workflow.guardrails.frozen_arms:
         if arm not in ARMS:
             wrong.append(f"guardrails.frozen_arms: {arm!r} is no arm; there are {', '.join(ARMS)}")
-    if isinstance(policy, PriorityPolicy) and levels is not None:
-        within = f"guardrails.levels allows {levels[0]} to {levels[1]}"
-        deepest = len(policy.level_days) + 1
-        if deepest > levels[1] or levels[0] > 1:
-            wrong.append(
-                f"policy.level_days: {len(policy.level_days)} cuts give the priorities 1 to {deepest}, but {within}; take out cuts, or "
-                "widen the levels"
-            )
-        if not levels[0] <= policy.rest_level <= levels[1]:
-            wrong.append(f"policy.rest_level: {policy.rest_level} can never be decided: {within}")
-        for kept in policy.keep:
-            if not levels[0] <= kept <= levels[1]:
-                wrong.append(f"policy.keep: {kept} never stands: {within}")
-    unit = workflow.guardrails.unit
-    if unit is not None and isinstance(policy, BudgetPolicy) and policy.unit_micros % unit:
-        wrong.append(
-            f"guardrails.unit: policy.unit_micros {policy.unit_micros} is no multiple of {unit}, so that every batch would be held; write "
-            f"the same in both"
-        )
+    kind = POLICIES[policy.kind]
+    wrong += kind.against_guardrails(policy, levels, workflow.guardrails.unit)
     if sends is None:
         return wrong
     if sends.guards.max_spend_over_pool is not None and sends.spend is None:
@@ -734,20 +716,7 @@ def _of_limits(workflow: Workflow) -> list[str]:
             "delivery.abort_rules.max_spend_over_pool: needs delivery.spend, the outcome column with what was spent; name it, or leave "
             "the guard out"
         )
-    step = getattr(sends.connector, "unit_micros", None)
-    if isinstance(policy, BudgetPolicy):
-        if step is not None and policy.unit_micros % step:
-            wrong.append(
-                f"policy.unit_micros: {policy.unit_micros} is no multiple of {step}, the smallest amount that the connector takes "
-                f"(delivery.connector.unit_micros); write {step}"
-            )
-        if sends.push.unit % policy.unit_micros:
-            wrong.append(
-                f"delivery.push.unit: {sends.push.unit} is no multiple of policy.unit_micros {policy.unit_micros}, so that a replanned "
-                f"value would be one that is never decided; write {policy.unit_micros}"
-            )
-    elif sends.push.unit != 1:
-        wrong.append(f"delivery.push.unit: {sends.push.unit} would round priorities; leave it out (1)")
+    wrong += kind.against_delivery(policy, sends.push.unit, getattr(sends.connector, "unit_micros", None))
     return wrong
 
 

@@ -26,10 +26,7 @@ from delivery.connectors import catalog as connectors
 from delivery.connectors import rest
 from delivery.connectors.base import Misconfigured
 from models.booster import is_number
-from models.catalog import KINDS
-from models.learners.duration import DurationModel
-from models.policies.budget import BudgetPolicy
-from models.policies.priority import PriorityPolicy
+from models.catalog import KINDS, POLICIES
 from pipeline.ingest.row_rules import event_columns, name_sql, open_engine
 from pipeline.workflow import ENGINE_COLUMNS, Column, Source, Workflow, engines_own, twice
 
@@ -320,7 +317,7 @@ def _connector(workflow: Workflow) -> list[str]:
         return str(error).splitlines()
     write = getattr(settings, "put", None) or (spec.values.write if isinstance(settings, rest.RestSettings) else None)
     levels = workflow.guardrails.levels
-    if write is None or levels is None or not isinstance(workflow.policy, PriorityPolicy):
+    if write is None or levels is None or POLICIES[workflow.policy.kind].money:
         return []
     wrong = []
     for level in range(levels[0], min(levels[1], levels[0] + 100) + 1):
@@ -335,7 +332,7 @@ def _connector(workflow: Workflow) -> list[str]:
 
 def _features(workflow: Workflow, schema: pa.Schema) -> list[str]:
     """What the rest of workflow.yaml wants of the features."""
-    path, kind, policy = workflow.features.sql, KINDS[workflow.model.kind], workflow.policy
+    path, kind = workflow.features.sql, KINDS[workflow.model.kind]
     at = workflow.folder / path
     wrong = _keys(at, schema, {"entity_id": pa.string()})
     if "moment" in schema.names:
@@ -369,11 +366,8 @@ def _features(workflow: Workflow, schema: pa.Schema) -> list[str]:
             wrong.append(
                 f"{at}: yields no {n}, which a model of kind {workflow.model.kind} reads; {_near(n, schema.names)}"
             )
-    model = workflow.model
-    grouped = (model.group,) if isinstance(model, DurationModel) else model.group
-    wrong += _absent(workflow, "model.group", grouped, schema, path)
-    if isinstance(model, DurationModel):
-        wrong += _absent(workflow, "model.rule_by", model.rule_by, schema, path)
+    for field, columns in kind.columns(workflow.model).items():
+        wrong += _absent(workflow, f"model.{field}", columns, schema, path)
     wrong += _absent(workflow, "arms.unit", [workflow.arms.unit], schema, path)
     gate = workflow.training.gate
     wrong += _absent(workflow, "training.gate.slices", gate.slices, schema, path)
@@ -384,25 +378,21 @@ def _features(workflow: Workflow, schema: pa.Schema) -> list[str]:
                 workflow, "drift.moment", f"{at} yields no column moment; leave drift.moment out, or let it yield one"
             )
         )
-    whole, others = {
-        "priority_queue": (("priority",), ("team", "due", "cost_by", "capacity")),
-        "budget_allocation": (("spend", "spend_age", "floor", "cap"), ("multiplier",)),
-    }[policy.kind]
-    for field in (*whole, *others):
-        name = getattr(policy, field)
+    return wrong + _of_policy(workflow, schema)
+
+
+def _of_policy(workflow: Workflow, schema: pa.Schema) -> list[str]:
+    """What the policy wants of the features: the columns that it names, with whole numbers where it counts."""
+    path, kind, wrong = workflow.features.sql, POLICIES[workflow.policy.kind], []
+    for field in (*kind.whole_columns, *kind.columns):
+        name = getattr(workflow.policy, field)
         if name is None:
             continue
         wrong += _absent(workflow, f"policy.{field}", [name], schema, path)
-        if field in whole and name in schema.names and not _is_whole(schema.field(name).type):
-            unit = (
-                "days"
-                if field == "spend_age"
-                else "micros of money"
-                if isinstance(policy, BudgetPolicy)
-                else "priorities"
-            )
+        if field in kind.whole_columns and name in schema.names and not _is_whole(schema.field(name).type):
             wrong.append(
-                f"{at}: {name} is {_sql_name(schema.field(name).type)}, but policy.{field} needs whole {unit}; cast it to BIGINT"
+                f"{workflow.folder / path}: {name} is {_sql_name(schema.field(name).type)}, but policy.{field} needs whole "
+                f"{kind.whole_columns[field]}; cast it to BIGINT"
             )
     return wrong
 

@@ -17,9 +17,8 @@ import pyarrow.compute as pc
 
 from models import catalog
 from models.booster import is_number
-from models.evaluation import gate, off_policy, paired
-from models.policies.budget import BudgetPolicy
-from models.policies.priority import PriorityPolicy
+from models.evaluation import bootstrap, gate, off_policy, paired
+from models.policies.base import PolicySettings, Value
 
 _OWN_COLUMNS = ("spend_shift_1", "spend_shift_7")
 """Columns that a learner makes itself (``models.learners.response.SPEND_SHIFTS``)."""
@@ -36,7 +35,7 @@ class Terms:
 
     kind: str
     spec: gate.GateSpec
-    policy: BudgetPolicy | PriorityPolicy
+    policy: PolicySettings
     numeric: tuple[str, ...]
     categorical: tuple[str, ...]
     seed: int = 0
@@ -104,12 +103,11 @@ def examine(
     count for the policy's value only. ``recorded``: see ``contract``. ``apart``: see ``training.fit.disagreement``.
     ``same_rows``: see ``gate.judge``.
     """
-    if terms is not None and terms.kind not in paired.KINDS:
-        known = ", ".join(sorted(paired.KINDS))
+    if terms is not None and not paired.comparable(terms.kind):
+        known = ", ".join(sorted(filter(paired.comparable, catalog.KINDS)))
         return gate.refused(
             f"models of kind {terms.kind!r} have no comparison (there is one for {known}): nothing says whether this one is "
-            "worse; declare how its rows are compared in models.evaluation.paired.KINDS; "
-            + catalog.why_not(terms.kind, "comparison")
+            "worse; declare how its rows are compared in its KIND; " + catalog.why_not(terms.kind, "comparison")
         ), {}
     if terms is not None:
         differs = contract(candidate, terms, held_out, recorded)
@@ -153,12 +151,12 @@ def _gather(
     apart: gate.Disagreement | str | None,
 ) -> gate.Evidence | None:
     against: Literal["champion", "rule"] = "rule" if champion is None else "champion"
-    other, spec, kind = (rule if champion is None else champion), terms.spec, paired.KINDS[terms.kind]
+    other, spec, kind = (rule if champion is None else champion), terms.spec, paired.comparison(terms.kind)
     rows, actual = paired.known(terms.kind, held_out)
     if not rows.num_rows:
         return None
     again: dict[str, Any] = {"draws": spec.draws, "seed": terms.seed, "confidence": spec.confidence}
-    days = paired.Days.of(rows, **again)
+    days = bootstrap.Days.of(rows, **again)
     mine, theirs = (paired.losses(terms.kind, metric, kind.predict(one, rows), actual) for one in (candidate, other))
     harm, found, means = None, [], {}
     if mine is not None and theirs is not None and better == "lower":
@@ -189,7 +187,7 @@ def _gather(
 
 def _decide(
     candidate: Any, other: Any, held_out: pa.Table, decided: pa.Table | None, terms: Terms, again: dict[str, Any]
-) -> tuple[dict[str, off_policy.Value | str], list[paired.Group]]:
+) -> tuple[dict[str, Value | str], list[paired.Group]]:
     """The policy's value on the held-out days and, for what was randomised, on all days; and the groups."""
     if decided is None or not decided.num_rows:
         return {HELD_OUT: "not measured: the policy decides on none of their rows"}, []

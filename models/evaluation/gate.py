@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.evaluation.off_policy import Value
-from models.evaluation.paired import LEAST_DRAWS, SAME, Group, Interval, Slice
+from models.evaluation.bootstrap import LEAST_DRAWS, Interval
+from models.evaluation.paired import SAME, Group, Slice
+from models.policies.base import Value
 
 MEGABYTE = 1_000_000
 _SAME_ROWS = "that of the champion's recipe on the same rows,"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from models.booster import (
     Because,
@@ -36,6 +36,7 @@ from models.booster import (
     without,
 )
 from models.evaluation.conformal import Bands, Sets, coarser, coverage, halves
+from models.learners.base import Comparison, Kind, ModelSettings, Range, Small, numbers, squares_apart
 from models.policies.priority import coverage_curve
 
 if TYPE_CHECKING:
@@ -50,10 +51,8 @@ SHARPEST = 1e-4
 RESOLVED = 0.9  # share of a day's rows whose handling time must be known for the day to say how long things take
 
 
-class DurationModel(BaseModel):
+class DurationModel(ModelSettings):
     """The model section of a workflow whose entities take time and may take too long."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["duration"]
     group: str = Field(
@@ -836,3 +835,75 @@ def _group(table: pa.Table, columns: Sequence[str]) -> Array:
     texts = np.column_stack([_texts(table, name) for name in columns])
     distinct, code = np.unique(texts, axis=0, return_inverse=True)
     return np.array([json.dumps(row) for row in distinct.tolist()], dtype="U")[code.ravel()]
+
+
+# --- what the rest of the product asks of the kind --------------------------------------------------------------------
+
+
+def read(rows: pa.Table) -> dict[str, np.ndarray]:
+    """P(missed), whether it was (NaN until judged), and whether the set of possible outcomes held it."""
+    missed = numbers(rows["missed"])
+    found = {"predicted": numbers(rows["p_miss"]), "actual": missed}
+    if "may_miss" in rows.schema.names:
+        inside = np.where(missed > 0, numbers(rows["may_miss"]), numbers(rows["may_hit"]))
+        found |= {"promised": numbers(rows["confidence"]), "inside": np.where(np.isnan(missed), np.nan, inside)}
+    return found
+
+
+def student(teacher: DurationLearner, small_one: DurationLearner, rows: pa.Table, small: Small) -> None:
+    """Boosters of P(missed), time and effort that say what the teacher's say."""
+    x = teacher.encoding.matrix(rows)
+    small_one.miss = [small(x, teacher.p_miss(rows), "cross_entropy", None)]
+    small_one.calibration = dict.fromkeys(teacher.calibration, (1.0, 0.0))  # what it learned from is calibrated
+    small_one.duration = small(x, predict(teacher.duration, x), "regression", None)
+    if teacher.effort is not None:
+        small_one.effort = small(x, predict(teacher.effort, x), "regression", None)
+
+
+def _log_loss(p: Array, missed: Array) -> Array:
+    safe = np.clip(p, 1e-12, 1 - 1e-12)
+    return np.asarray(-np.log(np.where(missed > 0, safe, 1 - safe)))
+
+
+def _p_miss(model: Any, rows: pa.Table) -> Array:
+    return np.asarray(model.p_miss(rows), dtype=np.float64)
+
+
+KIND = Kind(
+    settings=DurationModel,
+    learner=DurationLearner,
+    rule=DurationRule,
+    policy="priority_queue",
+    scores="probability",
+    principal="p_miss",
+    answer="missed",
+    read=read,
+    features=(),
+    outcomes=("missed",),
+    metrics={
+        "brier": "lower", "log_loss": "lower", "calibration_error": "lower", "roc_auc": "higher", "average_precision": "higher",
+    },
+    columns=lambda spec: {"group": (spec.group,), "rule_by": spec.rule_by},
+    comparison=Comparison(
+        "missed",
+        _p_miss,
+        {"brier": lambda p, missed: (p - missed) ** 2, "log_loss": _log_loss},
+        lambda found: found.get("calibration_error", float("nan")),
+        "expected calibration error",
+        _p_miss,
+        squares_apart,
+        {
+            "calibration_error": "it is told of groups of rows with like probabilities",
+            "roc_auc": "it is told of pairs of rows",
+            "average_precision": "it is told of the order of all rows",
+        },
+    ),
+    space={
+        "rounds": Range(30, 800, whole=True),
+        "num_leaves": Range(4, 63, whole=True),
+        "learning_rate": Range(0.01, 0.2),
+        "min_data_in_leaf": Range(10, 200, whole=True),
+        "half_life_days": Range(7, 180),
+    },
+    student=student,
+)  # fmt: skip

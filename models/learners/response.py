@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+import pyarrow.compute as pc
+from pydantic import Field, field_validator
 
 from models import booster as boosters
 from models.booster import Because, Encoding
 from models.elasticity import Elasticities, fit_elasticities, response
 from models.evaluation.conformal import Bands, coarser, coverage, halves
+from models.learners.base import Comparison, Kind, ModelSettings, Range, Small, numbers, squares_apart_by_size
 
 if TYPE_CHECKING:
     import lightgbm
@@ -57,10 +59,8 @@ _LEVEL_READS = (
 FARTHEST = 5.0  # a correction is held to [1 / FARTHEST, FARTHEST]; so are the ratios that it learns from
 
 
-class ResponseModel(BaseModel):
+class ResponseModel(ModelSettings):
     """`model` section of a workflow.yaml: kind `response`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["response"] = Field(
         description="A response curve for each line: level by a Booster, slope by logged perturbations"
@@ -702,3 +702,95 @@ def _errors(predicted: Floats, value: Floats) -> dict[str, float]:
         "mean_value": float(value.mean()),
         "rows": float(len(value)),
     }
+
+
+# --- what the rest of the product asks of the kind --------------------------------------------------------------------
+
+
+def read(rows: pa.Table) -> dict[str, np.ndarray[Any, Any]]:
+    """What the curve foresaw at the budget that came to stand (at the status quo until it is known), what was earned, and
+    whether that lay within the interval, moved along the curve with the budget."""
+    actual, budget, level = numbers(rows["value"]), numbers(rows["budget"]) * MICROS, numbers(rows["level"])
+    n = rows.num_rows
+    spends, values = (
+        np.array(pc.list_flatten(rows[c]).to_numpy(zero_copy_only=False), dtype=np.float64).reshape(n, -1)
+        for c in ("spends", "values")
+    )
+    # between the two points of each row's own curve around its budget; beyond the ends, at the end
+    right = np.clip((spends <= budget[:, None]).sum(axis=1), 1, spends.shape[1] - 1)
+    at = np.arange(n)
+    low, high = spends[at, right - 1], spends[at, right]
+    share = np.clip(np.divide(budget - low, high - low, out=np.zeros(n), where=high > low), 0, 1)
+    along = values[at, right - 1] * (1 - share) + values[at, right] * share
+    predicted = np.where(np.isnan(budget), level, along)
+    found = {"predicted": predicted, "actual": actual}
+    if "value_low" in rows.schema.names:
+        moved = np.divide(predicted, level, out=np.ones(n), where=level > 0)
+        least, most = numbers(rows["value_low"]) * moved, numbers(rows["value_high"]) * moved
+        unknown = np.isnan(actual) | np.isnan(least) | np.isnan(most)
+        inside = np.where(unknown, np.nan, ((least <= actual) & (actual <= most)).astype(np.float64))
+        found |= {"promised": numbers(rows["confidence"]), "inside": inside}
+    return found
+
+
+def student(teacher: ResponseLearner, small_one: ResponseLearner, rows: pa.Table, small: Small) -> None:
+    """A Booster of the level that says what the teacher's says, at what is usually spent, as scoring asks, and at what was, as
+    evaluation does."""
+    spends = [_usual_spend(rows)]
+    if "cost" in rows.column_names:
+        spends.append(_numbers(rows, "cost") / _multiplier(rows))
+    x = np.concatenate([teacher.encoding.matrix(_with_shifts(rows, spend)) for spend in spends])
+    level = np.concatenate([teacher.level(rows, spend) for spend in spends])
+    said_of = boosters.predict(teacher.booster, x, raw=True)
+    told = level > 0
+    if not told.any():
+        raise ValueError(f"the teacher expects nothing of any of {rows.num_rows} rows: there is nothing to learn")
+    # an error counts by the money that it moves, as it does for the teacher
+    small_one.booster = small(x[told], said_of[told], "regression", level[told] / level[told].mean())
+
+
+def _share_of_bias(figures: Mapping[str, float]) -> float:
+    mean = abs(figures.get("mean_value", 0.0))
+    return abs(figures.get("bias", float("nan"))) / mean if mean > 0 else float("nan")
+
+
+KIND = Kind(
+    settings=ResponseModel,
+    learner=ResponseLearner,
+    rule=ResponseRule,
+    policy="budget_allocation",
+    scores="amount",
+    principal="level",
+    answer="value",
+    read=read,
+    features=(
+        "budget_micros", "explore_multiplier_today", "delivered_7", "ratio_7", "campaign_ratio_28", "cost_1", "cost_7", "cost_28",
+        "value_1", "value_7", "value_28", "active_days_7", "active_days_28",
+    ),
+    outcomes=("cost", "value", "budget", "explore_multiplier", "explore_probability"),
+    metrics={"mae": "lower"},
+    columns=lambda spec: {"group": tuple(spec.group)},
+    adds=("spend_shift_1", "spend_shift_7"),
+    comparison=Comparison(
+        "value",
+        lambda model, rows: np.asarray(model.expect(rows), dtype=np.float64),
+        {"mae": lambda p, value: np.abs(p - value)},
+        _share_of_bias,
+        "bias as a share of the mean value",
+        lambda model, rows: np.asarray(model.score(rows)["level"].to_numpy(), dtype=np.float64),
+        squares_apart_by_size,
+    ),
+    space={
+        "rounds": Range(30, 800, whole=True),
+        "leaves": Range(3, 31, whole=True),
+        "learning_rate": Range(0.005, 0.2),
+        "rows_in_leaf": Range(10, 200, whole=True),
+        "l2": Range(0.1, 50),
+        "column_share": Range(0.3, 1, log=False),
+        "row_share": Range(0.3, 1, log=False),
+    },
+    student=student,
+    absent={
+        "held-out baseline": "its gate knows what was really spent, a score does not: the two errors are not alike",
+    },
+)  # fmt: skip

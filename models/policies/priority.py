@@ -12,21 +12,27 @@ measures it instead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
+
+from models.policies import priority_value
+from models.policies.arms import Explore
+from models.policies.base import Decided, Limit, PolicySettings, Value, setting
+from models.policies.ranking import index, levels, looked_up, rank, work_before
 
 SCORES = ("p_miss_now", "p_miss_later", "effort_hours", "uncertainty")
 CONFIDENT = ("may_miss", "may_hit", "hours_low", "hours_high", "confidence")
 """Score columns that may be missing or null: calibrated sets and intervals (``models.evaluation.conformal``)."""
 
 
-class PriorityPolicy(BaseModel):
+class PriorityPolicy(PolicySettings):
     """How scores of open tickets become priorities."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
@@ -106,53 +112,6 @@ class PriorityPolicy(BaseModel):
             if not (np.isfinite(number) and number > 0):
                 raise ValueError(f"{name}: must be a number above 0, found {number}")
         return value
-
-
-def index(
-    cost: np.ndarray, p_now: np.ndarray, p_later: np.ndarray, effort: np.ndarray, *, late_cost: float = 0.0
-) -> np.ndarray:
-    """Cost avoided per hour of work by beginning each ticket now rather than later; the largest goes first.
-
-    cost x ([P(miss | later) - P(miss | now)] + late_cost x P(miss | now)) / E[effort]; all arrays of shape (n,), effort
-    in hours. ``late_cost=0`` is the plain rule, which never serves a lost ticket before one that can be saved.
-    """
-    return np.asarray(cost * (np.maximum(p_later - p_now, 0.0) + late_cost * p_now) / effort)
-
-
-def rank(team: pa.Array, value: np.ndarray, due: pa.Array, entity_id: pa.Array) -> np.ndarray:
-    """Positions of the tickets team by team, largest index first; ties by due time (unknown last), then by name.
-
-    Returns a permutation of 0..n-1; it orders the same tickets the same way in whatever order they come.
-    """
-    table = pa.table({"team": team, "value": pa.array(value), "due": due, "entity_id": entity_id})
-    keys = [("team", "ascending"), ("value", "descending"), ("due", "ascending"), ("entity_id", "ascending")]
-    return np.asarray(pc.sort_indices(table, sort_keys=keys))
-
-
-def work_before(order: np.ndarray, team: np.ndarray, seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Per ticket (in the callers' order): seconds of work ranked before it in its team, and its rank there from 1.
-
-    order: from ``rank``; team: codes of shape (n,); seconds: whole seconds, so that sums are exact.
-    """
-    sorted_team, sorted_work = team[order], seconds[order]
-    first = np.ones(len(order), dtype=bool)
-    first[1:] = sorted_team[1:] != sorted_team[:-1]
-    start = np.maximum.accumulate(np.where(first, np.arange(len(order)), 0))
-    before = np.cumsum(sorted_work) - sorted_work
-    out, place = np.empty(len(order), dtype=np.int64), np.empty(len(order), dtype=np.int64)
-    out[order] = before - before[start]
-    place[order] = np.arange(len(order)) - start + 1
-    return out, place
-
-
-def levels(before: np.ndarray, capacity: np.ndarray, level_days: tuple[float, ...]) -> np.ndarray:
-    """The priority of each ticket: 1 + the cuts that the work ranked before it reaches.
-
-    A ticket is within a cut when its team can begin it there: the tickets of priorities 1..k hold at most
-    ``level_days[k-1]`` days of work beside the last of them. before: seconds; capacity: hours a day.
-    """
-    cuts = np.asarray(level_days) * (capacity * 3600.0)[:, None]
-    return np.asarray(1 + np.sum(before[:, None] >= cuts, axis=1, dtype=np.int64))
 
 
 def decide(features: pa.Table, scores: pa.Table, arms: pa.Table, spec: Mapping[str, Any] | PriorityPolicy) -> pa.Table:
@@ -288,12 +247,6 @@ def _floats(column: pa.Array) -> np.ndarray:
     return np.asarray(pc.fill_null(column.cast(pa.float64()), float("nan")))
 
 
-def looked_up(keys: pa.Array, values: Mapping[str, float], other: float) -> np.ndarray:
-    """The value of each key, ``other`` for one that has none."""
-    at = pc.fill_null(pc.index_in(keys, value_set=pa.array(list(values), pa.string())), len(values))
-    return np.asarray(np.array([*values.values(), other], dtype=np.float64)[np.asarray(at)])
-
-
 def _arms(features: pa.Table, arms: pa.Table, ids: pa.Array) -> tuple[pa.Array, pa.Array, pa.Array]:
     """unit, arm and arm_probability of each row of `features`."""
     by = "entity_id" if "entity_id" in arms.column_names else "unit"
@@ -386,3 +339,115 @@ def _reasons(mark: dict[str, np.ndarray], **of: Any) -> pa.Array:
     wanted[2::3] = True
     words = pa.concat_arrays([s.cast(pa.string()) for s in sentences]).take(pa.array(flat[wanted]))
     return pa.ListArray.from_arrays(pa.array(offsets), words)
+
+
+class PriorityQueue:
+    """The kind ``priority_queue``."""
+
+    settings = PriorityPolicy
+    money = False
+    explores = False
+    whole_columns: ClassVar[Mapping[str, str]] = {"priority": "priorities"}
+    columns = ("team", "due", "cost_by", "capacity")
+    absent: ClassVar[Mapping[str, str]] = {
+        "loss beside moving nothing": "the priorities that stood are an order themselves, and what was missed was missed "
+        "under it: nothing says what that order has saved",
+    }
+
+    def decide(
+        self,
+        spec: PriorityPolicy,
+        features: pa.Table,
+        scores: pa.Table,
+        drawn: pa.Table,
+        *,
+        explore: Explore | None = None,
+        key: str = "",
+    ) -> tuple[pa.Table, dict[str, Any]]:
+        """See ``decide``; nothing is explored, and an order has no certificate."""
+        return decide(features, scores, drawn, spec), {}
+
+    def status_quo(self, spec: PriorityPolicy) -> str:
+        """The priority that stands downstream."""
+        return spec.priority
+
+    def starts_from(self, spec: PriorityPolicy, rows: pa.Table) -> pa.Table:
+        """The rows themselves: nothing was perturbed."""
+        return rows
+
+    def competes_with(self, spec: PriorityPolicy, chosen: pa.Table, row: pa.Table, arm: pa.Array) -> pa.Array:
+        """A team's tickets share its hands."""
+        team = chosen[spec.team].cast(pa.string())
+        return pc.equal(pc.fill_null(team, ""), row[spec.team][0].as_py() or "")
+
+    def stands_in(self, spec: PriorityPolicy) -> set[str | None]:
+        """The priority."""
+        return {spec.priority}
+
+    def least_change(self, before: int) -> float:
+        """One level."""
+        return 1.0
+
+    def limits(self, spec: PriorityPolicy, row: pa.Table, arm: str) -> Iterator[Limit]:
+        """Review, drop, gain, levels, their cuts, and the capacity and cost that hold for the ticket."""
+        if spec.review == "uncertainty":
+            yield Limit("review_above", spec.review_above, 0.0, 1.0, setting("review_above"))
+        lowest = len(spec.level_days) + 1
+        if spec.largest_drop is not None:
+            yield Limit("largest_drop", spec.largest_drop, 1, lowest, setting("largest_drop", int), whole=True)
+        yield Limit("min_gain", spec.min_gain, 0.0, 1.0, setting("min_gain"))
+        yield Limit("rest_level", spec.rest_level, 1, lowest, setting("rest_level", int), whole=True)
+        yield Limit("late_cost", spec.late_cost, 0.0, 1.0, setting("late_cost"))
+        cuts = spec.level_days
+        for i, cut in enumerate(cuts):
+            low, high = cuts[i - 1] if i else 0.0, cuts[i + 1] if i + 1 < len(cuts) else math.inf
+            yield Limit(f"level_days[{i}]", cut, low, high, setting("level_days", _cut_at(cuts, i)), inside=True)
+        for field, other, column in (
+            ("capacity_hours", "other_capacity_hours", spec.team),
+            ("cost", "other_cost", spec.cost_by),
+        ):
+            key, named = str(row[column][0].as_py()), getattr(spec, field)
+            if key in named:
+                now = named[key]
+                yield Limit(f"{field}.{key}", now, now * 0.01, math.inf, setting(field, _with(named, key)))
+            else:
+                now = getattr(spec, other)
+                yield Limit(other, now, now * 0.01, math.inf, setting(other))
+
+    def against_guardrails(self, spec: PriorityPolicy, levels: tuple[int, int] | None, unit: int | None) -> list[str]:
+        """Every level that can be decided is allowed."""
+        if levels is None:
+            return []
+        wrong, within = [], f"guardrails.levels allows {levels[0]} to {levels[1]}"
+        deepest = len(spec.level_days) + 1
+        if deepest > levels[1] or levels[0] > 1:
+            wrong.append(
+                f"policy.level_days: {len(spec.level_days)} cuts give the priorities 1 to {deepest}, but {within}; take out cuts, or "
+                "widen the levels"
+            )
+        if not levels[0] <= spec.rest_level <= levels[1]:
+            wrong.append(f"policy.rest_level: {spec.rest_level} can never be decided: {within}")
+        return wrong + [
+            f"policy.keep: {kept} never stands: {within}" for kept in spec.keep if not levels[0] <= kept <= levels[1]
+        ]
+
+    def against_delivery(self, spec: PriorityPolicy, push_unit: int, connector_unit: int | None) -> list[str]:
+        """Levels are sent as they are."""
+        return [] if push_unit == 1 else [f"delivery.push.unit: {push_unit} would round priorities; leave it out (1)"]
+
+    def value(
+        self, spec: PriorityPolicy, rows: pa.Table, mine: Decided, theirs: Decided, how: dict[str, Any]
+    ) -> Value | str:
+        """See ``models.policies.priority_value``."""
+        return priority_value.value(rows, mine, theirs, spec, how)
+
+
+def _cut_at(cuts: tuple[float, ...], i: int) -> Callable[[float], tuple[float, ...]]:
+    return lambda v: (*cuts[:i], v, *cuts[i + 1 :])
+
+
+def _with(named: dict[str, float], key: str) -> Callable[[float], dict[str, float]]:
+    return lambda v: {**named, key: v}
+
+
+KIND = PriorityQueue()

@@ -17,15 +17,13 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from models import booster
+from models import booster, catalog
 
 if TYPE_CHECKING:
     import lightgbm
 
-    from models.catalog import Learner, Scorer
+    from models.learners.base import Learner, Scorer
 
-KINDS = ("duration", "response")
-"""Kinds of model of which there are students."""
 RECIPE = "distill"
 """The key of a student's recipe under which its own settings stand; the rest is its teacher's recipe."""
 
@@ -49,12 +47,9 @@ def distill(
 ) -> Learner:
     """A student of ``teacher``: its Boosters, each made small by learning what the teacher says of ``rows``.
 
-    spec: the fields of Distill. rows: features; outcomes are not looked at, only (for kind response) the money spent.
-    Raises TypeError for a learner of another kind than duration and response.
+    spec: the fields of Distill. rows: features; outcomes are not looked at, only (for amounts) the money spent.
+    Raises TypeError for a learner whose kind declares no student.
     """
-    from models.learners import response
-    from models.learners.duration import DurationLearner
-
     said = Distill.model_validate(spec)
     params = {
         "num_leaves": said.leaves, "learning_rate": said.learning_rate, "min_data_in_leaf": 20, "lambda_l2": 1.0,
@@ -62,34 +57,16 @@ def distill(
     # a copy: whatever else a teacher carries, its student carries too
     student: Any = copy.copy(teacher)
 
-    def small(x: np.ndarray, y: np.ndarray, objective: str, weight: np.ndarray | None = None) -> lightgbm.Booster:
+    def small(x: np.ndarray, y: np.ndarray, objective: str, weight: np.ndarray | None) -> lightgbm.Booster:
         return booster.train(
             x, y, encoding=student.encoding, params={**params, "objective": objective}, rounds=said.rounds, seed=seed,
             device=device, threads=threads, weight=weight,
         )  # fmt: skip
 
-    if isinstance(teacher, DurationLearner):
-        x = teacher.encoding.matrix(rows)
-        student.miss = [small(x, teacher.p_miss(rows), "cross_entropy")]
-        student.calibration = dict.fromkeys(teacher.calibration, (1.0, 0.0))  # what it learned from is calibrated
-        student.duration = small(x, booster.predict(teacher.duration, x, threads=threads), "regression")
-        if teacher.effort is not None:
-            student.effort = small(x, booster.predict(teacher.effort, x, threads=threads), "regression")
-    elif isinstance(teacher, response.ResponseLearner):
-        # at what is usually spent, as scoring asks, and at what was, as evaluation does
-        spends = [response._usual_spend(rows)]
-        if "cost" in rows.column_names:
-            spends.append(response._numbers(rows, "cost") / response._multiplier(rows))
-        x = np.concatenate([teacher.encoding.matrix(response._with_shifts(rows, spend)) for spend in spends])
-        level = np.concatenate([teacher.level(rows, spend) for spend in spends])
-        said_of = booster.predict(teacher.booster, x, threads=threads, raw=True)
-        told = level > 0
-        if not told.any():
-            raise ValueError(f"the teacher expects nothing of any of {rows.num_rows} rows: there is nothing to learn")
-        # an error counts by the money that it moves, as it does for the teacher
-        student.booster = small(x[told], said_of[told], "regression", level[told] / level[told].mean())
-    else:
-        raise TypeError(f"no student is known of a {type(teacher).__name__}: of duration and response there is")
+    kind = next((one for one in catalog.KINDS.values() if isinstance(teacher, one.learner)), None)
+    if kind is None or kind.student is None:
+        raise TypeError(f"no student is known of a {type(teacher).__name__}")
+    kind.student(teacher, student, rows, small)
     return cast("Learner", student)
 
 
@@ -123,10 +100,6 @@ def unaware(rule: type[Scorer]) -> type[Scorer]:
     return Unaware
 
 
-PRINCIPAL = ("p_miss", "level")
-"""The score column by which a student is compared with its teacher, whichever there is."""
-
-
 def agreement(teacher: Learner, student: Learner, rows: pa.Table) -> dict[str, float]:
     """How far a student says what its teacher says of ``rows``: Spearman's rank correlation and the mean absolute
     difference of the principal score, that difference as a share of the score's spread, and the size of the files as a
@@ -134,7 +107,7 @@ def agreement(teacher: Learner, student: Learner, rows: pa.Table) -> dict[str, f
     from scipy.stats import spearmanr
 
     scores = [one.score(rows) for one in (teacher, student)]
-    column = next(c for c in PRINCIPAL if c in scores[0].column_names)
+    column = next(k.principal for k in catalog.KINDS.values() if k.principal in scores[0].column_names)
     theirs, ours = (np.asarray(s.column(column).to_numpy(), dtype=np.float64) for s in scores)
     apart, spread = float(np.abs(ours - theirs).mean()), float(theirs.std())
     size = [sum(len(content) for content in one.files().values()) for one in (teacher, student)]

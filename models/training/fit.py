@@ -20,8 +20,8 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from common.errors import SignalboxError
-from models.catalog import Learner, Scorer
 from models.evaluation import evaluate, gate, paired
+from models.learners.base import Learner, Scorer
 from models.training import distillation
 
 
@@ -198,7 +198,7 @@ def fit_and_judge(
     its_twin, why = champions_twin(champion, learner, how)
     other, note = opponent(twin, champion, its_twin, why, held_out)
     apart = None
-    if champion is not None and terms is not None and terms.kind in paired.KINDS:
+    if champion is not None and terms is not None and paired.comparable(terms.kind):
         apart = disagreement(terms.kind, model, twin, champion, its_twin, why, newest)
     verdict, metrics = evaluate.examine(
         twin,

@@ -23,7 +23,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from models import catalog
-from models.catalog import Scorer
+from models.learners.base import Range, Scorer
 
 log = logging.getLogger(__name__)
 
@@ -64,36 +64,6 @@ class Search(BaseModel):
             raise ValueError("needs `seconds` or `trials`, or it would never end")
         return self
 
-
-@dataclass(frozen=True)
-class Range:
-    """The values of one field that are searched: whole numbers or reals from ``low`` to ``high``, both included."""
-
-    low: float
-    high: float
-    whole: bool = False
-    log: bool = True
-
-
-SPACES: dict[str, dict[str, Range]] = {
-    "duration": {
-        "rounds": Range(30, 800, whole=True),
-        "num_leaves": Range(4, 63, whole=True),
-        "learning_rate": Range(0.01, 0.2),
-        "min_data_in_leaf": Range(10, 200, whole=True),
-        "half_life_days": Range(7, 180),
-    },
-    "response": {
-        "rounds": Range(30, 800, whole=True),
-        "leaves": Range(3, 31, whole=True),
-        "learning_rate": Range(0.005, 0.2),
-        "rows_in_leaf": Range(10, 200, whole=True),
-        "l2": Range(0.1, 50),
-        "column_share": Range(0.3, 1, log=False),
-        "row_share": Range(0.3, 1, log=False),
-    },
-}
-"""By kind of model: fields of its section."""
 
 TRIALS = pa.schema(
     [
@@ -224,12 +194,11 @@ def search(
     import optuna
 
     kind = spec["kind"]
-    if kind not in SPACES:
-        raise KeyError(
-            f"no search space is declared for models of kind {kind!r}: SPACES has {', '.join(SPACES)}; "
-            + catalog.why_not(kind, "search")
-        )
-    space, how = SPACES[kind], {"seed": seed, "device": device, "threads": threads}
+    known = catalog.KINDS.get(kind)
+    space = known.space if known else None
+    if space is None:
+        raise KeyError(f"no search space is declared for models of kind {kind!r}: {catalog.why_not(kind, 'search')}")
+    how = {"seed": seed, "device": device, "threads": threads}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     what = [learner.__name__, dict(spec), metric, better, how, {f: vars(r) for f, r in space.items()}]
     if folder is not None:

@@ -81,9 +81,11 @@ def shown(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
 
 def money_or_level(workflow: Any, value: int | None) -> str:
     """A value as people say it: money for a budget, the number for a priority."""
+    from models import catalog
+
     if value is None:
         return "–"
-    return f"{value / 1e6:,.2f}" if workflow.policy.kind == "budget_allocation" else str(value)
+    return f"{value / 1e6:,.2f}" if catalog.policy(workflow.policy.kind).money else str(value)
 
 
 def who(name: str | None) -> str:

@@ -21,7 +21,8 @@ import pyarrow.compute as pc
 from common import errors
 from data_checks import guardrails
 from delivery.ledger import BatchRow, Ledger, generation
-from models.policies import arms, budget, priority
+from models import catalog
+from models.policies import arms
 from models.registry import Registry
 from pipeline import point_in_time, provenance
 from pipeline.decisions import scoring, tables
@@ -71,10 +72,8 @@ def decide(
     spec = workflow.policy
     if step == "no_change" or chosen.num_rows == 0:
         return _unchanged(workflow, chosen, drawn), {}
-    if isinstance(spec, priority.PriorityPolicy):
-        return priority.decide(chosen, scores, drawn, spec).sort_by("entity_id"), {}
-    decided, certificates = budget.decide(
-        chosen, scores, drawn, spec, explore=workflow.arms.explore, key=f"{workflow.name} {day}"
+    decided, certificates = catalog.policy(spec.kind).decide(
+        spec, chosen, scores, drawn, explore=workflow.arms.explore, key=f"{workflow.name} {day}"
     )
     return decided.sort_by("entity_id"), certificates
 

@@ -22,7 +22,6 @@ from common import duckdb_session, errors
 from common.errors import SignalboxError
 from delivery.ledger import Ledger
 from models import catalog
-from models.policies import priority
 from models.registry import ModelMissing, ModelUnreadable, Registry, Version
 from pipeline import point_in_time
 from pipeline.decisions import in_effect, tables
@@ -203,8 +202,7 @@ def with_standing(workflow: Workflow, features: pa.Table, standing: pa.Table) ->
 
 def status_quo(workflow: Workflow) -> str:
     """The feature column that holds what stands before a decision."""
-    spec = workflow.policy
-    return spec.priority if isinstance(spec, priority.PriorityPolicy) else spec.spend
+    return catalog.policy(workflow.policy.kind).status_quo(workflow.policy)
 
 
 def _usable(workflow: Workflow, rows: pa.Table, scores: pa.Table) -> pa.Table:

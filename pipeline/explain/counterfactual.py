@@ -24,16 +24,11 @@ import pyarrow.compute as pc
 from data_checks import guardrails
 from models import catalog
 from models.booster import Because, is_number
-from models.policies.budget import BudgetPolicy
-from models.policies.priority import PriorityPolicy
+from models.policies.base import Limit
 from pipeline import point_in_time
 from pipeline.decisions import decide, replay
 from pipeline.workflow import Workflow
 
-KINDS = ("budget_allocation", "priority_queue")
-"""Kinds of policy whose limits are known here."""
-MATERIAL = 0.01
-"""A budget counts as changed from this share of what stood before on; a priority from one level on."""
 MOST = 600
 """Re-decisions for one explanation; fewer where a day holds so many entities that each takes long."""
 FEATURES_TRIED, FEATURES_SHOWN, LIMITS_SHOWN = 12, 3, 5
@@ -134,7 +129,7 @@ class _World:
                 "decided on"
             )
         self.chosen, self.row = chosen, found.select(inputs.features.schema.names)
-        self.policy = workflow.policy
+        self.policy, self.kind = workflow.policy, catalog.policy(workflow.policy.kind)
         self.before, self.after = inputs.row["before"], inputs.row["after"]
         self.whole = (inputs.features, inputs.scores, workflow)
         self.near = self._peers(chosen) or self.whole
@@ -147,12 +142,8 @@ class _World:
         None where deciding these alone does not give the recorded decision.
         """
         workflow, scores = self.inputs.workflow, self.inputs.scores
-        if isinstance(self.policy, PriorityPolicy):
-            team = chosen[self.policy.team].cast(pa.string())
-            mine = pc.equal(pc.fill_null(team, ""), self.row[self.policy.team][0].as_py() or "")
-        else:
-            arm = self.inputs.drawn.filter(pc.equal(self.inputs.drawn["arm"], self.inputs.row["arm"]))
-            mine = pc.is_in(chosen["unit"], value_set=arm["unit"].combine_chunks())
+        arm = self.inputs.drawn.filter(pc.equal(self.inputs.drawn["arm"], self.inputs.row["arm"]))
+        mine = self.kind.competes_with(self.policy, chosen, self.row, arm["unit"].combine_chunks())
         rows = chosen.filter(mine)
         if scores.num_rows:
             scores = scores.filter(pc.is_in(scores["entity_id"], value_set=rows["entity_id"].combine_chunks()))
@@ -214,8 +205,7 @@ class _World:
         """Whether that counts as another decision."""
         if after is None or self.after is None:
             return after is not self.after
-        least = max(1.0, MATERIAL * abs(self.before)) if isinstance(self.policy, BudgetPolicy) else 1.0
-        return bool(abs(after - self.after) >= least)
+        return bool(abs(after - self.after) >= self.kind.least_change(self.before))
 
 
 def _put(table: pa.Table, row: pa.Table) -> pa.Table:
@@ -239,7 +229,7 @@ def search(inputs: Inputs, because: Because | None, decisions: pa.Table | None =
     """
     found = WouldChange()
     kind = inputs.workflow.policy.kind
-    if kind not in KINDS:
+    if "counterfactual" in catalog.policy(kind).absent:
         found.says.append(f"What would have changed it was not searched: {catalog.why_not(kind, 'counterfactual')}.")
         return found
     world = _World(inputs)
@@ -359,7 +349,7 @@ def _other_arms(world: _World) -> dict[str, int | None]:
 def _candidates(world: _World, because: Because | None) -> list[str]:
     """Numeric columns that can move the decision, those that moved its score most first; not the status quo itself."""
     policy, schema = world.policy, world.row.schema
-    status_quo = {policy.priority} if isinstance(policy, PriorityPolicy) else {policy.spend, policy.multiplier}
+    status_quo = world.kind.stands_in(policy)
     said = [v for v in policy.model_dump().values() if isinstance(v, str) and v in schema.names]
     weight: dict[str, float] = {name: 0.0 for name in world.inputs.workflow.features.numeric}
     for head in because.heads if because is not None else ():
@@ -463,12 +453,10 @@ def _around(now: float, low: float, high: float) -> list[list[float]]:
 
 def _limits(world: _World) -> Iterator[_Question]:
     """The limits that the workflow sets and that can touch this decision."""
-    workflow, policy = world.inputs.workflow, world.policy
+    workflow, arm = world.inputs.workflow, world.inputs.row["arm"]
     known: dict[tuple[str, float], int | None] = {}
 
-    def question(
-        name: str, now: float, low: float, high: float, make: Callable[[Workflow, float], Workflow], whole: bool = False
-    ) -> _Question:
+    def question(limit: Limit, name: str, make: Callable[[Workflow, float], Workflow]) -> _Question:
         def after(value: float, *, whole: bool = False) -> int | None:
             if whole:
                 return world.becomes(change=lambda w: make(w, value), whole=True, bound=False)
@@ -476,70 +464,28 @@ def _limits(world: _World) -> Iterator[_Question]:
                 known[name, value] = world.becomes(change=lambda w: make(w, value))
             return known[name, value]
 
+        now, low, high = limit.now, limit.low, limit.high
         sides = _around(now, low, high)
-        if whole:
+        if limit.whole:
             sides = [
                 [float(v) for v in range(int(now) + 1, int(min(high, now + 5)) + 1)],
                 [float(v) for v in range(int(now) - 1, int(low) - 1, -1)],
             ]
-        return _Question(name, float(now), sides, abs(now) or 1.0, whole, after)
+        if limit.inside:
+            sides = [[v for v in side if low < v < high] for side in sides]
+        return _Question(name, float(now), sides, abs(now) or 1.0, limit.whole, after)
 
-    def of_policy(field_: str, to: Callable[[float], Any] = float) -> Callable[[Workflow, float], Workflow]:
-        return lambda w, v: w.model_copy(update={"policy": w.policy.model_copy(update={field_: to(v)})})
+    for limit in world.kind.limits(world.policy, world.row, arm):
+        change = lambda w, v, limit=limit: w.model_copy(update={"policy": limit.change(w.policy, v)})  # noqa: E731
+        yield question(limit, f"policy.{limit.field}", change)
+    explore = workflow.arms.explore
+    if arm == "explore" and explore is not None and world.kind.explores:
 
-    if isinstance(policy, BudgetPolicy):
-        exploring, explore = world.inputs.row["arm"] == "explore", workflow.arms.explore
-        if policy.largest_daily_change is not None:
-            now = policy.largest_daily_change
-            yield question("policy.largest_daily_change", now, now * 0.01, math.inf, of_policy("largest_daily_change"))
-        if policy.floor_share:
-            yield question("policy.floor_share", policy.floor_share, 0.0, 1.0, of_policy("floor_share"))
-        if policy.cap_share is not None:
-            yield question("policy.cap_share", policy.cap_share, 1.0, math.inf, of_policy("cap_share"))
-        if policy.target_return is not None and not exploring:
-            now = policy.target_return
-            yield question("policy.target_return", now, now * 0.01, math.inf, of_policy("target_return"))
-        if exploring and explore is not None:
+        def stepped(w: Workflow, v: float) -> Workflow:
+            arms = w.arms.model_copy(update={"explore": explore.model_copy(update={"step": v})})
+            return w.model_copy(update={"arms": arms})
 
-            def stepped(w: Workflow, v: float) -> Workflow:
-                arms = w.arms.model_copy(update={"explore": explore.model_copy(update={"step": v})})
-                return w.model_copy(update={"arms": arms})
-
-            yield question("arms.explore.step", explore.step, explore.step * 0.01, 0.99, stepped)
-        return
-    if policy.review == "uncertainty":
-        yield question("policy.review_above", policy.review_above, 0.0, 1.0, of_policy("review_above"))
-    lowest = len(policy.level_days) + 1
-    if policy.largest_drop is not None:
-        yield question("policy.largest_drop", policy.largest_drop, 1, lowest, of_policy("largest_drop", int), True)
-    yield question("policy.min_gain", policy.min_gain, 0.0, 1.0, of_policy("min_gain"))
-    yield question("policy.rest_level", policy.rest_level, 1, lowest, of_policy("rest_level", int), True)
-    yield question("policy.late_cost", policy.late_cost, 0.0, 1.0, of_policy("late_cost"))
-    cuts = policy.level_days
-
-    def cut_at(i: int) -> Callable[[float], tuple[float, ...]]:
-        return lambda v: (*cuts[:i], v, *cuts[i + 1 :])
-
-    def priced(named: dict[str, float], key: str) -> Callable[[float], dict[str, float]]:
-        return lambda v: {**named, key: v}
-
-    for i, cut in enumerate(cuts):
-        low, high = cuts[i - 1] if i else 0.0, cuts[i + 1] if i + 1 < len(cuts) else math.inf
-        make = of_policy("level_days", cut_at(i))
-        one = question(f"policy.level_days[{i}]", cut, low, high, make)
-        yield replace(one, sides=[[v for v in side if low < v < high] for side in one.sides])
-    for field_, other, column in (
-        ("capacity_hours", "other_capacity_hours", policy.team),
-        ("cost", "other_cost", policy.cost_by),
-    ):
-        key = world.row[column][0].as_py()
-        named = getattr(policy, field_)
-        if str(key) in named:
-            make = of_policy(field_, priced(named, str(key)))
-            name, now = f"policy.{field_}.{key}", named[str(key)]
-        else:
-            make, name, now = of_policy(other), f"policy.{other}", getattr(policy, other)
-        yield question(name, now, now * 0.01, math.inf, make)
+        yield question(Limit("step", explore.step, explore.step * 0.01, 0.99, stepped), "arms.explore.step", stepped)
 
 
 _GUARDS = {

@@ -25,8 +25,10 @@ from common import errors
 from data_checks import guardrails
 from delivery.ledger.database import LedgerError, Unknown
 from delivery.rollback import rollback_id, undone
+from models import catalog
 from models.booster import Because, Head
-from models.policies.budget import MICROS, BudgetPolicy
+from models.policies.allocation import MICROS
+from models.policies.base import MATERIAL
 from models.registry import ModelMissing, ModelUnreadable, Registry
 from pipeline import provenance
 from pipeline.decisions import decide, in_effect, tables
@@ -119,7 +121,7 @@ def _is_money(row: Mapping[str, Any], batch: Mapping[str, Any], lake: Lake) -> b
         kept = lake.read(f"{batch['workflow']}/specs", columns=["digest"])["digest"].to_pylist()
         digest = kept[-1] if kept else None
     try:
-        return isinstance(replaying.spec_of(batch["workflow"], lake, digest or "").policy, BudgetPolicy)
+        return catalog.policy(replaying.spec_of(batch["workflow"], lake, digest or "").policy.kind).money
     except _lost():
         return False
 
@@ -809,5 +811,5 @@ def _would_change_lines(
         )
         yield f"  {one['name']}: limit {_figure(one['limit'])}, observed {_figure(one['observed'])}: {waits}{from_}"
     if decision["money"]:
-        yield f"  (a budget counts as changed from {counterfactual.MATERIAL:.0%} of what stood before on)"
+        yield f"  (a budget counts as changed from {MATERIAL:.0%} of what stood before on)"
     yield f"  ({said['redecisions']} re-decisions of at most {said['most']})"

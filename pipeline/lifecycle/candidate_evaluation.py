@@ -19,7 +19,6 @@ import pyarrow.compute as pc
 from delivery.ledger import Ledger
 from models import catalog
 from models.evaluation import evaluate, gate, paired
-from models.policies.budget import BudgetPolicy
 from models.registry import CHAMPION, ModelMissing, ModelUnreadable, Registry, Version
 from models.training import fit
 from pipeline import point_in_time
@@ -70,7 +69,7 @@ def held_out(workflow: Workflow, lake: Lake, day: date, rows: pa.Table) -> Held:
     mature = day - timedelta(days=training.maturity_days)
     late = (pc.field("day") > pc.scalar(split)) & (pc.field("day") <= pc.scalar(mature))
     mine = late
-    if isinstance(workflow.policy, BudgetPolicy) and "explore_probability" in rows.column_names:
+    if catalog.policy(workflow.policy.kind).explores and "explore_probability" in rows.column_names:
         since = pc.scalar(mature - timedelta(days=training.gate.value_days))
         drawn = pc.unique(rows.filter(pc.is_valid(rows["explore_probability"]))["day"].combine_chunks())
         mine = late | ((pc.field("day") > since) & (pc.field("day") <= pc.scalar(split)) & pc.field("day").isin(drawn))
@@ -179,7 +178,7 @@ def live(workflow: Workflow, lake: Lake, champion: Version | None, day: date) ->
     )
     rows = rows.filter(told)
     kind, metric = workflow.model.kind, workflow.training.metric
-    if not rows.num_rows or kind not in paired.KINDS:
+    if not rows.num_rows or not paired.comparable(kind):
         return {}
     lost = paired.losses(kind, metric, rows["predicted"].to_numpy(), rows["actual"].to_numpy())
     if lost is None:

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from models import serving
-from models.catalog import Learner
 from models.evaluation import gate
+from models.learners.base import Learner
 from models.registry import Dataset, Registry, Version, flat
 from models.training.fit import Fitted
 from pipeline.decisions import scoring

@@ -18,14 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from models import catalog
-from models.policies.priority import PriorityPolicy
 from pipeline import point_in_time
 from pipeline.decisions import decide, scoring, tables
 from pipeline.lake import Lake
 from pipeline.workflow import Workflow
 
-KINDS = ("budget_allocation", "priority_queue")
-"""Kinds of policy of which two sets of scores can be compared."""
 LARGEST = 10
 ACTS = ("champion", "challenger")
 """The arms that are decided by scores."""
@@ -78,7 +75,8 @@ def disagreement(
     for row in _counted(differ, ["arm"]):
         counts[row["arm"]]["different"] = row["count_all"]
     levels = {}
-    if isinstance(workflow.policy, PriorityPolicy):
+    money = catalog.policy(workflow.policy.kind).money
+    if not money:
         pairs = _counted(differ, ["champion", "challenger"])
         levels = {f"{r['champion']} → {r['challenger']}": r["count_all"] for r in pairs}
     whole, elsewhere = pc.sum(table["before"]).as_py() or 0, pc.sum(table["apart"]).as_py() or 0
@@ -88,7 +86,7 @@ def disagreement(
         different=differ.num_rows,
         by_arm=counts,
         by_level=levels,
-        moved=None if isinstance(workflow.policy, PriorityPolicy) or not whole else elsewhere / 2 / whole,
+        moved=None if not money or not whole else elsewhere / 2 / whole,
         scores=differences,
         largest=tuple(differ.sort_by(order).slice(0, LARGEST).drop_columns(["apart"]).to_pylist()),
     )
@@ -181,10 +179,11 @@ def report(
     if made.get("challenger_version") is None:
         return None
     reason, found = made["challenger_reason"] or "", None
-    if workflow.policy.kind not in KINDS:
+    comparable = "shadow" not in catalog.policy(workflow.policy.kind).absent
+    if not comparable:
         reason = reason or catalog.why_not(workflow.policy.kind, "shadow")
     try:
-        found = of_day(workflow, lake, day) if workflow.policy.kind in KINDS else None
+        found = of_day(workflow, lake, day) if comparable else None
     except (KeyError, TypeError, ValueError, IndexError) as error:
         reason = f"its scores cannot be compared: {type(error).__name__}: {error}"
     row: dict[str, Any] = {

@@ -106,7 +106,7 @@ def student(
     training = workflow.training
     if training.distill is None:
         return ""
-    if workflow.model.kind not in distillation.KINDS:
+    if catalog.KINDS[workflow.model.kind].student is None:
         return f"No student was trained: {catalog.why_not(workflow.model.kind, 'distillation')}."
     champion = candidate_evaluation.champion_of(workflow, registry, ledger, day)
     teacher_version = champion

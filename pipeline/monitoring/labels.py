@@ -21,16 +21,15 @@ from models.registry import Registry
 from pipeline import point_in_time
 from pipeline.decisions import scoring, tables
 from pipeline.lake import Lake, TableMissing
-from pipeline.workflow import SCORES, Workflow
+from pipeline.workflow import Workflow
 
-COMPARABLE = frozenset({"duration"})
-"""Kinds whose gate judges what the score table says; why others are none of these, ``models.catalog`` says."""
-MICROS = 1e6
+BASELINE = "held-out baseline"
+"""What a kind can do whose gate judges what the score table says."""
 
 
 def kind_of(workflow: Workflow) -> performance.Kind:
     """Whether a workflow's scores are probabilities or amounts."""
-    return SCORES[workflow.model.kind]
+    return catalog.KINDS[workflow.model.kind].scores
 
 
 def metric_of(workflow: Workflow) -> str:
@@ -72,7 +71,7 @@ def scored(workflow: Workflow, lake: Lake, day: date, without: Collection[date] 
     by_day = workflow.outcomes.join == "entity_day"
     joined = "s.entity_id = o.entity_id" + (" AND s.day = o.for_day" if by_day else "")
     per = "entity_id" + (", for_day" if by_day else "")
-    wanted = "missed" if workflow.model.kind == "duration" else "value"
+    wanted = catalog.KINDS[workflow.model.kind].answer
     extra = [f'o."{c}"' for c in answers.schema.names if c in {wanted, "budget"}]
     connection = duckdb_session.engine()
     try:
@@ -89,7 +88,7 @@ def scored(workflow: Workflow, lake: Lake, day: date, without: Collection[date] 
         connection.close()
     if "spends" in rows.schema.names:  # a row without a score is judged by nobody
         rows = rows.filter(pc.is_valid(rows["spends"]))
-    read = {name: pa.array(column) for name, column in _READ[workflow.model.kind](rows).items()}
+    read = {name: pa.array(column) for name, column in catalog.KINDS[workflow.model.kind].read(rows).items()}
     # of these days alone: what was added since, for later days, changes nothing of what is told of this one
     rule = _rule_predicted(workflow, lake, [d for d in _settled(workflow, day) if d in days], rows, keys)
     read |= {} if rule is None else {performance.RULE: pa.array(rule)}
@@ -134,11 +133,11 @@ def _rule_predicted(
     held = pc.is_valid(place)
     beside = rows.filter(held)
     aligned = said.take(place.drop_null())
-    for name in ("missed", "value", "budget"):
+    for name in (catalog.KINDS[workflow.model.kind].answer, "budget"):
         if name in beside.schema.names and name not in aligned.schema.names:
             aligned = aligned.append_column(name, beside[name])
     found = np.full(rows.num_rows, np.nan)
-    found[np.asarray(held)] = _READ[workflow.model.kind](aligned)["predicted"]
+    found[np.asarray(held)] = catalog.KINDS[workflow.model.kind].read(aligned)["predicted"]
     return found
 
 
@@ -197,54 +196,9 @@ _EMPTY = pa.schema(
 ).empty_table()
 
 
-def _floats(column: pa.ChunkedArray) -> np.ndarray:
-    column = column.cast(pa.int8()) if pa.types.is_boolean(column.type) else column
-    return np.array(column.cast(pa.float64()).to_numpy(zero_copy_only=False), dtype=np.float64)
-
-
-def _duration(rows: pa.Table) -> dict[str, np.ndarray]:
-    """P(missed), whether it was (NaN until judged), and whether the set of possible outcomes held it."""
-    missed = _floats(rows["missed"])
-    found = {"predicted": _floats(rows["p_miss"]), "actual": missed}
-    if "may_miss" in rows.schema.names:
-        inside = np.where(missed > 0, _floats(rows["may_miss"]), _floats(rows["may_hit"]))
-        found |= {"promised": _floats(rows["confidence"]), "inside": np.where(np.isnan(missed), np.nan, inside)}
-    return found
-
-
-def _response(rows: pa.Table) -> dict[str, np.ndarray]:
-    """What the curve foresaw at the budget that came to stand (at the status quo until it is known), what was earned, and
-    whether that lay within the interval, moved along the curve with the budget."""
-    actual, budget, level = _floats(rows["value"]), _floats(rows["budget"]) * MICROS, _floats(rows["level"])
-    n = rows.num_rows
-    spends, values = (
-        np.array(pc.list_flatten(rows[c]).to_numpy(zero_copy_only=False), dtype=np.float64).reshape(n, -1)
-        for c in ("spends", "values")
-    )
-    # between the two points of each row's own curve around its budget; beyond the ends, at the end
-    right = np.clip((spends <= budget[:, None]).sum(axis=1), 1, spends.shape[1] - 1)
-    at = np.arange(n)
-    low, high = spends[at, right - 1], spends[at, right]
-    share = np.clip(np.divide(budget - low, high - low, out=np.zeros(n), where=high > low), 0, 1)
-    along = values[at, right - 1] * (1 - share) + values[at, right] * share
-    predicted = np.where(np.isnan(budget), level, along)
-    found = {"predicted": predicted, "actual": actual}
-    if "value_low" in rows.schema.names:
-        moved = np.divide(predicted, level, out=np.ones(n), where=level > 0)
-        least, most = _floats(rows["value_low"]) * moved, _floats(rows["value_high"]) * moved
-        unknown = np.isnan(actual) | np.isnan(least) | np.isnan(most)
-        inside = np.where(unknown, np.nan, ((least <= actual) & (actual <= most)).astype(np.float64))
-        found |= {"promised": _floats(rows["confidence"]), "inside": inside}
-    return found
-
-
-_READ: dict[str, Callable[[pa.Table], dict[str, np.ndarray]]] = {"duration": _duration, "response": _response}
-
-
 def no_gate_baseline(workflow: Workflow) -> str:
     """Why what the gate measured of a version is no baseline for its days; empty where it is."""
-    kind = workflow.model.kind
-    return "" if kind in COMPARABLE else catalog.why_not(kind, "held-out baseline")
+    return catalog.KINDS[workflow.model.kind].absent.get(BASELINE, "")
 
 
 def held_out(workflow: Workflow, registry: Registry | None) -> Callable[[int], Mapping[str, float]]:
@@ -256,7 +210,7 @@ def held_out(workflow: Workflow, registry: Registry | None) -> Callable[[int], M
 
     @cache
     def of(number: int) -> Mapping[str, float]:
-        if registry is None or workflow.model.kind not in COMPARABLE:
+        if registry is None or no_gate_baseline(workflow):
             return {}
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError

@@ -3,7 +3,8 @@ it would have been used."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -14,28 +15,24 @@ import pytest
 
 from data_checks import performance
 from models import catalog
-from models.evaluation import evaluate, gate, off_policy, paired
+from models.evaluation import evaluate, gate, off_policy
+from models.learners.base import Kind
 from models.training import distillation, search
 from pipeline.decisions import scoring
 from pipeline.explain import counterfactual
 from pipeline.lifecycle import candidate_evaluation, shadow, tuning
 from pipeline.monitoring import labels
-from pipeline.workflow import SCORES, ModelSpec, PolicySpec
+from pipeline.workflow import ModelSpec, PolicySpec
 from tests.conftest import Bench
 
-MODELS: Mapping[str, Collection[str]] = {
-    "comparison": paired.KINDS,
-    "search": search.SPACES,
-    "distillation": distillation.KINDS,
-    "held-out baseline": labels.COMPARABLE,
+MODELS: Mapping[str, Callable[[Kind], bool]] = {
+    "comparison": lambda kind: kind.comparison is not None,
+    "search": lambda kind: kind.space is not None,
+    "distillation": lambda kind: kind.student is not None,
+    "held-out baseline": lambda kind: "held-out baseline" not in kind.absent,
 }
-"""What a kind of model can do: the kinds that can."""
-POLICIES: Mapping[str, Collection[str]] = {
-    "off-policy value": off_policy.KINDS,
-    "loss beside moving nothing": {"budget_allocation"},
-    "counterfactual": counterfactual.KINDS,
-    "shadow": shadow.KINDS,
-}
+"""What a kind of model can do: whether it is there."""
+POLICIES = {"off-policy value", "loss beside moving nothing", "counterfactual", "shadow"}
 
 
 def kinds_of(union: Any) -> set[str]:
@@ -44,36 +41,41 @@ def kinds_of(union: Any) -> set[str]:
 
 
 def test_every_kind_that_a_workflow_may_name_is_in_the_catalog_and_no_other() -> None:
-    assert kinds_of(ModelSpec) == set(catalog.KINDS) == set(catalog._LEARNERS)
+    assert kinds_of(ModelSpec) == set(catalog.KINDS) and len(catalog.KINDS) == len(catalog.LEARNER_MODULES)
     assert kinds_of(PolicySpec) == set(catalog.POLICIES) == {kind.policy for kind in catalog.KINDS.values()}
-    for kind in catalog.KINDS:
-        assert kind in SCORES and kind in labels._READ, f"nothing says what the scores of {kind} are"
+    for kind in catalog.KINDS.values():
+        assert kind.scores in get_args(performance.Kind) and kind.answer in kind.outcomes
 
 
-@pytest.mark.parametrize(
-    ("declared", "able"), [(catalog.KINDS, MODELS), (catalog.POLICIES, POLICIES)], ids=["models", "policies"]
-)
-def test_every_ability_is_there_or_declared_absent_with_a_reason(declared: Any, able: Any) -> None:
-    for kind, said in declared.items():
-        assert set(said.absent) <= set(able), f"{kind}: no such ability"
-        for ability, kinds in able.items():
-            assert (kind in kinds) != (ability in said.absent), f"{kind}: {ability}"
-            assert ability not in said.absent or len(said.absent[ability]) > 20
-    for ability, kinds in able.items():
-        assert set(kinds) <= set(declared), f"{ability}: of a kind that is unknown"
+def test_every_ability_of_a_kind_of_model_is_there_or_declared_absent_with_a_reason() -> None:
+    for name, kind in catalog.KINDS.items():
+        assert set(kind.absent) <= set(MODELS), f"{name}: no such ability"
+        for ability, there in MODELS.items():
+            assert there(kind) != (ability in kind.absent), f"{name}: {ability}"
+        assert all(len(why) > 20 for why in kind.absent.values())
+
+
+def test_a_policy_declares_absent_with_a_reason_only_what_there_is(ads: Bench, queue: Bench) -> None:
+    for name, policy in catalog.POLICIES.items():
+        assert set(policy.absent) <= POLICIES, f"{name}: no such ability"
+        assert all(len(why) > 20 for why in policy.absent.values())
+    for bench in (ads, queue):
+        spec, policy = bench.workflow.policy, catalog.policy(bench.workflow.policy.kind)
+        row = bench.lake.read(bench.workflow.table("features"), days=[bench.last]).slice(0, 1)
+        assert list(policy.limits(spec, row, "champion")), "no limit: nothing could have changed a decision"
 
 
 def test_every_metric_has_a_loss_of_each_row_or_a_reason_why_not() -> None:
     for kind, said in catalog.KINDS.items():
-        how = paired.KINDS[kind]
+        how = said.comparison
+        assert how is not None and how.losses, f"no metric of {kind} is compared row by row"
         assert not how.losses.keys() & how.whole.keys()
         assert how.losses.keys() | how.whole.keys() == said.metrics.keys(), kind
 
 
 def test_every_space_searches_fields_that_the_kind_has() -> None:
-    for model in get_args(get_args(ModelSpec)[0]):
-        (kind,) = get_args(model.model_fields["kind"].annotation)
-        assert set(search.SPACES[kind]) <= set(model.model_fields)
+    for kind in catalog.KINDS.values():
+        assert set(kind.space or ()) <= set(kind.settings.model_fields)
 
 
 # --- what is declared absent is said where it would have been used
@@ -83,24 +85,24 @@ def test_every_space_searches_fields_that_the_kind_has() -> None:
 def absent(monkeypatch: pytest.MonkeyPatch, bench: Bench) -> Any:
     """Take an ability from the bench's kind of model or policy, with a reason."""
 
-    def take(where: Any, name: str, ability: str, *, policy: bool = False) -> None:
-        kind = bench.workflow.policy.kind if policy else bench.workflow.model.kind
-        left = getattr(where, name)
-        fewer = (
-            {k: v for k, v in left.items() if k != kind} if isinstance(left, dict) else [k for k in left if k != kind]
-        )
-        monkeypatch.setattr(where, name, fewer)
-        declared: dict[str, Any] = catalog.POLICIES if policy else catalog.KINDS  # type: ignore[assignment]
-        one = replace(
-            declared[kind], absent={**declared[kind].absent, ability: f"of this {ability} nobody has thought"}
-        )
-        monkeypatch.setitem(declared, kind, one)
+    def take(ability: str, part: str | None = None, *, policy: bool = False) -> None:
+        reason = {ability: f"of this {ability} nobody has thought"}
+        if policy:
+            one: Any = copy.copy(catalog.POLICIES[bench.workflow.policy.kind])
+            one.absent = {**one.absent, **reason}
+            monkeypatch.setitem(catalog.POLICIES, bench.workflow.policy.kind, one)
+        else:
+            kind = catalog.KINDS[bench.workflow.model.kind]
+            fewer: dict[str, Any] = {part: None} if part else {}
+            monkeypatch.setitem(
+                catalog.KINDS, bench.workflow.model.kind, replace(kind, absent={**kind.absent, **reason}, **fewer)
+            )
 
     return take
 
 
 def test_the_gate_says_why_a_kind_has_no_comparison(bench: Bench, absent: Any) -> None:
-    absent(paired, "KINDS", "comparison")
+    absent("comparison", "comparison")
     spec = bench.workflow
     terms = evaluate.Terms(spec.model.kind, gate.GateSpec(), spec.policy, (), ())
     verdict, _ = evaluate.examine(
@@ -110,7 +112,7 @@ def test_the_gate_says_why_a_kind_has_no_comparison(bench: Bench, absent: Any) -
 
 
 def test_a_search_says_why_a_kind_has_no_space(bench: Bench, absent: Any, tmp_path: Path) -> None:
-    absent(search, "SPACES", "search")
+    absent("search", "space")
     with pytest.raises(KeyError, match="of this search nobody has thought"):
         search.search(
             catalog.learner(bench.workflow.model.kind), pa.table({}), pa.table({}), scoring.learner_spec(bench.workflow),
@@ -119,7 +121,7 @@ def test_a_search_says_why_a_kind_has_no_space(bench: Bench, absent: Any, tmp_pa
 
 
 def test_a_training_says_why_a_kind_has_no_student(bench: Bench, absent: Any) -> None:
-    absent(distillation, "KINDS", "distillation")
+    absent("distillation", "student")
     asked = bench.workflow.training.model_copy(update={"distill": distillation.Distill()})
     workflow = bench.workflow.model_copy(update={"training": asked})
     nothing: Any = None
@@ -130,21 +132,21 @@ def test_a_training_says_why_a_kind_has_no_student(bench: Bench, absent: Any) ->
 
 
 def test_the_gate_is_told_why_a_policy_has_no_value(bench: Bench, absent: Any) -> None:
-    absent(off_policy, "KINDS", "off-policy value", policy=True)
+    absent("off-policy value", policy=True)
     nothing: Any = None
     found = off_policy.value(pa.table({}), nothing, nothing, bench.workflow.policy, draws=2000, seed=1, confidence=0.9)
     assert found == "not measured: of this off-policy value nobody has thought"
 
 
 def test_an_explanation_says_why_nothing_was_searched(bench: Bench, absent: Any) -> None:
-    absent(counterfactual, "KINDS", "counterfactual", policy=True)
+    absent("counterfactual", policy=True)
     nothing = pa.table({})
     inputs = counterfactual.Inputs({}, bench.workflow, bench.last, nothing, nothing, nothing, "champion", None)
     assert "of this counterfactual nobody has thought" in counterfactual.search(inputs, None).says[0]
 
 
 def test_a_shadow_says_why_it_is_not_compared(bench: Bench, absent: Any) -> None:
-    absent(shadow, "KINDS", "shadow", policy=True)
+    absent("shadow", policy=True)
 
     class Scored:
         """A lake in which a challenger has scored the day."""

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from models.evaluation.bootstrap import Interval
 from models.evaluation.gate import Disagreement, Evidence, GateSpec, Verdict, card, judge, tags
-from models.evaluation.off_policy import Value
-from models.evaluation.paired import Interval
+from models.policies.base import Value
 
 
 def verdict(mine: float, rule: float, champion: float | None = None, **changed: Any) -> bool:

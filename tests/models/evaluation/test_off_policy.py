@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 
 from models.elasticity import response
-from models.evaluation.off_policy import Value, at_status_quo, decisions, value
+from models.evaluation.off_policy import at_status_quo, decisions, value
+from models.policies.base import Value
 from models.policies.budget import BudgetPolicy
 from models.policies.priority import PriorityPolicy
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from scipy.optimize import linprog
 
+from models.policies.allocation import MICROS, Plan, allocate
 from models.policies.arms import Explore
-from models.policies.budget import MICROS, BudgetPolicy, Plan, allocate, decide
+from models.policies.budget import BudgetPolicy, decide
 from tests.support.properties import examples
 
 SHAPES = ("concave", "s_shaped", "flat", "ties", "wild")
@@ -150,7 +151,7 @@ def test_the_bound_is_the_optimum_of_the_envelope_problem(shape):
 
 
 def test_only_one_line_ends_off_its_points_and_without_the_exact_search_the_gap_is_that_lines(monkeypatch):
-    monkeypatch.setattr("models.policies.budget.EXACT_POINTS", 0)
+    monkeypatch.setattr("models.policies.allocation.EXACT_POINTS", 0)
     rng = np.random.default_rng(5)
     for _ in range(60):
         spends, values = curves(rng, int(rng.integers(2, 80)), 9)
@@ -170,7 +171,7 @@ def test_only_one_line_ends_off_its_points_and_without_the_exact_search_the_gap_
 
 @pytest.mark.slow
 def test_under_a_target_return_the_bound_is_the_optimum_with_both_constraints(monkeypatch):
-    monkeypatch.setattr("models.policies.budget.EXACT_POINTS", 0)
+    monkeypatch.setattr("models.policies.allocation.EXACT_POINTS", 0)
     rng, seen = np.random.default_rng(6), {"infeasible": 0, "return binds": 0, "money binds": 0, "neither": 0}
     for case in range(300):
         n, k = int(rng.integers(1, 40)), int(rng.integers(2, 10))

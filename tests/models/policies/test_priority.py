@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from models.policies.priority import PriorityPolicy, coverage_curve, decide, index, review_line
+from models.policies.priority import PriorityPolicy, coverage_curve, decide, review_line
+from models.policies.ranking import index
 from tests.support.properties import examples
 
 NOON = datetime(2026, 1, 5, 12)

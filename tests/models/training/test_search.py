@@ -7,6 +7,7 @@ import logging
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from pydantic import ValidationError
 
 from models import catalog
+from models.learners.base import Range
 from models.learners.duration import DurationModel
 from models.learners.response import ResponseModel
 from models.training import search
@@ -134,8 +136,8 @@ def test_progress_says_the_trial_the_best_so_far_and_what_is_left() -> None:
 
 
 def test_a_trial_that_the_learner_refuses_is_kept_with_its_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    space = {**search.SPACES["response"], "leaves": search.Range(30, 31, whole=True)}
-    monkeypatch.setitem(search.SPACES, "response", space)
+    space = {**catalog.KINDS["response"].space, "leaves": Range(30, 31, whole=True)}
+    monkeypatch.setitem(catalog.KINDS, "response", replace(catalog.KINDS["response"], space=space))
     faults = [r for r in run().trials.to_pylist() if r["fault"]]
     assert faults and all("31 leaves are refused" in r["fault"] and r["value"] is None for r in faults)
     assert not any(r["chosen"] for r in faults)
@@ -158,17 +160,10 @@ def test_a_search_without_an_end_is_refused() -> None:
 @pytest.mark.parametrize(("kind", "section"), [("duration", DurationModel), ("response", ResponseModel)])
 @pytest.mark.parametrize("end", ["low", "high"])
 def test_every_value_of_a_space_is_one_that_the_section_takes(kind: str, section: Any, end: str) -> None:
-    values = {field: getattr(one, end) for field, one in search.SPACES[kind].items()}
-    whole = {field: int(v) if search.SPACES[kind][field].whole else v for field, v in values.items()}
+    values = {field: getattr(one, end) for field, one in catalog.KINDS[kind].space.items()}
+    whole = {field: int(v) if catalog.KINDS[kind].space[field].whole else v for field, v in values.items()}
     made = section.model_validate({"kind": kind, **whole})
     assert {field: getattr(made, field) for field in whole} == whole
-
-
-def test_every_kind_of_model_has_a_space() -> None:
-    assert set(search.SPACES) == set(catalog._LEARNERS)
-
-
-# --- early stopping ---------------------------------------------------------------------------------------------------
 
 
 def stop(**changed: Any) -> Tuned:

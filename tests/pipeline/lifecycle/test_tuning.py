@@ -68,7 +68,7 @@ def test_a_search_learns_and_judges_on_days_before_the_gates(
     assert len(said) == 3 and said[0].startswith("search: trial 1:") and "0 trials" in said[-1]
     spec = scoring.learner_spec(bench.workflow)
     assert set(found.spec) == set(spec) and {k for k in spec if spec[k] != found.spec[k]} <= set(
-        search.SPACES[spec["kind"]]
+        catalog.KINDS[spec["kind"]].space
     )
 
 
