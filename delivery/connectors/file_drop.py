@@ -100,6 +100,9 @@ class FileDropSettings(Cells):
         return self
 
 
+SETTINGS = FileDropSettings
+
+
 def mapping(settings: FileDropSettings, folder: Path) -> str:
     """What gives a value its meaning (``base.meaning``)."""
     said = settings.model_dump(mode="json", include={"kind", "key", "value", "decimals", "names", "missing_means"})
@@ -109,6 +112,11 @@ def mapping(settings: FileDropSettings, folder: Path) -> str:
 def writes(settings: FileDropSettings, folder: Path) -> Writes:
     """Which column of which file or folder."""
     return Writes(f"file_drop:{(folder / settings.path).resolve()}", settings.value)
+
+
+def writer(settings: FileDropSettings, folder: Path) -> Callable[[int], object]:
+    """What stands in the cell of a value."""
+    return settings.put
 
 
 def connect(

@@ -138,6 +138,9 @@ class GoogleAdsSettings(BaseModel):
         return self
 
 
+SETTINGS = GoogleAdsSettings
+
+
 def mapping(settings: GoogleAdsSettings, folder: Path) -> str:
     """What gives a value its meaning (``base.meaning``)."""
     return meaning(**settings.model_dump(mode="json", include={"kind", "customer_id", "entity", "match"}))

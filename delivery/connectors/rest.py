@@ -60,7 +60,7 @@ from delivery.connectors.rest_spec import (
 )
 from delivery.connectors.template import ABSENT, Unfit, as_text, at, fill, fill_path, whole, words
 
-__all__ = ["EXAMPLES", "RestConnector", "RestSettings", "connect", "load"]
+__all__ = ["EXAMPLES", "SETTINGS", "RestConnector", "RestSettings", "connect", "load", "mapping", "writer", "writes"]
 
 EXAMPLES = Path(__file__).parent / "examples"
 """Worked examples, to be copied into a workflow's folder and changed there."""
@@ -857,6 +857,9 @@ def _tokens(
     return Tokens(auth.token_url, form, secrets, hide=hide, timeout_s=spec.timeout_s, ca_file=ca_file)
 
 
+SETTINGS = RestSettings
+
+
 def mapping(settings: RestSettings, folder: Path) -> str:
     """What gives a value its meaning (``base.meaning``). Raises Misconfigured where the system's YAML cannot be read."""
     return _mapping(load(folder / settings.file))
@@ -886,11 +889,22 @@ def connect(
     settings: RestSettings, *, environ: Mapping[str, str], folder: Path, clock: Callable[[], datetime]
 ) -> RestConnector:
     """The connector that a workflow's settings name. Raises Misconfigured naming the file, key or variable."""
+    spec, ca_file = _found(settings, folder)
+    return RestConnector(spec, environ=environ, clock=clock, ca_file=ca_file)
+
+
+def writer(settings: RestSettings, folder: Path) -> Callable[[int], object]:
+    """What is sent for a value. Raises Misconfigured naming the file that is missing or lies outside the folder."""
+    return _found(settings, folder)[0].values.write
+
+
+def _found(settings: RestSettings, folder: Path) -> tuple[RestSystem, Path | None]:
+    """The system's YAML, and the certificates that it names."""
     file = folder / settings.file
     if not file.resolve().is_relative_to(folder.resolve()):
-        raise Misconfigured(f"{file}: lies outside the workflow's folder")
+        raise Misconfigured(f"{file}: lies outside the workflow's folder; copy it into it")
     spec = load(file, settings.base_url)
     ca_file = None if spec.ca_file is None else folder / spec.ca_file
     if ca_file is not None and not ca_file.is_file():
         raise Misconfigured(f"{file}: ca_file: {ca_file} is missing")
-    return RestConnector(spec, environ=environ, clock=clock, ca_file=ca_file)
+    return spec, ca_file
