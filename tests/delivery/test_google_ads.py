@@ -22,7 +22,8 @@ from pydantic import ValidationError
 from delivery.connectors import google_ads
 from delivery.connectors.base import Connector, Misconfigured, Reading, Unavailable, Write, Written
 from delivery.connectors.google_ads import GoogleAds, GoogleAdsSettings, connect
-from delivery.sandbox.advertising_api import AdvertisingSandbox, Refusal, Server, Trouble, serve
+from delivery.sandbox.advertising_api import AdvertisingSandbox, Refusal, Trouble
+from delivery.sandbox.advertising_server import Server, serve
 from delivery.sandbox.worlds import advertising
 from tests.support.properties import examples
 
