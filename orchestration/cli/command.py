@@ -220,7 +220,7 @@ def main() -> None:
     from pipeline.dispatch import NothingToDeliver, TooLate
     from pipeline.lake import TableMissing
     from pipeline.lifecycle.promotion import NotBlocked
-    from pipeline.monitoring.verdicts import NoHistory
+    from pipeline.monitoring.power import NoHistory
     from pipeline.point_in_time import StageSqlError
     from pipeline.settings import home
     from pipeline.workflow import WorkflowInvalid

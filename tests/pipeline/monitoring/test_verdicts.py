@@ -14,7 +14,7 @@ import pytest
 from delivery.ledger import Ledger, NewBatch
 from pipeline.lake import Lake
 from pipeline.lifecycle import rule_override
-from pipeline.monitoring import verdicts
+from pipeline.monitoring import observations, verdicts
 from pipeline.point_in_time import StageSqlError
 from pipeline.workflow import FOLDER, Workflow, load
 from tests.support.fakes import table
@@ -96,7 +96,7 @@ class Small:
 
     def seen(self, first: int, last: int, by: int | None = None) -> list[dict[str, Any]]:
         self.write()
-        found = verdicts.observations(
+        found = observations.observations(
             self.workflow, self.lake, at(first), at(last), known=at(last if by is None else by)
         )
         return found.to_pylist()
@@ -204,7 +204,7 @@ def test_a_metric_column_that_outcomes_lack_is_an_error_with_column_and_file(
 
 
 def test_a_lake_without_days_observes_nothing(ads_said: Workflow, tmp_path: Path) -> None:
-    found = verdicts.observations(ads_said, Lake(str(tmp_path / "lake")), at(1), at(5), known=at(5))
+    found = observations.observations(ads_said, Lake(str(tmp_path / "lake")), at(1), at(5), known=at(5))
     assert found.num_rows == 0 and found.schema.names == ["day", "unit", "arm", "epoch", "washout", "n", "value"]
 
 
@@ -639,11 +639,11 @@ def test_an_entity_counts_once_for_the_arm_of_its_decision_when_its_outcome_is_k
          "late": pa.float64(), "day": pa.date32()}
     )  # fmt: skip
     lake.replace(said.table("decision_outcomes"), pa.Table.from_pylist(rows, schema=schema), predicate="true")
-    found = verdicts.entities(said, lake, at(3), known=at(7)).to_pylist()
+    found = observations.entities(said, lake, at(3), known=at(7)).to_pylist()
     assert [(r["unit"], (r["day"] - START).days, r["arm"], r["n"], r["late"]) for r in found] == [
         ("a", 6, "champion", 1, 1.0), ("b", 6, "holdout", 1, 1.0),
     ]  # fmt: skip
-    assert {r["unit"]: r["late"] for r in verdicts.entities(said, lake, at(3), known=at(8)).to_pylist()} == {
+    assert {r["unit"]: r["late"] for r in observations.entities(said, lake, at(3), known=at(8)).to_pylist()} == {
         "a": 1.0,
         "b": 0.0,
     }
