@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 from zoneinfo import ZoneInfo
 
@@ -25,9 +25,6 @@ from delivery.sandbox.advertising_account import UNIT, Account, Budget, micros
 from delivery.sandbox.advertising_errors import BAD_REQUEST, FAILURE, STATUS, ApiError, Refused
 from delivery.sandbox.advertising_query import Language, Query, QueryError, camel
 from delivery.sandbox.worlds import advertising
-
-if TYPE_CHECKING:
-    pass
 
 LARGEST_AMOUNT = 10**15
 MOST_OPERATIONS = 5_000

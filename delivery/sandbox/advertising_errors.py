@@ -8,10 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 FAILURE = "type.googleapis.com/google.ads.searchads360.v23.errors.SearchAds360Failure"
 BAD_REQUEST = "type.googleapis.com/google.rpc.BadRequest"
