@@ -10,10 +10,8 @@ import socket
 import threading
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
 from delivery.sandbox.advertising_api import LARGEST_BODY, AdvertisingSandbox
 from delivery.sandbox.advertising_errors import Refused
 
