@@ -20,8 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline import ingest as landing
-from pipeline.ingest import IngestResult, discover, ingest, manifest, readers
-from pipeline.ingest import landing as ingesting
+from pipeline.ingest import IngestResult, discover, ingest, landing_step, manifest, readers
 from pipeline.lake import Lake, content_digest
 from pipeline.workflow import Contract, Source, Workflow
 from tests.support.properties import examples
@@ -418,7 +417,7 @@ def test_what_an_earlier_release_left_interrupted_is_taken_back(
         return dataclasses.replace(record, **fields | ({"reason": None} if fields.get("status") == "landing" else {}))
 
     with monkeypatch.context() as patched:
-        patched.setattr(ingesting, "replace", unsaid)
+        patched.setattr(landing_step, "replace", unsaid)
         with _dying(monkeypatch, at), pytest.raises(KeyboardInterrupt):
             desk.land(now=LATER)
     assert [r["reason"] for r in desk.rows("files") if r["status"] == "landing"] == [None] * 3
