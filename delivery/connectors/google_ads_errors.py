@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
+from common.errors import SignalboxError
 from delivery.connectors.base import Outcome
 from delivery.connectors.http import Answer, BadAnswer, clean, retry_after, strict_json
 
@@ -45,7 +46,7 @@ class Fault:
         return "refused"
 
 
-class Failed(RuntimeError):
+class Failed(SignalboxError, RuntimeError):
     """A call that was answered, and not with success."""
 
     def __init__(self, status: int, faults: Sequence[Fault], message: str, wait: float | None, *, google: bool) -> None:

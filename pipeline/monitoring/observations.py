@@ -17,10 +17,11 @@ from datetime import date, datetime, timedelta
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from common import duckdb_session
 from data_checks import effects
 from models.booster import is_number
 from pipeline.lake import Lake
-from pipeline.point_in_time import StageSqlError, connect
+from pipeline.point_in_time import StageSqlError
 from pipeline.workflow import Regression, Workflow
 
 
@@ -58,7 +59,7 @@ def observations(workflow: Workflow, lake: Lake, first: date, last: date, *, kno
         "first": first, "last": last, "cutoff": cutoff, "start": workflow.start, "epoch": workflow.arms.epoch,
         "washout": workflow.arms.washout, "early": timedelta(hours=workflow.deadline.hour, minutes=workflow.deadline.minute),
     }  # fmt: skip
-    connection = connect()
+    connection = duckdb_session.engine()
     try:
         connection.register("told", told)
         connection.register("described", described)
@@ -226,7 +227,7 @@ def entities(workflow: Workflow, lake: Lake, since: date, *, known: date, until:
     _needed(workflow, told, columns)
     read = ", ".join(f'CAST("{c}" AS DOUBLE) AS "{c}"' for c in columns)
     some = " OR ".join(f'"{c}" IS NOT NULL' for c in columns)
-    connection = connect()
+    connection = duckdb_session.engine()
     try:
         connection.register("told", told)
         query = f"""
@@ -254,7 +255,7 @@ def past_entities(workflow: Workflow, lake: Lake, first: date, last: date) -> pa
     _needed(workflow, told, columns)
     some = " OR ".join(f'"{c}" IS NOT NULL' for c in columns)
     read = ", ".join(f'CAST("{c}" AS DOUBLE) AS "{c}"' for c in columns)
-    connection = connect()
+    connection = duckdb_session.engine()
     try:
         connection.register("told", told)
         return (

@@ -14,6 +14,7 @@ from datetime import date, timedelta
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from common.errors import SignalboxError
 from data_checks import regression
 from models.policies import arms
 from pipeline.lake import Lake
@@ -22,7 +23,7 @@ from pipeline.monitoring.verdicts import Comparison
 from pipeline.workflow import Workflow
 
 
-class NoHistory(LookupError):
+class NoHistory(SignalboxError, LookupError):
     """Nothing is there to tell from how soon a harm would be found; the message says what is missing, and the way to it."""
 
 
