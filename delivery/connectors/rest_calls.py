@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
+from common.errors import SignalboxError
 from delivery.connectors.base import Misconfigured, Unavailable
 from delivery.connectors.http import Answer, BadAnswer, Http, NoAnswer, NotSent, check_headers, retry_after
 from delivery.connectors.rest_auth import credentials, tokens_of
@@ -33,7 +34,7 @@ from delivery.connectors.rest_spec import (
 from delivery.connectors.template import ABSENT, Unfit, as_text, at, fill, fill_path, whole, words
 
 
-class Singly(Exception):
+class Singly(SignalboxError):
     """A call for many was turned away as a whole; each by itself may do better."""
 
     def __init__(self, says: str) -> None:
@@ -53,7 +54,7 @@ _USUAL = (
 )  # fmt: skip
 
 
-class MorePages(Exception):
+class MorePages(SignalboxError):
     """A listing is longer than it may be."""
 
 
