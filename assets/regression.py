@@ -20,6 +20,7 @@ from assets.common import days, folded, stage
 from assets.resources import ClockResource, LakeResource, LedgerResource, ReportsResource, preview
 from common.progress import each
 from pipeline.monitoring import verdicts as guarding
+from pipeline.monitoring.power import power_sentences
 from pipeline.workflow import Workflow
 
 NOTHING = "nothing is judged: no batch has acted yet, or the arms that would be compared have no share"
@@ -119,7 +120,7 @@ def _shown(
     found: Sequence[guarding.Judged],
 ) -> dict[str, Any]:
     """Verdicts, looks and the sequence for Dagster, and the same as a page."""
-    power = guarding.power_sentences(workflow, lake.lake, day)
+    power = power_sentences(workflow, lake.lake, day)
     image = base64.b64encode(plot(found)).decode()
     tables = [looks(one) for one in found]
     newest = pa.concat_tables([t.slice(max(t.num_rows - 10, 0)) for t in tables])

@@ -31,7 +31,7 @@ import pyarrow.compute as pc
 
 from benchmarks.priority_policy import Known, daily_priorities
 from data_checks import regression
-from delivery.sandbox.worlds import advertising, tickets
+from delivery.sandbox.worlds import advertising, tickets, working_hours
 from models.policies import allocation, arms, budget
 from models.policies.priority import PriorityPolicy
 from pipeline.workflow import FOLDER, Workflow
@@ -246,11 +246,11 @@ def _priorities(
 
 def _ticket_rows(world: tickets.World, day: date, drawn: pa.Table | None) -> pa.Table:
     """A day's tickets by team: due that day, and missed."""
-    midnight = (day - tickets.EPOCH).days * tickets.DAY
+    midnight = (day - tickets.EPOCH).days * working_hours.DAY
     due = np.array(world.due)
-    end = (START + timedelta(days=BEFORE + LIVE) - tickets.EPOCH).days * tickets.DAY
+    end = (START + timedelta(days=BEFORE + LIVE) - tickets.EPOCH).days * working_hours.DAY
     resolved = np.array([end if r is None else r for r in world.resolved])
-    mine = (due >= midnight) & (due < midnight + tickets.DAY)
+    mine = (due >= midnight) & (due < midnight + working_hours.DAY)
     team = np.array([route[-1] for route in world._route])
     n = np.bincount(team[mine], minlength=len(world.teams))
     missed = np.bincount(team[mine & (resolved > due)], minlength=len(world.teams))

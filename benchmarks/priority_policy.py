@@ -29,7 +29,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from delivery.sandbox.worlds.tickets import DAY, EPOCH, HOUR, Order, World, history, service_seconds
+from delivery.sandbox.worlds.tickets import EPOCH, Order, World, history
+from delivery.sandbox.worlds.working_hours import DAY, HOUR, service_seconds
 from models.policies.priority import PriorityPolicy, decide
 from models.policies.ranking import index
 

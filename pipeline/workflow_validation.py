@@ -23,7 +23,6 @@ from common import clock, duckdb_session
 from common.duckdb_session import StageSqlError, Text
 from data_checks.effects import measured
 from delivery.connectors import catalog as connectors
-from delivery.connectors import rest
 from delivery.connectors.base import Misconfigured
 from models.booster import is_number
 from models.catalog import KINDS, POLICIES
@@ -305,17 +304,10 @@ def _connector(workflow: Workflow) -> list[str]:
     if pem is not None and not (folder / pem).is_file():
         return [_yaml(workflow, "delivery.connector.ca_file", f"{folder / pem} is missing")]
     try:
-        if isinstance(settings, rest.RestSettings):
-            file = folder / settings.file
-            if not file.resolve().is_relative_to(folder.resolve()):
-                return [f"{file}: lies outside the workflow's folder; copy it into it"]
-            spec = rest.load(file, settings.base_url)
-            if spec.ca_file is not None and not (folder / spec.ca_file).is_file():
-                return [f"{file}: ca_file: {folder / spec.ca_file} is missing"]
+        write = connectors.writer(settings, folder)
         connectors.writes(settings, folder)
     except Misconfigured as error:
         return str(error).splitlines()
-    write = getattr(settings, "put", None) or (spec.values.write if isinstance(settings, rest.RestSettings) else None)
     levels = workflow.guardrails.levels
     if write is None or levels is None or POLICIES[workflow.policy.kind].money:
         return []

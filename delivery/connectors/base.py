@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from common.errors import SignalboxError
@@ -202,3 +203,28 @@ class Connector(Protocol):
     def close(self) -> None:
         """Let go of connections."""
         ...
+
+
+class Settings(Protocol):
+    """What a workflow says of its downstream system; ``kind`` names the connector."""
+
+    @property
+    def kind(self) -> str: ...
+
+
+class ConnectorModule(Protocol):
+    """What the module of a connector has; ``catalog`` says what each is for.
+
+    One may also have ``writer(settings, folder)``, where it cannot write every whole number or reads files of its own.
+    """
+
+    SETTINGS: Any
+    """The model of its settings, with its ``kind``."""
+
+    def mapping(self, settings: Any, folder: Path) -> str: ...
+
+    def writes(self, settings: Any, folder: Path) -> Writes: ...
+
+    def connect(
+        self, settings: Any, *, environ: Mapping[str, str], folder: Path, clock: Callable[[], datetime]
+    ) -> Connector: ...

@@ -1,35 +1,35 @@
-"""The connectors there are: which settings belong to which, and how one is opened.
+"""The connectors there are: one table, from which follow the settings that a workflow may give and the module that opens them.
 
-Belongs here: the list. Does not: any one system, or when to send what.
+Belongs here: the table. Does not: any one system, or when to send what.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from functools import reduce
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from delivery.connectors import file_drop, google_ads, helpdesk, rest, sql_table
-from delivery.connectors.base import Connector, Writes
+from delivery.connectors.base import Connector, ConnectorModule, Settings, Writes
 
-ConnectorSettings = Annotated[
-    google_ads.GoogleAdsSettings
-    | helpdesk.HelpdeskSettings
-    | rest.RestSettings
-    | sql_table.SqlTableSettings
-    | file_drop.FileDropSettings,
-    Field(discriminator="kind"),
-]
-_MODULES = {
+_MODULES: dict[str, ConnectorModule] = {
     "google_ads": google_ads,
     "helpdesk": helpdesk,
     "rest": rest,
     "sql_table": sql_table,
     "file_drop": file_drop,
 }
+if TYPE_CHECKING:
+    ConnectorSettings = Settings
+else:
+    ConnectorSettings = Annotated[
+        reduce(operator.or_, (module.SETTINGS for module in _MODULES.values())), Field(discriminator="kind")
+    ]
 
 
 def mapping(settings: ConnectorSettings, folder: Path) -> str:
@@ -37,13 +37,20 @@ def mapping(settings: ConnectorSettings, folder: Path) -> str:
 
     Raises Misconfigured where a file that they name cannot be read.
     """
-    return str(_MODULES[settings.kind].mapping(settings, folder))
+    return _MODULES[settings.kind].mapping(settings, folder)
 
 
 def writes(settings: ConnectorSettings, folder: Path) -> Writes:
     """Which field of which system it writes, from the settings alone. Raises Misconfigured where a file cannot be read."""
-    written: Writes = _MODULES[settings.kind].writes(settings, folder)
-    return written
+    return _MODULES[settings.kind].writes(settings, folder)
+
+
+def writer(settings: ConnectorSettings, folder: Path) -> Callable[[int], object] | None:
+    """How it puts a decision's number, from the settings alone: a function that raises ValueError, in words for people, for
+    a number that it cannot write. None: it writes any. Raises Misconfigured where a file is missing or cannot be read."""
+    ask = getattr(_MODULES[settings.kind], "writer", None)
+    found: Callable[[int], object] | None = ask(settings, folder) if ask is not None else None
+    return found
 
 
 def connect(
@@ -54,5 +61,4 @@ def connect(
     ``environ``: where secrets are looked up by the names in the settings; ``folder``: the workflow's, for files that it
     names. Raises Misconfigured naming what is missing.
     """
-    opened: Connector = _MODULES[settings.kind].connect(settings, environ=environ, folder=folder, clock=clock)
-    return opened
+    return _MODULES[settings.kind].connect(settings, environ=environ, folder=folder, clock=clock)

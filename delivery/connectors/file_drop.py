@@ -21,28 +21,23 @@ The same writes always make the same bytes. Files appear by write, fsync, rename
 
 from __future__ import annotations
 
-import calendar
-import csv
-import ctypes
 import errno
 import fcntl
-import hashlib
-import io
 import os
 import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from decimal import Decimal
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from delivery.connectors import atomic_files
 from delivery.connectors.base import (
     Capabilities,
     Change,
@@ -54,6 +49,7 @@ from delivery.connectors.base import (
     Written,
     meaning,
 )
+from delivery.connectors.table_files import csv_of, fits, parquet_of, rows_of
 from delivery.connectors.value_codec import Cells
 
 Carried = Literal["before", "batch_id", "decision_id", "run_id", "idempotency_key"]
@@ -100,6 +96,9 @@ class FileDropSettings(Cells):
         return self
 
 
+SETTINGS = FileDropSettings
+
+
 def mapping(settings: FileDropSettings, folder: Path) -> str:
     """What gives a value its meaning (``base.meaning``)."""
     said = settings.model_dump(mode="json", include={"kind", "key", "value", "decimals", "names", "missing_means"})
@@ -109,6 +108,11 @@ def mapping(settings: FileDropSettings, folder: Path) -> str:
 def writes(settings: FileDropSettings, folder: Path) -> Writes:
     """Which column of which file or folder."""
     return Writes(f"file_drop:{(folder / settings.path).resolve()}", settings.value)
+
+
+def writer(settings: FileDropSettings, folder: Path) -> Callable[[int], object]:
+    """What stands in the cell of a value."""
+    return settings.put
 
 
 def connect(
@@ -170,7 +174,7 @@ class FileDrop:
         self._parsing = threading.Lock()
         self._wrote: tuple[str, str] | None = None
         """The batch and the digest of the state that we wrote last."""
-        self._exchanges = _can_exchange(self._folder) if settings.shape == "state" else False
+        self._exchanges = atomic_files.can_exchange(self._folder) if settings.shape == "state" else False
         self.system = f"file_drop:{self._path}:{settings.value}"
 
     def __repr__(self) -> str:
@@ -231,7 +235,7 @@ class FileDrop:
         except Unavailable as error:
             answers |= {i: Written(writes[i].key, "not_applied", str(error)) for i in fit}
         except OSError as error:
-            says = _reason(error)
+            says = atomic_files.reason(error)
             if not placed and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise Misconfigured(f"{self.system}: {says}; this user must be able to write there") from None
             answers |= {i: Written(writes[i].key, "unknown" if placed else "not_applied", says) for i in fit}
@@ -247,7 +251,7 @@ class FileDrop:
         try:
             for file in self._files():
                 values = {key: self._settings.take(file.cells[key])[0] for key in wanted & file.cells.keys()}
-                if _moment(file.at_ns) >= since:
+                if atomic_files.moment(file.at_ns) >= since:
                     said += [(file, key, value) for key, value in values.items()]
                 else:
                     before = values | before
@@ -260,7 +264,7 @@ class FileDrop:
             if key not in before or before[key] != value:
                 ours = self._is_ours(file)
                 actor = "signalbox" if ours else "baseline" if file.path == self._baseline else "somebody"
-                found.append(Change(key, value, _moment(file.at_ns), actor, ours))
+                found.append(Change(key, value, atomic_files.moment(file.at_ns), actor, ours))
             before[key] = value
         return found
 
@@ -269,8 +273,8 @@ class FileDrop:
 
     def _of_read(self, error: OSError) -> Unavailable | Misconfigured:
         if error.errno in (errno.EACCES, errno.EPERM):
-            return Misconfigured(f"{self.system}: {_reason(error)}; this user must be able to read it")
-        return Unavailable(f"{self.system}: {_reason(error)}")
+            return Misconfigured(f"{self.system}: {atomic_files.reason(error)}; this user must be able to read it")
+        return Unavailable(f"{self.system}: {atomic_files.reason(error)}")
 
     # -- what the files say
 
@@ -330,46 +334,17 @@ class FileDrop:
             if path == copy or not copy.exists():
                 return None
             content = copy.read_bytes()
-        columns, rows, _, _ = self._rows(content, path)
+        columns, rows, _, _ = rows_of(content, path, self._settings.format, self._settings.delimiter)
         key, value = self._columns_of(columns, path)
         cells: dict[str, object] = {}
         for row in rows:
             cells[str(row[key])] = row[value]
         if len(cells) != len(rows):
             raise Misconfigured(f"{path} names an entity twice in {self._settings.key!r}; correct it or take it away")
-        file = _File(path, about.st_mtime_ns, _digest(content), cells)
+        file = _File(path, about.st_mtime_ns, atomic_files.digest(content), cells)
         with self._parsing:
             self._parsed[known] = file
         return file
-
-    def _rows(self, content: bytes, path: Path) -> tuple[tuple[str, ...], list[list[Any]], Any, str]:
-        """Columns, rows, the Arrow table (Parquet), and the line's end (CSV)."""
-        if self._settings.format == "parquet":
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-
-            try:
-                table = pq.read_table(io.BytesIO(content))
-            except (pa.ArrowException, OSError) as error:
-                raise Unavailable(f"{path} is no whole Parquet file: {str(error)[:120]}") from None
-            columns = [column.to_pylist() for column in table.columns]
-            return tuple(table.column_names), [list(row) for row in zip(*columns, strict=True)], table, ""
-        try:
-            text = content.decode("utf-8-sig")
-            rows = [
-                row
-                for row in csv.reader(io.StringIO(text, newline=""), delimiter=self._settings.delimiter, strict=True)
-                if row
-            ]
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise Unavailable(f"{path} is no CSV file in UTF-8: {str(error)[:120]}") from None
-        header = tuple(rows[0]) if rows else ()
-        for n, row in enumerate(rows[1:], 2):
-            if len(row) != len(header):
-                raise Unavailable(
-                    f"{path}: row {n} has {len(row)} fields, its header {len(header)}; is it still being written?"
-                )
-        return header, rows[1:], None, "\r\n" if "\r\n" in text else "\n"
 
     def _columns_of(self, columns: Sequence[str], path: Path) -> tuple[int, int]:
         for column in (self._settings.key, self._settings.value):
@@ -391,12 +366,12 @@ class FileDrop:
             if s.missing_means is None:
                 raise Misconfigured(f"there is no file {self._path} any more") from None
             return _State("", (s.key, s.value), [], None, {})
-        columns, rows, table, newline = self._rows(content, self._path)
+        columns, rows, table, newline = rows_of(content, self._path, s.format, s.delimiter)
         key, _ = self._columns_of(columns, self._path)
         at = {str(row[key]): n for n, row in enumerate(rows)}
         if len(at) != len(rows):
             raise Misconfigured(f"{self._path} names an entity twice in {s.key!r}; correct it")
-        return _State(_digest(content), columns, rows, table, at, content, at_ns, newline)
+        return _State(atomic_files.digest(content), columns, rows, table, at, content, at_ns, newline)
 
     def _replace_state(
         self, writes: Sequence[Write], fit: Mapping[int, object], appears: Callable[[], None]
@@ -417,7 +392,7 @@ class FileDrop:
                 answers[i] = Written(write.key, "accepted", "the file says it already")
             elif now != write.expected:
                 answers[i] = Written(write.key, "conflict", f"the file says {now}")
-            elif kind is not None and not _fits(fit[i], kind):
+            elif kind is not None and not fits(fit[i], kind):
                 answers[i] = Written(write.key, "refused", f"the column {s.value!r} is {kind} and cannot hold {fit[i]}")
             else:
                 if row is None:
@@ -433,18 +408,20 @@ class FileDrop:
         if state.digest and self._wrote != (batch, state.digest):
             self._keep_state(state.content, state.at_ns)
         new = self._temporary(content, self._folder)
-        displaced = self._place(new, state.digest, _digest(content), appears)
+        displaced = self._place(new, state.digest, atomic_files.digest(content), appears)
         if displaced is not None:
             return answers | {i: Written(writes[i].key, "conflict", displaced) for i in rest}
-        self._wrote = (batch, _digest(content))
+        self._wrote = (batch, atomic_files.digest(content))
         return answers | {i: Written(writes[i].key, "accepted", f"file {self._wrote[1][:16]}") for i in rest}
 
     def _encoded(self, state: _State) -> bytes:
         if self._settings.format == "csv":
             mark = b"\xef\xbb\xbf" if state.content.startswith(b"\xef\xbb\xbf") else b""
-            return mark + self._csv([list(state.columns), *state.rows], state.newline)
+            return mark + csv_of([list(state.columns), *state.rows], self._settings.delimiter, state.newline)
         columns = {name: [row[n] for row in state.rows] for n, name in enumerate(state.columns)}
-        return self._parquet(columns, state.table.schema if state.table is not None else None)
+        return parquet_of(
+            columns, state.table.schema if state.table is not None else self._schema(columns), self.system
+        )
 
     def _place(self, new: Path, read: str, written: str, appears: Callable[[], None]) -> str | None:
         """Put the new file in the old one's place if that still has the digest ``read``; else say what is there."""
@@ -457,7 +434,7 @@ class FileDrop:
             appears()
             new.unlink()
         elif not self._exchanges:
-            if _digest(self._path.read_bytes()) != read:
+            if atomic_files.digest(self._path.read_bytes()) != read:
                 new.unlink()
                 return "somebody replaced the file"
             os.replace(new, self._path)
@@ -465,26 +442,26 @@ class FileDrop:
         else:
             shutil.copystat(self._path, new)
             os.utime(new)
-            _exchange(new, self._path)
+            atomic_files.exchange(new, self._path)
             appears()
-            if _digest(new.read_bytes()) != read:
+            if atomic_files.digest(new.read_bytes()) != read:
                 self._put_back(new, written)
                 return "somebody replaced the file while it was being written; theirs stands"
             new.unlink()
-        _sync(self._folder)
+        atomic_files.sync(self._folder)
         return None
 
     def _put_back(self, theirs: Path, standing: str) -> None:
         """Exchange until what comes out is what we had put there: what somebody else put there last stands."""
         while True:
-            candidate = _digest(theirs.read_bytes())
-            _exchange(theirs, self._path)
+            candidate = atomic_files.digest(theirs.read_bytes())
+            atomic_files.exchange(theirs, self._path)
             out = theirs.read_bytes()
-            if _digest(out) == standing:
+            if atomic_files.digest(out) == standing:
                 break
             standing = candidate  # replaced once more in the meantime: the newer one goes back in
         theirs.unlink()
-        _sync(self._folder)
+        atomic_files.sync(self._folder)
 
     # -- a folder of files
 
@@ -515,49 +492,35 @@ class FileDrop:
         columns: dict[str, list[Any]] = {s.key: [writes[i].key for i in rest], s.value: [fit[i] for i in rest]}
         columns |= {name: [carried[name](writes[i]) for i in rest] for name in s.carry}
         rows = [list(columns), *zip(*columns.values(), strict=True)]
-        content = self._csv(rows, "\n") if s.format == "csv" else self._parquet(columns, None)
-        digest = _digest(content)
+        content = (
+            csv_of(rows, s.delimiter, "\n")
+            if s.format == "csv"
+            else parquet_of(columns, self._schema(columns), self.system)
+        )
+        digest = atomic_files.digest(content)
         # Newer than every file there is, also where a clock was set back
         newest = max((at for at, *_ in self._listed()), default=0)
-        at_ns = max(_ns(self._clock()), newest + 1000)
+        at_ns = max(atomic_files.ns(self._clock()), newest + 1000)
         batch = re.sub(r"[^A-Za-z0-9.-]+", "-", writes[rest[0]].batch_id)[:80]
-        name = f"{_moment(at_ns):%Y%m%dT%H%M%S.%f}Z_{batch}_{digest[:16]}.{s.format}"
+        name = f"{atomic_files.moment(at_ns):%Y%m%dT%H%M%S.%f}Z_{batch}_{digest[:16]}.{s.format}"
         new = self._temporary(content, self._folder)
         os.utime(new, ns=(at_ns, at_ns))
         os.rename(new, self._folder / name)
         appears()
-        _sync(self._folder)
+        atomic_files.sync(self._folder)
         self._keep(name, content, at_ns)
         return answers | {i: Written(writes[i].key, "accepted", f"file {name}") for i in rest}
 
     # -- writing
 
-    def _csv(self, rows: Sequence[Sequence[Any]], newline: str) -> bytes:
-        out = io.StringIO(newline="")
-        plain = csv.writer(out, delimiter=self._settings.delimiter, lineterminator=newline)
-        # the csv module leaves a lone carriage return bare, and reads it as the end of a line
-        quoted = csv.writer(out, delimiter=self._settings.delimiter, lineterminator=newline, quoting=csv.QUOTE_ALL)
-        for row in rows:
-            writer = quoted if any(isinstance(cell, str) and "\r" in cell for cell in row) else plain
-            writer.writerow([format(cell, "f") if isinstance(cell, Decimal) else cell for cell in row])
-        return out.getvalue().encode()
-
-    def _parquet(self, columns: Mapping[str, list[Any]], schema: Any) -> bytes:
+    def _schema(self, columns: Iterable[str]) -> Any:
+        """Of a Parquet file that we make ourselves."""
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
-        if schema is None:
-            s = self._settings
-            number = pa.decimal128(28, s.decimals) if s.decimals else pa.int64()
-            kind = pa.string() if s.names is not None else number
-            schema = pa.schema([(name, kind if name in (s.value, "before") else pa.string()) for name in columns])
-        try:
-            arrays = [pa.array([_cell(c, f.type) for c in columns[f.name]], f.type) for f in schema]
-        except (pa.ArrowException, OverflowError, TypeError) as error:
-            raise Misconfigured(f"{self.system}: a cell does not fit into its column: {str(error)[:120]}") from None
-        sink = io.BytesIO()
-        pq.write_table(pa.Table.from_arrays(arrays, schema=schema), sink, compression="zstd")
-        return sink.getvalue()
+        s = self._settings
+        number = pa.decimal128(28, s.decimals) if s.decimals else pa.int64()
+        kind = pa.string() if s.names is not None else number
+        return pa.schema([(name, kind if name in (s.value, "before") else pa.string()) for name in columns])
 
     def _temporary(self, content: bytes, folder: Path) -> Path:
         path = folder / f".{self._path.name}.{os.getpid()}.{threading.get_ident()}.new"
@@ -582,11 +545,13 @@ class FileDrop:
         new = self._temporary(content, self._kept)
         os.utime(new, ns=(at_ns, at_ns))
         os.rename(new, place)
-        _sync(self._kept)
+        atomic_files.sync(self._kept)
 
     def _keep_state(self, content: bytes, at_ns: int) -> None:
         self._keep(
-            f"{_moment(at_ns):%Y%m%dT%H%M%S.%f}Z_{_digest(content)[:16]}.{self._settings.format}", content, at_ns
+            f"{atomic_files.moment(at_ns):%Y%m%dT%H%M%S.%f}Z_{atomic_files.digest(content)[:16]}.{self._settings.format}",
+            content,
+            at_ns,
         )
 
     def _tidy(self) -> None:
@@ -616,46 +581,6 @@ class FileDrop:
             yield
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _cell(cell: Any, kind: Any) -> Any:
-    """As Arrow takes it for a column of this type."""
-    import pyarrow.types as types
-
-    if isinstance(cell, int | Decimal) and not isinstance(cell, bool):
-        if types.is_decimal(kind):
-            return Decimal(cell)
-        if types.is_floating(kind):
-            return float(cell)
-    return cell
-
-
-def _fits(cell: object, kind: Any) -> bool:
-    import pyarrow as pa
-
-    try:
-        return bool(pa.array([_cell(cell, kind)], kind)[0].is_valid)
-    except (pa.ArrowException, OverflowError, TypeError):
-        return False
-
-
-def _reason(error: OSError) -> str:
-    return f"{error.strerror or type(error).__name__}: {error.filename or 'the file'}"
-
-
-def _ns(moment: datetime) -> int:
-    return calendar.timegm(moment.timetuple()) * 1_000_000_000 + moment.microsecond * 1000
-
-
-def _moment(at_ns: int) -> datetime:
-    """Naive UTC, to the microsecond."""
-    return datetime.fromtimestamp(at_ns // 1_000_000_000, UTC).replace(
-        tzinfo=None, microsecond=at_ns // 1000 % 1_000_000
-    )
-
-
 def _check_text(key: str) -> None:
     try:
         key.encode()
@@ -663,37 +588,3 @@ def _check_text(key: str) -> None:
         raise ValueError("the entity's name is no valid text") from None
     if "\0" in key:
         raise ValueError("the entity's name holds a NUL character")
-
-
-def _sync(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _exchange(one: Path, other: Path) -> None:
-    """Swap two files in one step (Linux, renameat2 with RENAME_EXCHANGE); neither name is ever without a file."""
-    rename = ctypes.CDLL(None, use_errno=True).renameat2
-    here = -100  # AT_FDCWD
-    if rename(here, os.fsencode(one), here, os.fsencode(other), 2) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), str(other))
-
-
-def _can_exchange(folder: Path) -> bool:
-    """Whether this system and this filesystem can; tried with two empty files."""
-    names = [folder / f".exchange-{os.getpid()}-{threading.get_ident()}-{n}" for n in (1, 2)]
-    try:
-        for name in names:
-            name.touch()
-        _exchange(*names)
-    except (OSError, AttributeError):
-        return False
-    finally:
-        for name in names:
-            with suppress(OSError):
-                name.unlink()
-    return True

@@ -20,23 +20,17 @@ SEARCH_ADS360_MUTATE_ALLOWLIST_DENIED). ``user_email`` must be an account that n
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-
-from common.errors import SignalboxError
 from delivery.connectors.base import (
     Capabilities,
     Change,
     EntityState,
     Misconfigured,
-    Outcome,
     Reading,
     Unavailable,
     Write,
@@ -45,12 +39,11 @@ from delivery.connectors.base import (
     meaning,
 )
 from delivery.connectors.discovery import Document
-from delivery.connectors.http import Answer, BadAnswer, Http, NoAnswer, NotSent, clean, retry_after, strict_json
+from delivery.connectors.google_ads_errors import Failed, Fault, by_operation, faults_of, longest, part, whole, worst
+from delivery.connectors.google_ads_settings import GoogleAdsSettings
+from delivery.connectors.google_ads_transport import SCOPE, Access, Transport, secret_of
+from delivery.connectors.http import BadAnswer, Http, NoAnswer, NotSent, clean
 
-OFFICIAL = "https://searchads360.googleapis.com/"
-SCOPE = "https://www.googleapis.com/auth/doubleclicksearch"
-MOST_OPERATIONS = 5_000
-MOST_FILTER_VALUES = 10_000
 MOST_PAGES = 1_000
 HISTORY_ROWS = 10_000  # the most that a query of change_event may ask for
 HISTORY_DAYS = 28  # the API keeps 30 and refuses to look further back; the rest is for its clock
@@ -72,71 +65,7 @@ T = TypeVar("T")
 BUDGET_FIELDS = ("resource_name", "id", "name", "amount_micros", "status", "period", "reference_count")
 
 
-class GoogleAdsSettings(BaseModel):
-    """The downstream system of a workflow with kind ``google_ads``: one account's campaign budgets, in micros."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["google_ads"] = "google_ads"
-    customer_id: str = Field(description="The account, ten digits; dashes may stand in it")
-    login_customer_id: str | None = Field(default=None, description="The manager account through which it is reached")
-    endpoint: str = Field(default=OFFICIAL, description="Where the API is; plain http only on this machine")
-    token_env: str = Field(
-        default="SIGNALBOX_GOOGLE_ADS_TOKEN", description="Environment variable with an OAuth access token"
-    )
-    refresh_token_env: str | None = Field(
-        default=None, description="Environment variable with an OAuth refresh token; set: `token_env` is not read"
-    )
-    client_id_env: str = Field(
-        default="SIGNALBOX_GOOGLE_ADS_CLIENT_ID", description="Environment variable with the OAuth client's id"
-    )
-    client_secret_env: str = Field(
-        default="SIGNALBOX_GOOGLE_ADS_CLIENT_SECRET", description="Environment variable with the OAuth client's secret"
-    )
-    token_uri: str = Field(default="https://oauth2.googleapis.com/token", description="Where tokens are refreshed")
-    developer_token_env: str | None = Field(
-        default=None, description="Environment variable with a developer token, where the endpoint asks for one"
-    )
-    entity: Literal["budget", "campaign"] = Field(
-        default="budget",
-        description="What an entity of the workflow names. Campaigns may share a budget; it is then written once",
-    )
-    match: Literal["name", "id"] = Field(default="name", description="Whether entities are names or ids of these")
-    unit_micros: int = Field(
-        default=10_000, gt=0, description="Smallest amount of the account's currency (a cent); others are refused"
-    )
-    user_email: str | None = Field(
-        default=None,
-        description="The token's account, as the change history shows it; used by no person. Null: no change history",
-    )
-    history_delay_s: float = Field(
-        default=180.0, ge=0, description="How late a change may appear in the change history (Google: up to 3 minutes)"
-    )
-    stale_reads_s: float = Field(
-        default=10.0, ge=0, description="For how long a search may still show what stood before a write"
-    )
-    timeout_s: float = Field(default=30.0, gt=0, le=600, description="Longest wait; a whole call takes twice that")
-    bulk_read: int = Field(default=1_000, ge=1, le=MOST_FILTER_VALUES, description="Most entities in one search")
-    bulk_write: int = Field(default=200, ge=1, le=MOST_OPERATIONS, description="Most budgets in one mutate")
-    page_size: int | None = Field(
-        default=None, ge=1, le=10_000, description="Rows of a page; null: what the API gives (10,000)"
-    )
-
-    @field_validator("customer_id", "login_customer_id")
-    @classmethod
-    def _digits(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        plain = value.replace("-", "")
-        if not re.fullmatch(r"[0-9]{1,20}", plain):
-            raise ValueError("an account is a number such as 123-456-7890")
-        return plain
-
-    @model_validator(mode="after")
-    def _one_email(self) -> GoogleAdsSettings:
-        if self.user_email is not None and not re.fullmatch(r"[^@\s]+@[^@\s]+", self.user_email):
-            raise ValueError("user_email is no e-mail address")
-        return self
+SETTINGS = GoogleAdsSettings
 
 
 def mapping(settings: GoogleAdsSettings, folder: Path) -> str:
@@ -156,78 +85,6 @@ def connect(
     return GoogleAds(settings, environ=environ, clock=clock)
 
 
-@dataclass(frozen=True)
-class Fault:
-    """One error of Google's, as far as it says."""
-
-    kind: str
-    """Such as campaignBudgetError; empty where the answer names none."""
-    reason: str
-    message: str
-    operation: int | None
-    """Which operation of the call it is about; None: not said."""
-    retry_after: float | None
-
-    @property
-    def says(self) -> str:
-        code = f"{self.kind} {self.reason}".strip()
-        return f"{code}: {self.message}" if code and self.message else code or self.message
-
-    @property
-    def outcome(self) -> Outcome:
-        """What it says of the write that it is about."""
-        if self.kind == "quotaError" and self.reason != "ACCESS_PROHIBITED":
-            return "not_applied"
-        if self.kind == "internalError":
-            return "unknown"
-        if (self.kind, self.reason) == ("databaseError", "CONCURRENT_MODIFICATION"):
-            return "conflict"  # somebody wrote at the same moment: read again before writing again
-        return "refused"
-
-
-class Failed(SignalboxError, RuntimeError):
-    """A call that was answered, and not with success."""
-
-    def __init__(self, status: int, faults: Sequence[Fault], message: str, wait: float | None, *, google: bool) -> None:
-        super().__init__(message)
-        self.status, self.faults, self.retry_after = status, tuple(faults), wait
-        self.google = google
-        """The answer is shaped as Google's are; else something stands between."""
-
-    @property
-    def hopeless(self) -> bool:
-        """No call can succeed: the token, the account or the address is wrong."""
-        return (
-            self.status in (401, 403, 407, 501) or 300 <= self.status < 400 or (self.status == 404 and not self.google)
-        )
-
-    @property
-    def again(self) -> bool:
-        """The same call may succeed later."""
-        return (
-            self.status in (408, 409, 425, 429)
-            or self.status >= 500
-            or any(f.outcome != "refused" for f in self.faults)
-        )
-
-    @property
-    def outcome(self) -> Outcome:
-        """What the answer says of a write that none of its faults is about."""
-        if self.status in (425, 429):
-            return "not_applied"
-        if self.status == 408 or self.status >= 500 or self.status < 200:
-            return "unknown"
-        outcomes = {f.outcome for f in self.faults if f.operation is None}
-        for outcome in ("unknown", "not_applied", "conflict"):
-            if outcome in outcomes:
-                return outcome  # type: ignore[return-value]
-        if self.status == 409:
-            return "conflict"
-        if not outcomes and self.faults:
-            return "not_applied"  # other operations of the call were at fault; the call as a whole did nothing
-        return "refused"
-
-
 class GoogleAds:
     """One account's budgets. Thread-safe: calls share a pool of connections, nothing else."""
 
@@ -242,17 +99,17 @@ class GoogleAds:
         self.unit_micros = settings.unit_micros
         self.history_delay_s = settings.history_delay_s
         self._clock = clock
-        self._access = _Access(settings, environ)
+        self._access = Access(settings, environ)
         headers = {}
         if settings.login_customer_id:
             headers["login-customer-id"] = settings.login_customer_id
         if settings.developer_token_env:
-            headers["developer-token"] = _secret(environ, settings.developer_token_env)
+            headers["developer-token"] = secret_of(environ, settings.developer_token_env)
             self._access.secrets.append(headers["developer-token"])
         self._http = Http(
             settings.endpoint, headers=headers, timeout_s=settings.timeout_s, secrets=self._access.secrets
         )
-        self._transport = _Transport(self._http, self._access, clock)
+        self._transport = Transport(self._http, self._access, clock)
         self._document = Document.shipped("searchads360", "v23")
         mutate, search = ("customers", "campaignBudgets", "mutate"), ("customers", "searchAds360", "search")
         customers = build_from_document(
@@ -323,8 +180,8 @@ class GoogleAds:
         wanted, seen = set(keys), set()
         at: dict[str, list[Reading]] = {}
         for row in self._search(query):
-            budget = _part(row, "campaignBudget")
-            named = budget if entity == "budget" else _part(row, "campaign")
+            budget = part(row, "campaignBudget")
+            named = budget if entity == "budget" else part(row, "campaign")
             key = named.get(match)
             # Asked for by name, the API compares loosely; only the very same name is this entity
             if not isinstance(key, str) or key not in wanted:
@@ -363,14 +220,14 @@ class GoogleAds:
             says, state = "the budget was removed", "closed"
         elif budget.get("status") not in ("ENABLED", "REMOVED"):
             says = f"the budget's status is {self._clean(str(budget.get('status')))!r}"
-        value = _whole(budget.get("amountMicros"))
+        value = whole(budget.get("amountMicros"))
         if budget.get("period", "DAILY") != "DAILY":
             value, says = None, says or "this budget is a total over its whole period, not an amount a day"
         elif value is None:
             says = says or f"the budget holds no daily amount but {self._clean(repr(budget.get('amountMicros')), 60)}"
         elif says and state == "open":
             value = None
-        shared = _whole(budget.get("referenceCount")) or 0
+        shared = whole(budget.get("referenceCount")) or 0
         if campaign is not None and shared > 1 and not says:
             says = f"{shared} campaigns share this budget"
         return Reading(key, target, value, state=state, says=says)
@@ -492,13 +349,13 @@ class GoogleAds:
 
     def _all_failed(self, heads: Sequence[Write], failed: Failed) -> list[Written]:
         """The call was refused as a whole; an error that names its operation is that one's alone."""
-        about = _by_operation(failed.faults)
+        about = by_operation(failed.faults)
         out = []
         for n, write in enumerate(heads):
             own = about.get(n, [])
             if own and failed.status < 500:
-                outcome = _worst(own)
-                out.append(Written(write.key, outcome, self._says(own), _longest([*own, failed])))
+                outcome = worst(own)
+                out.append(Written(write.key, outcome, self._says(own), longest([*own, failed])))
             else:
                 wait = failed.retry_after
                 out.append(Written(write.key, failed.outcome, self._told(failed), wait))
@@ -510,8 +367,8 @@ class GoogleAds:
             says = "the answer is none of this API's, though its status says success"
             return [Written(w.key, "unknown", says) for w in heads]
         status = answer.get("partialFailureError")
-        faults = list(_faults(status)) if status else []
-        about, general = _by_operation(faults), [f for f in faults if f.operation is None]
+        faults = list(faults_of(status)) if status else []
+        about, general = by_operation(faults), [f for f in faults if f.operation is None]
         results = answer.get("results", [])
         out = []
         for n, write in enumerate(heads):
@@ -519,7 +376,7 @@ class GoogleAds:
             name = result.get("resourceName") if isinstance(result, dict) else None
             own = about.get(n, [])
             if own and name is None:
-                out.append(Written(write.key, _worst(own), self._says(own), _longest(own)))
+                out.append(Written(write.key, worst(own), self._says(own), longest(own)))
             elif own:
                 out.append(Written(write.key, "unknown", f"answered a success and a failure: {self._says(own)}"))
             elif name is not None and name != write.target:
@@ -528,7 +385,7 @@ class GoogleAds:
             elif name is not None or (validate_only and not status):
                 out.append(Written(write.key, "accepted"))
             elif general:
-                out.append(Written(write.key, _worst(general), self._says(general), _longest(general)))
+                out.append(Written(write.key, worst(general), self._says(general), longest(general)))
             elif validate_only and faults:
                 out.append(Written(write.key, "accepted"))
             else:
@@ -596,7 +453,7 @@ class GoogleAds:
             )
             last = first
             for row in rows:
-                event = _part(row, "changeEvent")
+                event = part(row, "changeEvent")
                 name = str(event.get("resourceName"))
                 micros = re.fullmatch(r"customers/[0-9]+/changeEvents/([0-9]{1,17})~[0-9]+~[0-9]+", name)
                 if micros is None or not isinstance(event.get("changeResourceName"), str):
@@ -643,111 +500,6 @@ class GoogleAds:
         return ""
 
 
-class _Access:
-    """The access token: as it stands in the environment, or refreshed when it runs out. Thread-safe."""
-
-    def __init__(self, settings: GoogleAdsSettings, environ: Mapping[str, str]) -> None:
-        from google.oauth2.credentials import Credentials
-
-        self._lock = threading.Lock()
-        self._tokens: Http | None = None
-        if settings.refresh_token_env is None:
-            self.secrets = [_secret(environ, settings.token_env)]
-            self._credentials = Credentials(token=self.secrets[0])
-            return
-        refresh, secret = _secret(environ, settings.refresh_token_env), _secret(environ, settings.client_secret_env)
-        self.secrets = [refresh, secret]
-        self._credentials = Credentials(
-            token=None,
-            refresh_token=refresh,
-            client_id=_secret(environ, settings.client_id_env),
-            client_secret=secret,
-            token_uri=settings.token_uri,
-        )
-        self._tokens = Http(
-            settings.token_uri, headers={}, timeout_s=min(settings.timeout_s, 10.0), secrets=self.secrets
-        )
-
-    def token(self) -> str:
-        """A token that has not run out. Raises Misconfigured or NotSent."""
-        with self._lock:
-            if self._tokens is not None and not self._credentials.valid:
-                from google.auth.exceptions import GoogleAuthError, TransportError
-
-                try:
-                    self._credentials.refresh(self._fetch)
-                except TransportError as error:
-                    raise NotSent(f"no access token: {clean(str(error), self.secrets)}") from None
-                except GoogleAuthError as error:
-                    again = bool(getattr(error, "retryable", False))
-                    says = f"the refresh token was not taken: {clean(str(error), self.secrets)}"
-                    raise (NotSent(says) if again else Misconfigured(f"{says}. Grant access anew")) from None
-                self.secrets.append(str(self._credentials.token))
-            return str(self._credentials.token)
-
-    def _fetch(
-        self, url: str, method: str = "GET", body: Any = None, headers: Mapping[str, str] | None = None, **_: Any
-    ) -> Any:
-        from google.auth.exceptions import TransportError
-
-        assert self._tokens is not None
-        content = body.encode() if isinstance(body, str) else body
-        try:
-            answer = self._tokens.request(method, url, content=content, headers=headers)
-        except (NotSent, NoAnswer) as error:
-            raise TransportError(str(error)) from None
-        return _Fetched(answer.status, answer.headers, answer.body)
-
-    def close(self) -> None:
-        if self._tokens is not None:
-            self._tokens.close()
-
-
-@dataclass(frozen=True)
-class _Fetched:
-    status: int
-    headers: Mapping[str, str]
-    data: bytes
-
-
-class _Transport:
-    """What the client sends through in the place of httplib2: one request, once, bounded, never redirected."""
-
-    def __init__(self, http: Http, access: _Access, clock: Callable[[], datetime]) -> None:
-        self._http, self._access, self._clock = http, access, clock
-
-    def request(
-        self, uri: str, method: str = "GET", body: Any = None, headers: Mapping[str, str] | None = None, **_: Any
-    ) -> tuple[Any, bytes]:
-        """Raises Failed for every status but 2xx, BadAnswer for what is no JSON, NotSent and NoAnswer."""
-        from httplib2 import Response
-
-        # The client asks for deflate too and counts the body itself; Http does both better
-        sent = {k: v for k, v in (headers or {}).items() if k.lower() not in ("accept-encoding", "content-length")}
-        sent["user-agent"] = "signalbox google-api-python-client"
-        sent["authorization"] = f"Bearer {self._access.token()}"
-        content = body.encode() if isinstance(body, str) else body
-        answer = self._http.request(method, uri, content=content, headers=sent)
-        if not 200 <= answer.status < 300:
-            raise _failed(answer, self._clock(), self._access.secrets)
-        answer.json()
-        return Response({"status": str(answer.status)}), answer.body
-
-    def close(self) -> None:
-        """The client closes what it was given; the pool is closed by its owner."""
-
-
-def _secret(environ: Mapping[str, str], name: str) -> str:
-    value = environ.get(name, "").strip()
-    if not value:
-        raise Misconfigured(
-            f"the environment variable {name} is not set; put the secret there, never into the workflow"
-        )
-    if not re.fullmatch(r"[\x21-\x7e]+", value):
-        raise Misconfigured(f"the environment variable {name} holds a space or a character that no token has")
-    return value
-
-
 def _marks(writes: Sequence[Write]) -> dict[str, str]:
     """Which batch, run and decisions a call belongs to, as headers; as many decisions as fit."""
 
@@ -770,87 +522,6 @@ def _marks(writes: Sequence[Write]) -> dict[str, str]:
     }
 
 
-def _failed(answer: Answer, now: datetime, secrets: Sequence[str]) -> Failed:
-    """What an answer that is no success says, however it is shaped, without the secrets that it may repeat."""
-    wait = retry_after(answer.headers, now)
-    try:
-        body = strict_json(answer.body)
-    except BadAnswer:
-        body = None
-    status = body.get("error") if isinstance(body, dict) else None
-    google = isinstance(status, dict) and isinstance(status.get("message"), str)
-    faults = [replace(f, message=clean(f.message, secrets)) for f in _faults(status)] if google else []
-    if google and isinstance(status, dict):
-        text = f"{status.get('status', '')} {status['message']}".strip()
-        for detail in _dicts(status.get("details")):
-            wait = _longest([wait, _seconds(detail.get("retryDelay"))])
-    else:
-        text = answer.body[:2_000].decode("utf-8", "replace") or "no body"
-    return Failed(answer.status, faults, clean(text, secrets), _longest([wait, *faults]), google=google)
-
-
-def _faults(status: Any) -> Iterator[Fault]:
-    """The errors in a google.rpc.Status; its own message where its details hold none."""
-    found = False
-    for detail in _dicts(status.get("details") if isinstance(status, dict) else None):
-        for error in _dicts(detail.get("errors")):
-            found = True
-            codes = [(k, v) for k, v in _part(error, "errorCode").items() if isinstance(v, str)]
-            kind, reason = codes[0] if codes else ("", "")
-            place = _dicts(_part(error, "location").get("fieldPathElements"))
-            index = place[0].get("index") if place and place[0].get("fieldName") == "operations" else None
-            about = index if isinstance(index, int) and not isinstance(index, bool) else None
-            quota = _part(_part(error, "details"), "quotaErrorDetails")
-            message = error.get("message")
-            yield Fault(str(kind), reason, str(message or ""), about, _seconds(quota.get("retryDelay")))
-        for violation in _dicts(detail.get("fieldViolations")):
-            found = True
-            yield Fault("", str(violation.get("field", "")), str(violation.get("description", "")), None, None)
-    if not found:
-        yield Fault("", "", str(status.get("message", "")) if isinstance(status, dict) else "no message", None, None)
-
-
-def _by_operation(faults: Sequence[Fault]) -> dict[int, list[Fault]]:
-    out: dict[int, list[Fault]] = {}
-    for fault in faults:
-        if fault.operation is not None:
-            out.setdefault(fault.operation, []).append(fault)
-    return out
-
-
-def _worst(faults: Sequence[Fault]) -> Outcome:
-    """The most careful reading of several errors about one write."""
-    outcomes = {fault.outcome for fault in faults}
-    order: tuple[Outcome, ...] = ("unknown", "refused", "conflict", "not_applied")
-    return next(outcome for outcome in order if outcome in outcomes)
-
-
-def _longest(waits: Iterable[float | Fault | Failed | None]) -> float | None:
-    found = [w.retry_after if isinstance(w, Fault | Failed) else w for w in waits]
-    return max((w for w in found if w is not None), default=None)
-
-
-def _seconds(duration: Any) -> float | None:
-    """Seconds of a duration as Google writes it (``30s``), at most an hour."""
-    if not isinstance(duration, str) or not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?s", duration):
-        return None
-    return min(float(duration[:-1]), 3600.0)
-
-
-def _whole(value: Any) -> int | None:
-    """An int64 as the API writes it, a string; anything else is none."""
-    return int(value) if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,19}", value) else None
-
-
-def _part(row: Mapping[str, Any], name: str) -> dict[str, Any]:
-    found = row.get(name)
-    return found if isinstance(found, dict) else {}
-
-
-def _dicts(value: Any) -> list[dict[str, Any]]:
-    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
-
-
 def _campaign_state(campaign: Mapping[str, Any]) -> EntityState:
     over = campaign.get("status") == "REMOVED" or campaign.get("servingStatus") == "ENDED"
     return "closed" if over else "open"
@@ -860,7 +531,7 @@ def _new_amount(event: Mapping[str, Any]) -> tuple[int | None, bool]:
     """The amount after an event, and whether the event changed it at all (a new name is no change of the value)."""
     if event.get("resourceChangeOperation") == "REMOVE":
         return None, True
-    value = _whole(_part(_part(event, "newResource"), "campaignBudget").get("amountMicros"))
+    value = whole(part(part(event, "newResource"), "campaignBudget").get("amountMicros"))
     fields = str(event.get("changedFields", ""))
     return value, value is not None or "amount" in fields
 

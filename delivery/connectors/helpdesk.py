@@ -80,6 +80,9 @@ class HelpdeskSettings(BaseModel):
         return key
 
 
+SETTINGS = HelpdeskSettings
+
+
 def mapping(settings: HelpdeskSettings, folder: Path) -> str:
     """What gives a value its meaning (``base.meaning``)."""
     return meaning(**settings.model_dump(mode="json", include={"kind", "key"}))

@@ -7,18 +7,13 @@ part of a path, a header or a text as they are.
 
 from __future__ import annotations
 
-import base64
-import functools
-import json
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime, parsedate_to_datetime
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin, urlsplit
 
 from delivery.connectors.base import (
     Capabilities,
@@ -33,53 +28,27 @@ from delivery.connectors.base import (
     Written,
     meaning,
 )
-from delivery.connectors.http import Answer, BadAnswer, Http, NoAnswer, NotSent, check_headers, outcome_of, retry_after
-from delivery.connectors.oauth import Tokens
+from delivery.connectors.http import Answer, BadAnswer, NotSent, outcome_of, retry_after
+from delivery.connectors.rest_calls import MorePages, RestCalls, Singly
 from delivery.connectors.rest_spec import (
-    Basic,
-    Bearer,
-    Call,
-    CursorPages,
     History,
-    KeyHeader,
-    LinkPages,
-    NumberedPages,
-    OAuth,
-    OffsetPages,
-    Pages,
     ReadMany,
     ReadOne,
     RestSettings,
     RestSystem,
-    Test,
-    UrlPages,
     WriteMany,
     WriteOne,
     load,
     used_in,
 )
-from delivery.connectors.template import ABSENT, Unfit, as_text, at, fill, fill_path, whole, words
+from delivery.connectors.rest_version import another
+from delivery.connectors.template import ABSENT, Unfit, at, fill
 
-__all__ = ["EXAMPLES", "RestConnector", "RestSettings", "connect", "load"]
+__all__ = ["EXAMPLES", "SETTINGS", "RestConnector", "RestSettings", "connect", "load", "mapping", "writer", "writes"]
 
 EXAMPLES = Path(__file__).parent / "examples"
 """Worked examples, to be copied into a workflow's folder and changed there."""
 LONGEST_ID = 200
-
-
-class _Singly(Exception):
-    """A call for many was turned away as a whole; each by itself may do better."""
-
-    def __init__(self, says: str) -> None:
-        super().__init__(says)
-        self.says = says
-
-
-@dataclass(frozen=True)
-class _Page:
-    answer: Answer
-    document: Any
-    items: list[Any]
 
 
 class RestConnector:
@@ -97,17 +66,7 @@ class RestConnector:
         self.system = spec.system
         self.mapping = _mapping(spec)
         self._spec, self._clock = spec, clock
-        headers, secrets, self._in_bodies = _credentials(spec, environ)
-        self._http = Http(
-            spec.base_url,
-            headers={**spec.headers, **headers},
-            timeout_s=spec.timeout_s,
-            largest_body=spec.largest_body,
-            secrets=secrets,
-            allow_plain_http=spec.allow_plain_http,
-            ca_file=ca_file,
-        )
-        self._tokens = _tokens(spec, environ, self._http.hide, ca_file)
+        self._calls = RestCalls(spec, environ=environ, clock=clock, ca_file=ca_file)
         self._entity = re.compile(spec.entity)
         self._heeds = False
         read, write = spec.read, spec.write
@@ -130,9 +89,7 @@ class RestConnector:
 
     def close(self) -> None:
         """Let go of connections."""
-        self._http.close()
-        if self._tokens is not None:
-            self._tokens.close()
+        self._calls.close()
 
     # ------------------------------------------------------------------ read
 
@@ -156,7 +113,7 @@ class RestConnector:
                 chunk = listable[start : start + spec.many.at_most]
                 try:
                     listed = self._read_many(spec.many, chunk)
-                except _Singly as turned_away:
+                except Singly as turned_away:
                     if spec.one is None:
                         raise Misconfigured(f"{self.system}: read.many: {turned_away.says}") from None
                     listed = {}
@@ -166,7 +123,7 @@ class RestConnector:
                 if left and spec.one is None:
                     try:
                         found.update(self._read_many(spec.many, left))
-                    except _Singly as turned_away:
+                    except Singly as turned_away:
                         raise Misconfigured(f"{self.system}: read.many: {turned_away.says}") from None
         for key in wanted:
             if key not in found:
@@ -179,7 +136,7 @@ class RestConnector:
 
     def _unfit(self, key: str) -> str:
         if len(key) > LONGEST_ID or not self._entity.fullmatch(key):
-            return f"{self._http.clean(key, 60)!r} cannot be an id of this system (`entity`)"
+            return f"{self._calls.clean(key, 60)!r} cannot be an id of this system (`entity`)"
         return ""
 
     @staticmethod
@@ -193,21 +150,21 @@ class RestConnector:
 
     def _read_one(self, call: ReadOne, key: str) -> Reading:
         try:
-            answer = self._send(call, {"entity": key})
+            answer = self._calls.send(call, {"entity": key})
         except Unfit as unfit:
             return Reading(key=key, target=key, value=None, state="missing", says=str(unfit))
         try:
-            if not self._usable(answer, "read.one"):
+            if not self._calls.usable(answer, "read.one"):
                 return Reading(
                     key=key,
                     target=key,
                     value=None,
                     state="missing",
-                    says=f"answered {answer.status} {self._words(answer)}",
+                    says=f"answered {answer.status} {self._calls.words(answer)}",
                 )
-        except _Singly as turned_away:
+        except Singly as turned_away:
             raise Misconfigured(f"{self.system}: read.one: {turned_away.says}") from None
-        item = at(self._document(answer, self._spec.read.errors), call.item)
+        item = at(self._calls.document(answer, self._spec.read.errors), call.item)
         if isinstance(item, list):
             if not item:
                 return Reading(key=key, target=key, value=None, state="missing", says="the answer is an empty list")
@@ -230,7 +187,7 @@ class RestConnector:
         doubtful: set[str] = set()
         wanted = set(keys)
         try:
-            for page in self._pages(call, values, call.pages, call.items, "read.many", self._spec.read.errors):
+            for page in self._calls.pages(call, values, call.pages, call.items, "read.many", self._spec.read.errors):
                 for item in page.items:
                     key = self._named(item) if isinstance(item, Mapping) else None
                     if key is None or key not in wanted:
@@ -241,7 +198,7 @@ class RestConnector:
                     found[key] = reading
                 if wanted <= found.keys():
                     break
-        except _MorePages as more:
+        except MorePages as more:
             if self._spec.read.one is None:
                 raise Unavailable(str(more)) from None
         if self._spec.read.one is not None:
@@ -275,7 +232,7 @@ class RestConnector:
             value=value,
             token=token,
             state=state,
-            says=self._http.clean(says),
+            says=self._calls.clean(says),
             watched={place: repr(at(item, place)) for place in spec.watch},
         )
 
@@ -320,7 +277,7 @@ class RestConnector:
 
     def _write_one(self, write: Write) -> Written:
         try:
-            answer = self._send(typing.cast(WriteOne, self._spec.write.one), self._values(write))
+            answer = self._calls.send(typing.cast(WriteOne, self._spec.write.one), self._values(write))
         except Unfit as unfit:
             return self._unsent(write, unfit)
         except Unavailable as failed:
@@ -352,7 +309,7 @@ class RestConnector:
             first = writes[next(iter(rows))]
             values = {"rows": list(rows.values()), "batch_id": first.batch_id, "run_id": first.run_id}
             try:
-                answer = self._send(call, values)
+                answer = self._calls.send(call, values)
             except Unfit as unfit:
                 return [self._unsent(w, unfit) for w in writes]
             except Unavailable as failed:
@@ -380,7 +337,7 @@ class RestConnector:
         try:
             shown = self.read([w.key for w in writes.values()])
         except (Unavailable, Misconfigured) as error:
-            unread = self._http.clean(f"{says}; and then it could not be read: {error}")
+            unread = self._calls.clean(f"{says}; and then it could not be read: {error}")
             return {n: Written(w.key, "unknown", unread) for n, w in writes.items()}
         done: dict[int, Written] = {}
         again: dict[int, Write] = {}
@@ -411,7 +368,7 @@ class RestConnector:
                 for name in _names(at(row, call.failures.key)):
                     if name in by_name:
                         n = by_name[name]
-                        says = self._said(row, call.failures.says)
+                        says = self._calls.said(row, call.failures.says)
                         done[n] = Written(writes[n].key, call.failures.outcome, says)
         if call.results is not None:
             results = _list(at(document, call.results.rows))
@@ -428,7 +385,7 @@ class RestConnector:
             for n, row in pairs:
                 rule = next((rule for rule in call.results.errors if rule.holds(row)), None)
                 if rule is not None:
-                    done[n] = Written(writes[n].key, rule.outcome, self._said(row, rule.says, rule.at))
+                    done[n] = Written(writes[n].key, rule.outcome, self._calls.said(row, rule.says, rule.at))
                 else:
                     done.setdefault(n, Written(writes[n].key, "accepted"))
         for n, write in writes.items():
@@ -461,25 +418,25 @@ class RestConnector:
         spec = self._spec.write
         outcome = spec.statuses.get(answer.status, outcome_of(answer.status))
         if answer.status == 401 and 401 not in spec.statuses:
-            raise Misconfigured(self._denied(answer))
+            raise Misconfigured(self._calls.denied(answer))
         if outcome != "accepted":
-            return outcome, self._http.clean(f"{answer.status} {self._words(answer)}")
+            return outcome, self._calls.clean(f"{answer.status} {self._calls.words(answer)}")
         if not answer.body:
             return outcome, ""
         try:
             document = answer.json()
         except BadAnswer as bad:
-            return "unknown", self._http.clean(f"answered {answer.status}, but {bad}")
+            return "unknown", self._calls.clean(f"answered {answer.status}, but {bad}")
         for rule in spec.errors:
             if rule.holds(document):
-                return rule.outcome, self._said(document, rule.says, rule.at)
+                return rule.outcome, self._calls.said(document, rule.says, rule.at)
         return outcome, ""
 
     def on_another_version(self, write: Write) -> Written | None:
         """See ``base.on_another_version``. An ETag that is shown is no proof that If-Match is looked at."""
         if not self._capabilities.conditional_write or not write.token or self._heeds:
             return None
-        stale = replace(write, token=_another(write.token))
+        stale = replace(write, token=another(write.token))
         one, many = self._spec.write.one, self._spec.write.many
         told = [self._write_one(stale)] if one is not None else []
         if many is not None and (not told or told[0].outcome == "conflict"):
@@ -490,7 +447,7 @@ class RestConnector:
         return told[-1]
 
     def _unsent(self, write: Write, unfit: Unfit) -> Written:
-        return Written(write.key, "refused", self._http.clean(f"{unfit}; nothing was sent"), sent=False)
+        return Written(write.key, "refused", self._calls.clean(f"{unfit}; nothing was sent"), sent=False)
 
     def _failed(self, write: Write, failed: Unavailable) -> Written:
         if isinstance(failed.__cause__, NotSent):
@@ -515,7 +472,9 @@ class RestConnector:
         found: list[Change] = []
         for key, target in targets.items():
             try:
-                for page in self._pages(spec, {"entity": key, "target": target}, spec.pages, spec.items, "history", ()):
+                for page in self._calls.pages(
+                    spec, {"entity": key, "target": target}, spec.pages, spec.items, "history", ()
+                ):
                     changes = [c for item in page.items for c in self._changes(spec, key, item)]
                     found += [
                         c
@@ -524,9 +483,9 @@ class RestConnector:
                     ]
                     if spec.newest_first and changes and min(c.at for c in changes) < since.replace(microsecond=0):
                         break
-            except _MorePages as more:
+            except MorePages as more:
                 raise Unavailable(str(more)) from None
-            except _Singly as turned_away:
+            except Singly as turned_away:
                 raise Unavailable(f"{self.system}: history: {turned_away.says}") from None
             except Unfit:
                 continue
@@ -549,237 +508,9 @@ class RestConnector:
             actor = look(spec.actor)
             name = str(actor) if isinstance(actor, str | int) else ""
             value, _ = (spec.values or self._spec.values).read(look(spec.value))
-            yield Change(key=key, value=value, at=moment, actor=self._http.clean(name, 80), ours=name == spec.own_actor)
-
-    # ------------------------------------------------------------------ calls
-
-    def _send(
-        self, call: Call, values: Mapping[str, Any], more: Mapping[str, str] | None = None, url: str | None = None
-    ) -> Answer:
-        """One request. Raises Unfit, Misconfigured, and Unavailable caused by NotSent or NoAnswer."""
-        params: list[tuple[str, str]] = []
-        for name, template in call.query.items():
-            filled = fill(template, values)
-            for each in filled if isinstance(filled, list) else [filled]:
-                params.append((name, str(each).lower() if isinstance(each, bool) else as_text(name, each)))
-        params += list((more or {}).items())
-        headers = {name: as_text(name, fill(template, values)) for name, template in call.headers.items()}
-        try:
-            check_headers(headers)
-        except Misconfigured as error:
-            raise Unfit(str(error)) from None
-        where = fill_path(call.path, values) if url is None else url
-        body = fill(call.body, {**self._in_bodies, **values}) if call.body is not None else None
-
-        def once(proof: Mapping[str, str]) -> Answer:
-            return self._http.request(
-                call.method, where, params=params if url is None else None, json=body, headers={**headers, **proof}
+            yield Change(
+                key=key, value=value, at=moment, actor=self._calls.clean(name, 80), ours=name == spec.own_actor
             )
-
-        try:
-            if self._tokens is None:
-                return once({})
-            token = self._tokens.token()
-            answer = once({"authorization": f"Bearer {token}"})
-            if answer.status != 401:
-                return answer
-            # It has run out before its time, or was taken back: nothing was done with the call
-            return once({"authorization": f"Bearer {self._tokens.token(refused=token)}"})
-        except (NotSent, NoAnswer) as error:
-            raise Unavailable(f"{self.system}: {self._http.clean(str(error))}") from error
-
-    def _pages(
-        self,
-        call: Call,
-        values: Mapping[str, Any],
-        pages: Pages | None,
-        items: str,
-        where: str,
-        errors: Sequence[Test],
-    ) -> Iterator[_Page]:
-        """The pages of a listing. Raises _MorePages after the last that is allowed, _Singly for a call turned away."""
-        more, url = _first_page(pages), None
-        asked: set[str] = set()
-        skipped, number = 0, pages.first if isinstance(pages, NumberedPages) else 0
-        for _ in range(pages.at_most if pages is not None else 1):
-            answer = self._send(call, values, more, url)
-            if not self._usable(answer, where):
-                return
-            document = self._document(answer, errors)
-            listed = at(document, items)
-            if not isinstance(listed, list):
-                raise Unavailable(f"{self.system}: {where}: no list stands at {items!r}")
-            yield _Page(answer, document, listed)
-            skipped, number = skipped + len(listed), number + 1
-            step = _next_page(pages, answer, document, listed, skipped, number)
-            if step is None:
-                return
-            more = step[0]
-            if step[1] is not None:
-                # A relative link is meant from where this page stood
-                url = urljoin(self._http.url(fill_path(call.path, values)) if url is None else url, step[1])
-            mark = repr(step)
-            if mark in asked:
-                raise Unavailable(f"{self.system}: {where}: the pages go round in a circle")
-            asked.add(mark)
-        if pages is not None:
-            raise _MorePages(f"{self.system}: {where}: more than {pages.at_most} pages (`pages.at_most`)")
-
-    def _usable(self, answer: Answer, where: str) -> bool:
-        """True: an answer to a read; False: it says that there is nothing. Raises otherwise."""
-        status = answer.status
-        means = self._spec.read.statuses.get(status)
-        if means is None and 200 <= status < 300:
-            return True
-        if means == "missing" or (means is None and status in (404, 410)):
-            return False
-        says = f"{self.system}: {where}: answered {status} {self._words(answer)}"
-        if means == "unavailable" or (means is None and (status in (408, 425, 429) or status >= 500)):
-            raise Unavailable(self._http.clean(says), retry_after=retry_after(answer.headers, self._clock()))
-        if means is None and status in (401, 403):
-            raise Misconfigured(self._denied(answer))
-        if means is None and 400 <= status < 500:
-            raise _Singly(self._http.clean(f"answered {status} {self._words(answer)}"))
-        raise Misconfigured(self._http.clean(says))
-
-    def _denied(self, answer: Answer) -> str:
-        spec = self._spec
-        names = [str(v) for k, v in spec.auth if k.endswith("_env")]
-        names += [*spec.secret_headers.values(), *spec.body_secrets.values()]
-        way_out = f"set {' and '.join(names)} to what is valid" if names else "`auth` sends no secret"
-        return self._http.clean(f"{self.system}: answered {answer.status} {self._words(answer)}; {way_out}")
-
-    def _document(self, answer: Answer, errors: Sequence[Test]) -> Any:
-        try:
-            document = answer.json()
-        except BadAnswer as bad:
-            raise Unavailable(self._http.clean(f"{self.system}: answered {answer.status}, but {bad}")) from None
-        for test in errors:
-            if test.holds(document):
-                raise Unavailable(
-                    self._http.clean(
-                        f"{self.system}: answered {answer.status} with an error: {self._said(document, test.at)}"
-                    )
-                )
-        return document
-
-    def _words(self, answer: Answer) -> str:
-        """The system's own words in an answer that is an error."""
-        if 300 <= answer.status < 400:
-            host = urlsplit(answer.headers.get("location", "")).hostname
-            return f"(redirects{f' to {host}' if host else ''}; redirects are not followed)"
-        try:
-            document = answer.json()
-        except BadAnswer:
-            return self._http.clean(answer.body[:1000].decode("utf-8", "replace"), 200)
-        return self._said(document, self._spec.write.says)
-
-    def _said(self, document: Any, *pointers: str | None) -> str:
-        """The words at the first of these places that holds any, else where most systems have them, else the whole as it is.
-
-        Only text counts: ``true`` or a number in the place of a message says nothing to anybody.
-        """
-        for pointer in (*pointers, *_USUAL):
-            if pointer and (said := words(at(document, pointer))):
-                details = words(at(document, "/errors"))
-                return self._http.clean(said if details in said else f"{said} ({details})", 250)
-        return self._http.clean(words(document) or json.dumps(document, ensure_ascii=False), 200)
-
-
-_USUAL = (
-    "/error/message", "/message", "/description", "/detail", "/errorMessages", "/errors", "/error", "/error_description",
-)  # fmt: skip
-
-
-class _MorePages(Exception):
-    """A listing is longer than it may be."""
-
-
-def _first_page(pages: Pages | None) -> dict[str, str]:
-    if isinstance(pages, NumberedPages):
-        return {pages.param: str(pages.first), **({pages.size_param: str(pages.size)} if pages.size_param else {})}
-    if isinstance(pages, OffsetPages):
-        return {pages.param: "0", **({pages.size_param: str(pages.size)} if pages.size_param else {})}
-    return {}
-
-
-def _next_page(
-    pages: Pages | None, answer: Answer, document: Any, listed: list[Any], skipped: int, number: int
-) -> tuple[dict[str, str], str | None] | None:
-    """Parameters and URL of the next page; None at the end.
-
-    A page that is shorter than asked for is no end: servers hold fewer than they are asked for. An empty one is.
-    """
-    if pages is None:
-        return None
-    if isinstance(pages, LinkPages):
-        url = _next_link(answer.headers.get("link", ""))
-        return ({}, url) if url else None
-    if isinstance(pages, CursorPages | UrlPages):
-        found = at(document, pages.next)
-        if found is ABSENT or not found or not isinstance(found, str | int):
-            return None
-        return ({pages.param: str(found)}, None) if isinstance(pages, CursorPages) else ({}, str(found))
-    if not listed:
-        return None
-    if isinstance(pages, OffsetPages):
-        total = whole(at(document, pages.total)) if pages.total is not None else None
-        if total is not None and skipped >= total:
-            return None
-        return {**_first_page(pages), pages.param: str(skipped)}, None
-    last = whole(at(document, pages.last)) if pages.last is not None else None
-    if last is not None and number > last:
-        return None
-    return {**_first_page(pages), pages.param: str(number)}, None
-
-
-def _next_link(header: str) -> str | None:
-    for match in re.finditer(
-        r"<([^<>]*)>((?:\s*;\s*[\w!#$&+.^`|~-]+\*?\s*=\s*(?:\"[^\"]*\"|[^\s;,\"]*))*)", header[:20_000]
-    ):
-        if re.search(r";\s*rel\s*=\s*\"?(?:[^\";]*\s)?next(?:\s[^\";]*)?\"?\s*(?:;|$)", match[2], re.IGNORECASE):
-            return match[1]
-    return None
-
-
-_TIME = (
-    r"(?P<iso>\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d)?)?)|(?P<http>[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d)"
-    r"|(?<!\d)(?P<bare>(19|20)\d\d(0[1-9]|1[0-2])[0-3]\d[T ]?[0-2]\d[0-5]\d([0-5]\d)?)(?!\d)"
-)
-
-
-def _another(token: str) -> str:
-    """A version like this one, and not this one: of its own shape, so that it is turned away for what it says.
-
-    Where the version is a time or a number it is an earlier one. A system may turn down only what is older than what stands
-    (If-Unmodified-Since, `version >= current`): it keeps its promise, and a later version would be let through.
-    """
-    time = re.search(_TIME, token, re.ASCII)
-    if time is not None and (earlier := _day_before(time)) is not None:
-        return f"{token[: time.start()]}{earlier}{token[time.end() :]}"
-    if re.fullmatch(r"[1-9][0-9]{0,18}", token):
-        return str(int(token) - 1)
-    if lowered := list(re.finditer(r"([1-9])(0*)(?![0-9])", token)):
-        last, (digit, noughts) = lowered[-1], lowered[-1].groups()
-        return f"{token[: last.start()]}{int(digit) - 1}{'9' * len(noughts)}{token[last.end() :]}"
-    # nothing is before nought, and letters have no order that is known
-    found = next(f for kind in (r"\d", "[A-Za-z]", ".") if (f := list(re.finditer(kind, token, re.ASCII))))
-    at_, char = found[-1].start(), found[-1][0]
-    other = "9" if char.isdigit() else "b" if char == "a" else "a"
-    return f"{token[:at_]}{other}{token[at_ + 1 :]}"
-
-
-def _day_before(time: re.Match[str]) -> str | None:
-    """A time in a text a day earlier, in the same form; None where it is no time."""
-    shown = time[0]
-    try:
-        if time["http"]:
-            return format_datetime(parsedate_to_datetime(f"{shown} GMT") - timedelta(days=1), usegmt=True)[:-4]
-        moment = datetime.fromisoformat(shown[:10] if time["iso"] else f"{shown[:4]}-{shown[4:6]}-{shown[6:8]}")
-        before = (moment - timedelta(days=1)).date().isoformat()
-        return before + shown[10:] if time["iso"] else before.replace("-", "") + shown[8:]
-    except (ValueError, OverflowError):
-        return None
 
 
 def _version(found: Any) -> str | None:
@@ -811,50 +542,7 @@ def _moment(found: Any) -> datetime | None:
     return None
 
 
-def _secret(spec: RestSystem, environ: Mapping[str, str], name: str, key: str, header: bool = True) -> str:
-    value = environ.get(name, "").strip()
-    if not value:
-        raise Misconfigured(f"{spec.system}: the environment variable {name} is not set; `{key}` names it")
-    if header and (not value.isascii() or not value.isprintable()):
-        raise Misconfigured(f"{spec.system}: the environment variable {name} holds a character that no header may")
-    return value
-
-
-def _credentials(spec: RestSystem, environ: Mapping[str, str]) -> tuple[dict[str, str], list[str], dict[str, str]]:
-    """The headers that prove who we are, every text that must never be shown, and what stands for secrets in bodies."""
-
-    secret = functools.partial(_secret, spec, environ)
-    more = {header: secret(name, "secret_headers") for header, name in spec.secret_headers.items()}
-    bodies = {f"secret_{n}": secret(name, "body_secrets", header=False) for n, name in spec.body_secrets.items()}
-    hidden = [*more.values(), *bodies.values()]
-    auth = spec.auth
-    if isinstance(auth, Bearer):
-        token = secret(auth.token_env, "auth")
-        return {**more, "authorization": f"Bearer {token}"}, [token, *hidden], bodies
-    if isinstance(auth, Basic):
-        user, password = secret(auth.user_env, "auth"), secret(auth.password_env, "auth")
-        both = base64.b64encode(f"{user}:{password}".encode()).decode()
-        return {**more, "authorization": f"Basic {both}"}, [password, both, *hidden], bodies
-    if isinstance(auth, KeyHeader):
-        key = secret(auth.value_env, "auth")
-        return {**more, auth.name: auth.prefix + key}, [key, *hidden], bodies
-    return more, hidden, bodies
-
-
-def _tokens(
-    spec: RestSystem, environ: Mapping[str, str], hide: Callable[[str], None], ca_file: Path | None
-) -> Tokens | None:
-    auth = spec.auth
-    if not isinstance(auth, OAuth):
-        return None
-    names = {"client_id": auth.client_id_env, "client_secret": auth.client_secret_env}
-    if auth.refresh_token_env is not None:
-        names["refresh_token"] = auth.refresh_token_env
-    secrets = {field: (name, _secret(spec, environ, name, "auth", header=False)) for field, name in names.items()}
-    hide(secrets["client_secret"][1])
-    grant = "client_credentials" if auth.refresh_token_env is None else "refresh_token"
-    form = {**auth.form, "grant_type": grant}
-    return Tokens(auth.token_url, form, secrets, hide=hide, timeout_s=spec.timeout_s, ca_file=ca_file)
+SETTINGS = RestSettings
 
 
 def mapping(settings: RestSettings, folder: Path) -> str:
@@ -886,11 +574,22 @@ def connect(
     settings: RestSettings, *, environ: Mapping[str, str], folder: Path, clock: Callable[[], datetime]
 ) -> RestConnector:
     """The connector that a workflow's settings name. Raises Misconfigured naming the file, key or variable."""
+    spec, ca_file = _found(settings, folder)
+    return RestConnector(spec, environ=environ, clock=clock, ca_file=ca_file)
+
+
+def writer(settings: RestSettings, folder: Path) -> Callable[[int], object]:
+    """What is sent for a value. Raises Misconfigured naming the file that is missing or lies outside the folder."""
+    return _found(settings, folder)[0].values.write
+
+
+def _found(settings: RestSettings, folder: Path) -> tuple[RestSystem, Path | None]:
+    """The system's YAML, and the certificates that it names."""
     file = folder / settings.file
     if not file.resolve().is_relative_to(folder.resolve()):
-        raise Misconfigured(f"{file}: lies outside the workflow's folder")
+        raise Misconfigured(f"{file}: lies outside the workflow's folder; copy it into it")
     spec = load(file, settings.base_url)
     ca_file = None if spec.ca_file is None else folder / spec.ca_file
     if ca_file is not None and not ca_file.is_file():
         raise Misconfigured(f"{file}: ca_file: {ca_file} is missing")
-    return RestConnector(spec, environ=environ, clock=clock, ca_file=ca_file)
+    return spec, ca_file

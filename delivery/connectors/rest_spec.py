@@ -6,25 +6,17 @@ Belongs here: the models, reading them, and the guidance in their errors. Does n
 from __future__ import annotations
 
 import re
-from decimal import Decimal
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from common import yaml_config
 from delivery.connectors.base import Misconfigured, Outcome
 from delivery.connectors.http import check_headers, origin_of
-from delivery.connectors.template import ABSENT, INT64, Pointer, Unfit, at, placeholders, same, scaled, texts
-
-
-class Strict(BaseModel):
-    """Unknown keys are refused, values cannot be changed after reading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+from delivery.connectors.template import ABSENT, Pointer, at, placeholders, same, texts
+from delivery.connectors.value_codec import Strict, Values
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
@@ -292,132 +284,6 @@ class Read(Strict):
         if self.token and self.token.header and (self.many is not None or self.one is None):
             raise ValueError("a token in a header comes only with `one`; leave out `many`")
         return self
-
-
-class Values(Strict):
-    """How the decision's whole numbers stand in the system, and how they are written there."""
-
-    kind: Literal["integer", "decimal", "text", "names", "boolean"] = Field(
-        description='integer: 3; decimal: 70.5; text: "3", "70.50" (int64 strings, ids, amounts); names: each number stands for '
-        "a name, or for another number; boolean: 1 is true, 0 is false"
-    )
-    decimals: int = Field(
-        default=0,
-        ge=0,
-        le=18,
-        description="The system holds value / 10^decimals: 6 where the decision is in micros and the system in units of money, "
-        "4 where it is in cents",
-    )
-    places: int | None = Field(
-        default=None,
-        ge=0,
-        le=18,
-        description="Digits after the point, for decimal and text: a finer value is never sent, and a text always has them",
-    )
-    names: dict[StrictStr | StrictInt, StrictInt] = Field(
-        default={},
-        description="For `names`: what the system shows (a name, or a number of its own) → the decision's number",
-    )
-    ignore_case: bool = Field(default=False, description="`names` are read in capital and small letters alike")
-    written: dict[StrictInt, StrictStr | StrictInt | StrictBool | float | None] = Field(
-        default={},
-        description="The decision's number → what is written, where that is something else than what is read: "
-        "an id where a name is shown, or a name where an id is. Then every number that may be sent stands here",
-    )
-    null_is: StrictInt | None = Field(
-        default=None, description="The number that an empty value stands for, read as well as written"
-    )
-    min: int = Field(default=INT64[0], description="Smaller is never sent")
-    max: int = Field(default=INT64[1], description="Larger is never sent")
-
-    @model_validator(mode="after")
-    def _both_ways(self) -> Values:
-        if (self.kind == "names") != bool(self.names):
-            raise ValueError("`names` stand with kind: names, and only there")
-        taken = [*self.names.values(), *([] if self.null_is is None else [self.null_is])]
-        if len(set(taken)) != len(taken):
-            raise ValueError("two names stand for one number; which one would be written?")
-        if len(self._numbers) != len(self.names):
-            raise ValueError("two of the `names` read alike")
-        if self.decimals and self.kind not in ("integer", "decimal", "text"):
-            raise ValueError(f"`decimals` stand with kind: integer, decimal or text, and not with {self.kind}")
-        if self.places is not None and (self.kind not in ("decimal", "text") or self.places > self.decimals):
-            raise ValueError("`places` stand with kind: decimal or text, and are no more than `decimals`")
-        if self.ignore_case and self.kind != "names":
-            raise ValueError("`ignore_case` stands with kind: names")
-        seen = [(type(form), form) for form in self.written.values()]
-        if len(set(seen)) != len(seen):
-            raise ValueError("`written` gives two numbers one form; a read-back could not tell them apart")
-        unknown = set(self.written) - set(taken) if self.kind == "names" else set()
-        if unknown:
-            raise ValueError(f"`written` holds {min(unknown)}, which none of the `names` stands for")
-        return self
-
-    @cached_property
-    def _numbers(self) -> dict[str, int]:
-        return {self._plain(name): number for name, number in self.names.items()}
-
-    def _plain(self, name: str | int) -> str:
-        """A name as it is compared: a number and its text are the same."""
-        return str(name).casefold() if self.ignore_case else str(name)
-
-    def read(self, found: Any) -> tuple[int | None, str]:
-        """The decision's number, or None and what stands there instead."""
-        if found is ABSENT:
-            return None, "no value stands where `read.value` points"
-        if found is None or (found == "" and "" not in self.names):
-            return self.null_is, "" if self.null_is is not None else "the value is empty"
-        shown = f"{str(found)[:60]!r}"
-        if self.kind == "names":
-            whole = scaled(found, 0)
-            number = self._numbers.get(self._plain(found if isinstance(found, str) or whole is None else whole))
-            if isinstance(found, bool | list | dict):
-                number = None
-            return number, "" if number is not None else f"{shown} is none of the names of `values`"
-        if self.kind == "boolean":
-            return (int(found), "") if isinstance(found, bool) else (None, f"{shown} is neither true nor false")
-        number = scaled(found, self.decimals)
-        if number is not None:
-            return number, ""
-        unit = f", times 10^{self.decimals}" if self.decimals else ""
-        return None, f"{shown} is no whole number of 64 bits{unit}"
-
-    def write(self, value: int) -> Any:
-        """The system's form of a number. Raises Unfit."""
-        if not self.min <= value <= self.max:
-            raise Unfit(f"{value} lies outside {self.min}…{self.max} (`values`)")
-        if self.written:
-            if value not in self.written:
-                raise Unfit(f"{value} is not in `values.written`")
-            return self.written[value]
-        if value == self.null_is:
-            return None
-        if self.kind == "names":
-            for name, number in self.names.items():
-                if number == value:
-                    return name
-            raise Unfit(f"{value} has no name in `values.names`")
-        if self.kind == "boolean":
-            if value not in (0, 1):
-                raise Unfit(f"{value} is neither 1 (true) nor 0 (false)")
-            return bool(value)
-        return self._amount(value)
-
-    def _amount(self, value: int) -> int | float | str:
-        amount = Decimal(value).scaleb(-self.decimals)
-        places = 0 if self.kind == "integer" else self.places
-        if places is not None and amount != round(amount, places):
-            raise Unfit(f"{value} / 10^{self.decimals} has more than {places} digits after the point (`values`)")
-        if self.kind == "text":
-            return f"{amount:.{places}f}" if places is not None else f"{amount.normalize():f}"
-        if amount == amount.to_integral_value():
-            return int(amount)
-        number = float(amount)
-        if abs(value) > 2**53 or Decimal(str(number)) != amount:
-            raise Unfit(
-                f"{amount} has more digits than a JSON number keeps; say `kind: text` if the system takes texts"
-            )
-        return number
 
 
 class WriteOne(Call):

@@ -101,6 +101,9 @@ class SqlTableSettings(Cells):
     timeout_s: float = Field(default=10.0, gt=0, description="Longest wait for a connection, a lock, or a statement")
 
 
+SETTINGS = SqlTableSettings
+
+
 def mapping(settings: SqlTableSettings, folder: Path) -> str:
     """What gives a value its meaning (``base.meaning``)."""
     own = {"kind", "table", "schema_name", "key", "value", "decimals", "names", "missing_means"}
@@ -111,6 +114,11 @@ def writes(settings: SqlTableSettings, folder: Path) -> Writes:
     """Which column of which table; the database is known by the variable that holds its address."""
     table = f"{settings.schema_name}.{settings.table}" if settings.schema_name else settings.table
     return Writes(f"sql_table:{settings.url_env}", f"{table}.{settings.value}")
+
+
+def writer(settings: SqlTableSettings, folder: Path) -> Callable[[int], object]:
+    """What stands in the cell of a value."""
+    return settings.put
 
 
 def connect(

@@ -17,7 +17,7 @@ from types import TracebackType
 
 import pyarrow as pa
 
-from delivery.sandbox import advertising_api, private
+from delivery.sandbox import advertising_api, advertising_server, private
 from delivery.sandbox.helpdesk import HelpdeskSandbox
 from delivery.sandbox.worlds import advertising, tickets
 
@@ -107,12 +107,12 @@ class Systems:
         )
         setup.write(folder)  # last: what does not fit the folder has been refused by now
         self._port, self._tokens = ports[0], tokens
-        self._server: advertising_api.Server | None = None
+        self._server: advertising_server.Server | None = None
 
     def __enter__(self) -> Systems:
         self.desk.start()
         try:
-            self._server = advertising_api.serve(self.ads, self._port)
+            self._server = advertising_server.serve(self.ads, self._port)
         except OSError:
             self.__exit__(None, None, None)
             raise

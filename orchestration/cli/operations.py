@@ -573,14 +573,14 @@ def power(
     """How soon a harm would be found with the arms as they are: the guard itself, run on the workflow's own past."""
     from assets.resources import resources
     from orchestration.automation import closed_days
-    from pipeline.monitoring import verdicts
+    from pipeline.monitoring import power
 
     found = workflow_named(workflow)
     if found.regression is None:
         raise typer.BadParameter(
             f"{workflow} says nothing of what counts as harm: give its workflow.yaml a section regression"
         )
-    harms = harm or list(verdicts.SENTENCE_HARMS)
+    harms = harm or list(power.SENTENCE_HARMS)
     if wrong := [h for h in harms if not 0 < h < 1]:
         raise typer.BadParameter(
             f"a harm is a share of the metric's level between 0 and 1, such as 0.05; found {wrong[0]}"
@@ -589,7 +589,7 @@ def power(
     table = found.table("outcomes")
     if day is None and lake.exists(table):
         day = max(lake.read(table, columns=["day"])["day"].to_pylist(), default=None)
-    told_of = verdicts.power(found, lake, day or closed_days(found, utc_now()), harms, runs=runs)
+    told_of = power.power(found, lake, day or closed_days(found, utc_now()), harms, runs=runs)
     document = {
         "workflow": workflow,
         "design": found.arms.design,

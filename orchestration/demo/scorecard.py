@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from delivery.sandbox import systems
-from delivery.sandbox.worlds import tickets
+from delivery.sandbox.worlds import tickets, working_hours
 from pipeline.lake import Lake
 from pipeline.workflow import Workflow
 
@@ -89,7 +89,7 @@ def service(both: systems.Systems, until: date) -> list[list[str]]:
         alone.advance(day)
         oracle.advance(day)
         day += timedelta(days=1)
-    from_, to = (int((d - tickets.EPOCH).days) * tickets.DAY for d in (setup.opened + timedelta(days=1), until))
+    from_, to = (int((d - tickets.EPOCH).days) * working_hours.DAY for d in (setup.opened + timedelta(days=1), until))
     rows = []
     for name, world in (("as decided", decided), ("left alone", alone), ("an oracle that knows every effort", oracle)):
         due = [i for i, at in enumerate(world.due) if from_ <= at < to]

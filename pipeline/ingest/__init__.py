@@ -1,9 +1,9 @@
 """Landing: files as they come become events, quarantined rows and a manifest of files.
 
 Belongs here: ``files`` (bytes), ``readers`` (rows), ``row_rules`` (the contract, row by row), ``manifest`` (which content
-stands under which path), ``ingesting`` (a run: each content landed whole and once), ``shares`` (how much stands in quarantine).
-Does not: what a workflow's SQL and contract
-say (its folder does), Dagster, and what later stages make of the events.
+stands under which path), ``landing`` (a run: each content landed whole and once), ``landing_step`` (how a run changes the tables),
+``quarantine_share`` (how much stands in quarantine). Does not: what a workflow's SQL and contract say (its folder does), Dagster,
+and what later stages make of the events.
 
 A file is refused as a whole (FileRefused, recorded in the manifest with the reason) when it cannot be read as declared;
 a row is quarantined when it breaks a rule.

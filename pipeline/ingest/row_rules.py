@@ -222,135 +222,12 @@ def judge(
 
     Raises FileRefused when the SQL fails, or does not yield each row of ``raw`` exactly once.
     """
-    contract = workflow.contract.events
-    columns = event_columns(contract)
-    place = f"{landing.path}: {source.sql}"
-    con = session(engine or open_engine())
-
-    mapping = duckdb_session.Text(workflow.sql(source.sql), source.sql)
-
-    def run(sql: str, what: str = place) -> duckdb.DuckDBPyConnection:
-        try:
-            return con.execute(sql)
-        except duckdb.Error as error:
-            if mapping.sql in sql:
-                raise FileRefused(f"{landing.path}: {duckdb_session.explained(mapping, error, before=1)}") from error
-            raise FileRefused(f"{what}: {str(error).splitlines()[0]}") from error
-
-    def table(sql: str) -> pa.Table:
-        run(f'CREATE OR REPLACE TEMP TABLE "#out" AS {sql}')
-        return con.sql('FROM "#out"').to_arrow_table()
-
-    names = [c for c in raw.table.column_names if c != "source_row"]
-    try:
-        con.register("#file", raw.table)
-    except duckdb.Error as error:
-        raise FileRefused(f"{landing.path}: a column's type cannot be read: {str(error).splitlines()[0]}") from error
-    nulls = ", ".join(text_sql(text) for text in source.null)
-    native = source.format == "parquet" or not nulls
-    shown = [
-        name_sql(n) if native else f"CASE WHEN {name_sql(n)} NOT IN ({nulls}) THEN {name_sql(n)} END AS {name_sql(n)}"
-        for n in names
-    ]
-    run(f'CREATE TEMP VIEW raw AS SELECT {", ".join([*shown, "source_row"])} FROM "#file"')
-    try:
-        duckdb_session.check(mapping, {"raw"})
-    except duckdb_session.StageSqlError as error:
-        raise FileRefused(f"{landing.path}: {error}") from error
-    run(f'CREATE TEMP TABLE "#mapped" AS\n{mapping.sql}')
-    types = {row[0]: row[1] for row in run('DESCRIBE "#mapped"').fetchall()}
-    supplied = {"known_at"} if source.known_at == "landing" else set[str]()
-    lacking = [c for c in ["source_row", *columns] if c not in types and c not in supplied]
-    beyond = [c for c in types if (c not in columns and c != "source_row") or c in supplied]
-    if lacking:
-        raise FileRefused(f"{place}: yields no column {some(lacking)}, which the contract needs")
-    if beyond:
-        known = ", and known_at comes with the landing" if supplied else ""
-        raise FileRefused(f"{place}: yields column {some(beyond)}; contract.yaml does not name it{known}")
-    kept = run(
-        "SELECT count(*), count(DISTINCT m.source_row), count(r.source_row) "
-        'FROM "#mapped" m LEFT JOIN "#file" r USING (source_row)'
-    ).fetchall()[0]
-    if set(kept) != {raw.table.num_rows}:
-        raise FileRefused(
-            f"{place}: must yield each of the {raw.table.num_rows} rows of raw once with its source_row, yields "
-            f"{kept[0]} rows; take out WHERE, DISTINCT, GROUP BY and joins that drop or repeat rows"
-        )
-
-    texts = [c for c, spec in columns.items() if spec.type == "VARCHAR"]
-    floating = [c for c in texts if re.fullmatch(r"FLOAT|DOUBLE|DECIMAL\(\d+,(?!0\))\d+\)", types[c])]
-    if floating:
-        raise FileRefused(
-            f"{place}: column {some(floating)} comes as {types[floating[0]]}, and contract.yaml calls it VARCHAR: a name "
-            "kept as a number with a fraction reads 12345.0 or has lost digits; send text or whole numbers, or cast it in "
-            f"the SQL: CAST(CAST({floating[0]} AS BIGINT) AS VARCHAR)"
-        )
-    written = _written_as_floats(run, [c for c in texts if types[c] == "VARCHAR"], sorted(raw.floats))
-
-    known_at = f"TIMESTAMP '{landing.landed_at.isoformat(sep=' ')}'"
-    typed = {c: known_at if c in supplied else _typed(c, spec.type, types[c]) for c, spec in columns.items()}
-    misfits = "".join(
-        f" WHEN {name_sql(c)} IS NOT NULL AND ({typed[c]}) IS NULL THEN "
-        + _verdict(f"type:{c}", f"{_value(c)} || {text_sql(f' is not a {columns[c].type}')}")
-        for c in columns
-        if c not in supplied and columns[c].type != "VARCHAR"
-    ) + "".join(
-        f" WHEN regexp_full_match({name_sql(c)}, {text_sql(_FLOAT)}) THEN "
-        + _verdict(
-            f"type:{c}", f"{_value(c)} || ' is a number with a fraction or exponent, not a VARCHAR; send it as text'"
-        )
-        for c in written
-    )
-    misfit = f"CASE{misfits} END" if misfits else "NULL"
-    run(
-        f'CREATE TEMP TABLE "#typed" AS SELECT CAST(source_row AS BIGINT) AS source_row, '
-        f'{", ".join(f"{sql} AS {name_sql(c)}" for c, sql in typed.items())}, {misfit} AS "#misfit" FROM "#mapped"'
-    )
-    required = [c for c, spec in columns.items() if spec.required or c in ("event_at", "known_at")]
-    rules = _rules(columns, required, contract)
-    tests = "".join(f" WHEN {test} THEN {_verdict(rule, detail)}" for rule, test, detail in rules)
-    run(
-        f'CREATE TEMP TABLE "#judged" AS SELECT *, known_at AS "#told", coalesce("#misfit", CASE{tests} END) AS "#broken" '
-        'FROM "#typed"',
-        f"{landing.path}: a rule of the contract",
-    )
-    if landing.restated:
-        # a restated row cannot have been known before it landed: until then the earlier content of the path stands
-        run(f'UPDATE "#judged" SET known_at = greatest(known_at, {known_at})')
-    if contract.unique:
-        _mark_duplicates(con, run, contract.unique, keys, landing.path)
-    events = table(
-        f"SELECT {', '.join(name_sql(c) for c in columns)}, "
-        f"CAST(event_at AS DATE) AS day, {text_sql(landing.source)} AS source, {text_sql(landing.path)} AS source_file, "
-        f"{text_sql(landing.file_id)} AS source_file_id, source_row, CAST(NULL AS TIMESTAMP) AS superseded_at "
-        'FROM "#judged" WHERE "#broken" IS NULL ORDER BY source_row'
-    )
-    fields = ", ".join(f"{text_sql(n)}: CAST(f.{name_sql(n)} AS VARCHAR)" for n in names)
-    # a file of a day comes on the next one; a time that cannot be is no day that anybody would look at
-    day = landing.day or landing.landed_at.date() - timedelta(days=1)
-    shown_as = {c: f"j.{name_sql(c)}" for c in columns}
-    broken = table(
-        'SELECT j.source_row, j."#broken".rule AS rule, j."#broken".detail AS detail, '
-        f"CAST(to_json({{{fields}}}) AS VARCHAR) AS raw, "
-        f"coalesce(CASE WHEN j.\"#broken\".rule <> 'from_the_future' THEN CAST(j.event_at AS DATE) END, DATE '{day}') AS day, "
-        f"{_weight(contract)} AS weight, "
-        f"CASE WHEN j.\"#broken\".rule = 'duplicate' THEN {event_json(list(columns), shown_as)} END AS event "
-        'FROM "#judged" j JOIN "#file" f USING (source_row) '
-        'WHERE j."#broken" IS NOT NULL ORDER BY 1'
-    )
-    con.close()
-    malformed = pa.table(
-        {
-            "source_row": pa.array([m[0] for m in raw.malformed], pa.int64()),
-            "rule": pa.array(["malformed"] * len(raw.malformed), pa.string()),
-            "detail": pa.array([m[2] for m in raw.malformed], pa.string()),
-            "raw": pa.array([json.dumps({"line": m[1]}, ensure_ascii=False) for m in raw.malformed], pa.string()),
-            "day": pa.array([day] * len(raw.malformed), pa.date32()),
-            "weight": pa.nulls(len(raw.malformed), pa.float64()),
-            "event": pa.nulls(len(raw.malformed), pa.string()),
-        }
-    )
-    rejected = pa.concat_tables([broken.cast(malformed.schema), malformed]).sort_by("source_row")
+    trial = _Trial.of(raw, workflow, source, landing, session(engine or open_engine()))
+    types = _map(trial)
+    _cast(trial, types)
+    _try_rules(trial, keys)
+    events, rejected = _events(trial), _rejected(trial)
+    trial.con.close()
     if events.num_rows + rejected.num_rows != raw.rows:
         raise FileRefused(
             f"{landing.path}: {raw.rows} rows in the file, but {events.num_rows} accepted and "
@@ -369,6 +246,191 @@ def judge(
         for f in QUARANTINE
     ]
     return Judged(events, pa.table(quarantine, schema=QUARANTINE))
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A file in the engine. Each step leaves a table for the next one: #file, #mapped, #typed, #judged."""
+
+    raw: Raw
+    source: Source
+    landing: Landing
+    contract: EventsContract
+    columns: Mapping[str, Column]
+    mapping: duckdb_session.Text
+    con: duckdb.DuckDBPyConnection
+
+    @classmethod
+    def of(
+        cls, raw: Raw, workflow: Workflow, source: Source, landing: Landing, con: duckdb.DuckDBPyConnection
+    ) -> _Trial:
+        contract = workflow.contract.events
+        mapping = duckdb_session.Text(workflow.sql(source.sql), source.sql)
+        return cls(raw, source, landing, contract, event_columns(contract), mapping, con)
+
+    @property
+    def place(self) -> str:
+        return f"{self.landing.path}: {self.source.sql}"
+
+    @property
+    def names(self) -> list[str]:
+        """The file's own columns."""
+        return [c for c in self.raw.table.column_names if c != "source_row"]
+
+    @property
+    def supplied(self) -> set[str]:
+        """Columns that the landing fills, and the SQL does not."""
+        return {"known_at"} if self.source.known_at == "landing" else set[str]()
+
+    @property
+    def known_at(self) -> str:
+        return f"TIMESTAMP '{self.landing.landed_at.isoformat(sep=' ')}'"
+
+    def run(self, sql: str, what: str | None = None) -> duckdb.DuckDBPyConnection:
+        try:
+            return self.con.execute(sql)
+        except duckdb.Error as error:
+            if self.mapping.sql in sql:
+                explained = duckdb_session.explained(self.mapping, error, before=1)
+                raise FileRefused(f"{self.landing.path}: {explained}") from error
+            raise FileRefused(f"{what or self.place}: {str(error).splitlines()[0]}") from error
+
+    def table(self, sql: str) -> pa.Table:
+        self.run(f'CREATE OR REPLACE TEMP TABLE "#out" AS {sql}')
+        return self.con.sql('FROM "#out"').to_arrow_table()
+
+
+def _map(trial: _Trial) -> dict[str, str]:
+    """Run the source's SQL over the file; the types of its columns, which are those of the contract, row for row."""
+    raw, source, columns, place = trial.raw, trial.source, trial.columns, trial.place
+    try:
+        trial.con.register("#file", raw.table)
+    except duckdb.Error as error:
+        raise FileRefused(
+            f"{trial.landing.path}: a column's type cannot be read: {str(error).splitlines()[0]}"
+        ) from error
+    nulls = ", ".join(text_sql(text) for text in source.null)
+    native = source.format == "parquet" or not nulls
+    shown = [
+        name_sql(n) if native else f"CASE WHEN {name_sql(n)} NOT IN ({nulls}) THEN {name_sql(n)} END AS {name_sql(n)}"
+        for n in trial.names
+    ]
+    trial.run(f'CREATE TEMP VIEW raw AS SELECT {", ".join([*shown, "source_row"])} FROM "#file"')
+    try:
+        duckdb_session.check(trial.mapping, {"raw"})
+    except duckdb_session.StageSqlError as error:
+        raise FileRefused(f"{trial.landing.path}: {error}") from error
+    trial.run(f'CREATE TEMP TABLE "#mapped" AS\n{trial.mapping.sql}')
+    types = {row[0]: row[1] for row in trial.run('DESCRIBE "#mapped"').fetchall()}
+    lacking = [c for c in ["source_row", *columns] if c not in types and c not in trial.supplied]
+    beyond = [c for c in types if (c not in columns and c != "source_row") or c in trial.supplied]
+    if lacking:
+        raise FileRefused(f"{place}: yields no column {some(lacking)}, which the contract needs")
+    if beyond:
+        known = ", and known_at comes with the landing" if trial.supplied else ""
+        raise FileRefused(f"{place}: yields column {some(beyond)}; contract.yaml does not name it{known}")
+    kept = trial.run(
+        "SELECT count(*), count(DISTINCT m.source_row), count(r.source_row) "
+        'FROM "#mapped" m LEFT JOIN "#file" r USING (source_row)'
+    ).fetchall()[0]
+    if set(kept) != {raw.table.num_rows}:
+        raise FileRefused(
+            f"{place}: must yield each of the {raw.table.num_rows} rows of raw once with its source_row, yields "
+            f"{kept[0]} rows; take out WHERE, DISTINCT, GROUP BY and joins that drop or repeat rows"
+        )
+    return types
+
+
+def _cast(trial: _Trial, types: Mapping[str, str]) -> None:
+    """Cast each column to its type, and mark the rows in which one does not cast."""
+    columns, place, run, supplied = trial.columns, trial.place, trial.run, trial.supplied
+    texts = [c for c, spec in columns.items() if spec.type == "VARCHAR"]
+    floating = [c for c in texts if re.fullmatch(r"FLOAT|DOUBLE|DECIMAL\(\d+,(?!0\))\d+\)", types[c])]
+    if floating:
+        raise FileRefused(
+            f"{place}: column {some(floating)} comes as {types[floating[0]]}, and contract.yaml calls it VARCHAR: a name "
+            "kept as a number with a fraction reads 12345.0 or has lost digits; send text or whole numbers, or cast it in "
+            f"the SQL: CAST(CAST({floating[0]} AS BIGINT) AS VARCHAR)"
+        )
+    written = _written_as_floats(run, [c for c in texts if types[c] == "VARCHAR"], sorted(trial.raw.floats))
+
+    typed = {c: trial.known_at if c in supplied else _typed(c, spec.type, types[c]) for c, spec in columns.items()}
+    misfits = "".join(
+        f" WHEN {name_sql(c)} IS NOT NULL AND ({typed[c]}) IS NULL THEN "
+        + _verdict(f"type:{c}", f"{_value(c)} || {text_sql(f' is not a {columns[c].type}')}")
+        for c in columns
+        if c not in supplied and columns[c].type != "VARCHAR"
+    ) + "".join(
+        f" WHEN regexp_full_match({name_sql(c)}, {text_sql(_FLOAT)}) THEN "
+        + _verdict(
+            f"type:{c}", f"{_value(c)} || ' is a number with a fraction or exponent, not a VARCHAR; send it as text'"
+        )
+        for c in written
+    )
+    misfit = f"CASE{misfits} END" if misfits else "NULL"
+    run(
+        f'CREATE TEMP TABLE "#typed" AS SELECT CAST(source_row AS BIGINT) AS source_row, '
+        f'{", ".join(f"{sql} AS {name_sql(c)}" for c, sql in typed.items())}, {misfit} AS "#misfit" FROM "#mapped"'
+    )
+
+
+def _try_rules(trial: _Trial, keys: Callable[[Sequence[date]], pa.Table]) -> None:
+    """Mark the rows that break a rule of the contract, and those that double another."""
+    columns, contract, landing, run = trial.columns, trial.contract, trial.landing, trial.run
+    required = [c for c, spec in columns.items() if spec.required or c in ("event_at", "known_at")]
+    rules = _rules(columns, required, contract)
+    tests = "".join(f" WHEN {test} THEN {_verdict(rule, detail)}" for rule, test, detail in rules)
+    run(
+        f'CREATE TEMP TABLE "#judged" AS SELECT *, known_at AS "#told", coalesce("#misfit", CASE{tests} END) AS "#broken" '
+        'FROM "#typed"',
+        f"{landing.path}: a rule of the contract",
+    )
+    if landing.restated:
+        # a restated row cannot have been known before it landed: until then the earlier content of the path stands
+        run(f'UPDATE "#judged" SET known_at = greatest(known_at, {trial.known_at})')
+    if contract.unique:
+        _mark_duplicates(trial, keys)
+
+
+def _events(trial: _Trial) -> pa.Table:
+    """The accepted rows."""
+    landing = trial.landing
+    return trial.table(
+        f"SELECT {', '.join(name_sql(c) for c in trial.columns)}, "
+        f"CAST(event_at AS DATE) AS day, {text_sql(landing.source)} AS source, {text_sql(landing.path)} AS source_file, "
+        f"{text_sql(landing.file_id)} AS source_file_id, source_row, CAST(NULL AS TIMESTAMP) AS superseded_at "
+        'FROM "#judged" WHERE "#broken" IS NULL ORDER BY source_row'
+    )
+
+
+def _rejected(trial: _Trial) -> pa.Table:
+    """The rows that broke a rule, and those that were no rows at all, with why."""
+    raw, columns, contract, landing = trial.raw, trial.columns, trial.contract, trial.landing
+    fields = ", ".join(f"{text_sql(n)}: CAST(f.{name_sql(n)} AS VARCHAR)" for n in trial.names)
+    # a file of a day comes on the next one; a time that cannot be is no day that anybody would look at
+    day = landing.day or landing.landed_at.date() - timedelta(days=1)
+    shown_as = {c: f"j.{name_sql(c)}" for c in columns}
+    broken = trial.table(
+        'SELECT j.source_row, j."#broken".rule AS rule, j."#broken".detail AS detail, '
+        f"CAST(to_json({{{fields}}}) AS VARCHAR) AS raw, "
+        f"coalesce(CASE WHEN j.\"#broken\".rule <> 'from_the_future' THEN CAST(j.event_at AS DATE) END, DATE '{day}') AS day, "
+        f"{_weight(contract)} AS weight, "
+        f"CASE WHEN j.\"#broken\".rule = 'duplicate' THEN {event_json(list(columns), shown_as)} END AS event "
+        'FROM "#judged" j JOIN "#file" f USING (source_row) '
+        'WHERE j."#broken" IS NOT NULL ORDER BY 1'
+    )
+    malformed = pa.table(
+        {
+            "source_row": pa.array([m[0] for m in raw.malformed], pa.int64()),
+            "rule": pa.array(["malformed"] * len(raw.malformed), pa.string()),
+            "detail": pa.array([m[2] for m in raw.malformed], pa.string()),
+            "raw": pa.array([json.dumps({"line": m[1]}, ensure_ascii=False) for m in raw.malformed], pa.string()),
+            "day": pa.array([day] * len(raw.malformed), pa.date32()),
+            "weight": pa.nulls(len(raw.malformed), pa.float64()),
+            "event": pa.nulls(len(raw.malformed), pa.string()),
+        }
+    )
+    return pa.concat_tables([broken.cast(malformed.schema), malformed]).sort_by("source_row")
 
 
 def _written_as_floats(
@@ -390,17 +452,12 @@ def _written_as_floats(
     return list(dict.fromkeys(c for (c, _), yes in zip(pairs, found, strict=True) if yes))
 
 
-def _mark_duplicates(
-    con: duckdb.DuckDBPyConnection,
-    run: Callable[..., duckdb.DuckDBPyConnection],
-    unique: Sequence[str],
-    keys: Callable[[Sequence[date]], pa.Table],
-    path: str,
-) -> None:
+def _mark_duplicates(trial: _Trial, keys: Callable[[Sequence[date]], pa.Table]) -> None:
     """Mark rows that share the unique columns with an earlier row of the file that stands, or a live row of another.
 
     Where the row of another file has left, this one is known from then on at the earliest: no point in time sees both.
     """
+    run, unique, path = trial.run, trial.contract.unique, trial.landing.path
     span = 'SELECT min(event_at), max(event_at) FROM "#judged" WHERE "#broken" IS NULL HAVING count(*) > 0'
     found = run(span).fetchall()
     if not found:
@@ -408,7 +465,7 @@ def _mark_duplicates(
     first, last = found[0]
     days = [first.date() + timedelta(days=n) for n in range((last.date() - first.date()).days + 1)]
     known = keys(days)
-    con.register("#known", known)
+    trial.con.register("#known", known)
     key = ", ".join(name_sql(c) for c in unique)
     shared = same_key(unique)
     what = f"{path}: unique of the contract"

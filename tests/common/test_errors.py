@@ -12,7 +12,7 @@ from common.errors import SignalboxError, first_line, redacted
 ROOT = Path(__file__).parents[2]
 ROOMS = ("common", "data_checks", "delivery", "models", "pipeline", "assets", "orchestration")
 OUTSIDE = {
-    "delivery.sandbox.advertising_api.Refused": "an answer of a stand-in, as HTTP",
+    "delivery.sandbox.advertising_errors.Refused": "an answer of a stand-in, as HTTP",
     "delivery.sandbox.advertising_query.QueryError": "an answer of a stand-in, as HTTP",
 }
 """Public exceptions that nobody reads as ours → why."""

@@ -25,7 +25,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from delivery.connectors import file_drop
+from delivery.connectors import atomic_files, file_drop
 from delivery.connectors.base import Misconfigured, Reading, Unavailable, Write
 from delivery.connectors.file_drop import FileDrop, FileDropSettings
 from delivery.ledger import Ledger, utc_now
@@ -54,7 +54,7 @@ def save(path: Path, columns: dict[str, Sequence[Any]], at: datetime | None = No
         with new.open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([list(columns), *zip(*columns.values(), strict=True)])
     if at is not None:
-        ns = file_drop._ns(at)
+        ns = atomic_files.ns(at)
         os.utime(new, ns=(ns, ns))
     os.rename(new, path)
 
@@ -299,7 +299,7 @@ def test_a_file_put_in_place_during_the_write_is_put_back(
     save(path, {"id": ["a", "b"], "amount": [1, 1]})
     drop = connect(tmp_path, shape="state")
     seen = drop.read(["a", "b"])
-    exchange, saved = file_drop._exchange, []
+    exchange, saved = atomic_files.exchange, []
 
     def raced(one: Path, other: Path) -> None:
         if len(saved) < times:
@@ -307,7 +307,7 @@ def test_a_file_put_in_place_during_the_write_is_put_back(
             save(path, {"id": ["a", "b"], "amount": [1, 70 + len(saved)]})
         exchange(one, other)
 
-    monkeypatch.setattr(file_drop, "_exchange", raced)
+    monkeypatch.setattr(atomic_files, "exchange", raced)
     answers = drop.apply([write(seen["a"], 5)])
     assert outcomes(answers) == ["conflict"] and "theirs stands" in answers[0].says
     assert table(path) == {"id": ["a", "b"], "amount": ["1", str(70 + times)]}
@@ -320,7 +320,7 @@ def test_where_files_cannot_be_exchanged_it_says_so(tmp_path: Path, monkeypatch:
     def cannot(*_: Path) -> None:
         raise OSError(errno.EINVAL, "no")
 
-    monkeypatch.setattr(file_drop, "_exchange", cannot)
+    monkeypatch.setattr(atomic_files, "exchange", cannot)
     path = tmp_path / "drop" / "lines.csv"
     path.parent.mkdir()
     save(path, {"id": ["a"], "amount": [1]})
@@ -447,7 +447,7 @@ def test_a_file_appears_after_it_is_on_the_disk_and_the_folder_after_it(
 
     monkeypatch.setattr(os, "fsync", step("fsync", os.fsync))
     monkeypatch.setattr(os, "rename", step("place", os.rename))
-    monkeypatch.setattr(file_drop, "_exchange", step("place", file_drop._exchange))
+    monkeypatch.setattr(atomic_files, "exchange", step("place", atomic_files.exchange))
     assert outcomes(drop.apply([write(drop.read(["a"])["a"], 5)])) == ["accepted"]
     assert steps == ["fsync file unseen", "place file unseen", "fsync folder"]
 

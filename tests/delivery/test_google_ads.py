@@ -19,10 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from delivery.connectors import google_ads
+from delivery.connectors import google_ads, google_ads_settings
 from delivery.connectors.base import Connector, Misconfigured, Reading, Unavailable, Write, Written
 from delivery.connectors.google_ads import GoogleAds, GoogleAdsSettings, connect
-from delivery.sandbox.advertising_api import AdvertisingSandbox, Refusal, Server, Trouble, serve
+from delivery.sandbox.advertising_api import AdvertisingSandbox, Refusal, Trouble
+from delivery.sandbox.advertising_server import Server, serve
 from delivery.sandbox.worlds import advertising
 from tests.support.properties import examples
 
@@ -749,13 +750,13 @@ def test_the_calls_are_those_of_the_whole_official_document() -> None:
     from googleapiclient.discovery import build
 
     whole = build("searchads360", "v23", developerKey="unused", static_discovery=True).customers()
-    ads = opened(google_ads.OFFICIAL)
+    ads = opened(google_ads_settings.OFFICIAL)
     for theirs, ours, method in (
         (whole.campaignBudgets(), ads._budgets, "mutate"),
         (whole.searchAds360(), ads._searches, "search"),
     ):
         a, b = (getattr(one, method)(customerId="1234567890", body={"x": "é'"}) for one in (theirs, ours))
-        assert a.uri.replace("key=unused&", "") == b.uri and b.uri.startswith(google_ads.OFFICIAL)
+        assert a.uri.replace("key=unused&", "") == b.uri and b.uri.startswith(google_ads_settings.OFFICIAL)
         assert (a.method, a.body) == (b.method, b.body)
     ads.close()
 

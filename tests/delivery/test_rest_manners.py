@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from delivery.connectors.base import Misconfigured, Unavailable
-from delivery.connectors.rest import _another, connect, load, mapping
+from delivery.connectors.rest import connect, load, mapping
 from delivery.connectors.rest_spec import RestSettings, Values
+from delivery.connectors.rest_version import another
 from delivery.ledger import Delivery, Ledger
 from delivery.push import PushSettings, Report, push
 from delivery.rollback import Batch, roll_back
@@ -417,7 +418,7 @@ def test_nothing_is_sent_while_a_try_without_an_answer_may_still_arrive(tmp_path
     "token", ['"3"', 'W/"1b-dVGv"', "12", "1", "0", "2026-03-01T12:00:00.123456Z", '"abc"', "xyz", "Ω", "…"]
 )
 def test_another_version_is_another_of_the_same_shape(token: str) -> None:
-    other = _another(token)
+    other = another(token)
     assert other != token and len(other) == len(token)
     assert [c.isdigit() for c in other] == [c.isdigit() for c in token]
 
@@ -435,7 +436,7 @@ def test_another_version_is_another_of_the_same_shape(token: str) -> None:
 )  # fmt: skip
 def test_another_version_of_a_time_or_a_number_is_an_earlier_one(token: str, other: str) -> None:
     """A later one would be let through by a system that turns down only what is older than what stands."""
-    assert _another(token) == other
+    assert another(token) == other
 
 
 # --------------------------------------------------------------------------- systems by YAML alone

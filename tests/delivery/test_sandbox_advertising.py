@@ -21,7 +21,9 @@ import pytest
 
 from delivery.connectors.discovery import Document
 from delivery.sandbox import private
-from delivery.sandbox.advertising_api import AdvertisingSandbox, Refusal, Server, Trouble, budgets_of, serve
+from delivery.sandbox.advertising_account import budgets_of
+from delivery.sandbox.advertising_api import AdvertisingSandbox, Refusal, Trouble
+from delivery.sandbox.advertising_server import Server, serve
 from delivery.sandbox.worlds import advertising
 from pipeline.workflow import FOLDER, load
 

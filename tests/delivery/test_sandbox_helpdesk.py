@@ -13,7 +13,7 @@ import pytest
 
 from delivery.sandbox.helpdesk import Controls, HelpdeskSandbox, SandboxError, recipe
 from delivery.sandbox.helpdesk.desk import KEEP_DAYS
-from delivery.sandbox.worlds import tickets
+from delivery.sandbox.worlds import tickets, working_hours
 from tests.support.helpdesks import OPENED, START, TOKEN, sandbox, world
 
 DAY = timedelta(days=1)
@@ -116,7 +116,7 @@ def test_what_was_resolved_days_ago_is_archived(desk: HelpdeskSandbox, tmp_path:
     for _ in range(KEEP_DAYS + 1):
         desk.advance(tmp_path)
     now = desk.replay()
-    since = (now.next_day - KEEP_DAYS * DAY - tickets.EPOCH).days * tickets.DAY
+    since = (now.next_day - KEEP_DAYS * DAY - tickets.EPOCH).days * working_hours.DAY
     closed = {name for name, ticket in desk.tickets().items() if ticket["status"] in (3, 4)}
     assert closed and all((now.resolved[int(name[1:]) - 1] or 0) >= since for name in closed if name in late(now))
     assert len(closed) < sum(state in ("resolved", "closed") for state in now.state) / 2

@@ -33,7 +33,7 @@ from tests.support.ledgers import KEY, new_batch, some_decisions
 NOW = datetime(2026, 5, 1, 6, 0)
 
 
-class Place:
+class TableHarness:
     """A database with one table ``lines``, its connector, and somebody else's hands on it."""
 
     def __init__(self, url: str, folder: Path) -> None:
@@ -79,10 +79,10 @@ class Place:
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TableHarness]:
     if request.param == "sqlite":
         sqlite3.connect(tmp_path / "downstream.db").close()
-        made = Place(f"sqlite:///{tmp_path / 'downstream.db'}", tmp_path)
+        made = TableHarness(f"sqlite:///{tmp_path / 'downstream.db'}", tmp_path)
     else:
         made = _postgres(request, tmp_path)
     yield made
@@ -90,17 +90,17 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
 
 
 @pytest.fixture
-def pg(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+def pg(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TableHarness]:
     made = _postgres(request, tmp_path)
     yield made
     made.close()
 
 
-def _postgres(request: pytest.FixtureRequest, folder: Path) -> Place:
+def _postgres(request: pytest.FixtureRequest, folder: Path) -> TableHarness:
     server: postgres_server.Server = request.getfixturevalue("postgres")
     if not hasattr(_postgres, "url"):
         _postgres.url = server.database("sql_table_" + uuid.uuid4().hex[:8])  # type: ignore[attr-defined]
-    return Place(_postgres.url, folder)  # type: ignore[attr-defined]
+    return TableHarness(_postgres.url, folder)  # type: ignore[attr-defined]
 
 
 def write(reading: Reading, value: int, **more: Any) -> Write:
@@ -113,7 +113,7 @@ def write(reading: Reading, value: int, **more: Any) -> Write:
 # -- compare and set
 
 
-def test_a_read_shows_what_stands_and_a_write_changes_it(place: Place) -> None:
+def test_a_read_shows_what_stands_and_a_write_changes_it(place: TableHarness) -> None:
     place.table()
     table = place.connect()
     seen = table.read(["e0", "e1", "nobody"])
@@ -123,7 +123,7 @@ def test_a_read_shows_what_stands_and_a_write_changes_it(place: Place) -> None:
     assert place.amounts() == {"e0": 90, "e1": 120, "e2": 100}
 
 
-def test_a_value_that_somebody_changed_since_the_read_is_a_conflict_and_stays(place: Place) -> None:
+def test_a_value_that_somebody_changed_since_the_read_is_a_conflict_and_stays(place: TableHarness) -> None:
     place.table()
     table = place.connect()
     seen = table.read(["e0", "e1", "e2"])
@@ -134,7 +134,7 @@ def test_a_value_that_somebody_changed_since_the_read_is_a_conflict_and_stays(pl
     assert place.amounts() == {"e0": 77, "e1": None, "e2": 120}
 
 
-def test_an_empty_value_is_compared_as_one(place: Place) -> None:
+def test_an_empty_value_is_compared_as_one(place: TableHarness) -> None:
     place.table()
     place.run("UPDATE lines SET amount = NULL WHERE id = 'e0'")
     table = place.connect()
@@ -146,7 +146,7 @@ def test_an_empty_value_is_compared_as_one(place: Place) -> None:
 
 
 @pytest.mark.parametrize("by", ["us", "database"])
-def test_a_version_catches_a_change_that_came_and_went(place: Place, by: str) -> None:
+def test_a_version_catches_a_change_that_came_and_went(place: TableHarness, by: str) -> None:
     place.table("version INTEGER")
     if by == "database":
         if place.sqlite:
@@ -174,7 +174,7 @@ def test_a_version_catches_a_change_that_came_and_went(place: Place, by: str) ->
 
 
 @pytest.mark.parametrize("column", ["TIMESTAMP", "TIMESTAMP WITH TIME ZONE"])
-def test_a_timestamp_is_a_version_that_never_stays_or_goes_back(place: Place, column: str) -> None:
+def test_a_timestamp_is_a_version_that_never_stays_or_goes_back(place: TableHarness, column: str) -> None:
     place.table(f"changed_at {column}")
     later = "2026-05-02 10:00:00.5" if place.sqlite else "2026-05-02 10:00:00.5+00"
     place.run("UPDATE lines SET changed_at = :at WHERE id = 'e0'", at=later)
@@ -190,7 +190,7 @@ def test_a_timestamp_is_a_version_that_never_stays_or_goes_back(place: Place, co
     assert table.apply([write(again["e1"], 120)])[0].outcome == "accepted"
 
 
-def test_a_closed_row_is_told_and_never_changed(place: Place) -> None:
+def test_a_closed_row_is_told_and_never_changed(place: TableHarness) -> None:
     place.table("status TEXT")
     place.run("UPDATE lines SET status = 'paid' WHERE id = 'e0'")
     table = place.connect(closed={"column": "status", "values": ["paid", "void"]})
@@ -202,7 +202,7 @@ def test_a_closed_row_is_told_and_never_changed(place: Place) -> None:
     assert place.amounts() == {"e0": 100, "e1": 100, "e2": 5}
 
 
-def test_many_writers_at_once_each_row_is_won_once(place: Place) -> None:
+def test_many_writers_at_once_each_row_is_won_once(place: TableHarness) -> None:
     place.table(rows=20)
     keys = [f"e{n}" for n in range(20)]
     pushers = [place.connect(bulk=7, timeout_s=20) for _ in range(4)]
@@ -223,7 +223,7 @@ def test_many_writers_at_once_each_row_is_won_once(place: Place) -> None:
 # -- what a column can hold
 
 
-def test_a_bad_row_costs_only_itself(place: Place) -> None:
+def test_a_bad_row_costs_only_itself(place: TableHarness) -> None:
     place.table("CHECK (amount < 1000)", rows=5)
     table = place.connect()
     seen = table.read([f"e{n}" for n in range(5)])
@@ -233,7 +233,7 @@ def test_a_bad_row_costs_only_itself(place: Place) -> None:
     assert place.amounts() == {"e0": 7, "e1": 7, "e2": 100, "e3": 7, "e4": 7}
 
 
-def test_a_value_that_no_column_holds_is_refused(pg: Place) -> None:
+def test_a_value_that_no_column_holds_is_refused(pg: TableHarness) -> None:
     pg.table(value="SMALLINT")
     table = pg.connect()
     seen = table.read(["e0", "e1"])
@@ -242,7 +242,7 @@ def test_a_value_that_no_column_holds_is_refused(pg: Place) -> None:
 
 
 @pytest.mark.parametrize("column", ["NUMERIC(12,2)", "DOUBLE PRECISION"])
-def test_money_in_units_is_read_and_compared_exactly(place: Place, column: str) -> None:
+def test_money_in_units_is_read_and_compared_exactly(place: TableHarness, column: str) -> None:
     place.table(value=column)
     place.run("UPDATE lines SET amount = 0.1 WHERE id = 'e0'")
     place.run("UPDATE lines SET amount = 12.34 WHERE id = 'e1'")
@@ -253,14 +253,14 @@ def test_money_in_units_is_read_and_compared_exactly(place: Place, column: str) 
     assert {r.value for r in table.read(list(seen)).values()} == {12_350_000}
 
 
-def test_a_fraction_of_the_unit_is_no_value(place: Place) -> None:
+def test_a_fraction_of_the_unit_is_no_value(place: TableHarness) -> None:
     place.table(value="NUMERIC(12,2)")
     place.run("UPDATE lines SET amount = 80.5 WHERE id = 'e0'")
     seen = place.connect().read(["e0"])["e0"]
     assert seen.value is None and "80.5" in seen.says and seen.state == "open"
 
 
-def test_names_stand_for_values(place: Place) -> None:
+def test_names_stand_for_values(place: TableHarness) -> None:
     place.table(value="TEXT", rows=0)
     for key, name in (("e0", "high"), ("e1", "whatever")):
         place.run("INSERT INTO lines (id, amount) VALUES (:k, :n)", k=key, n=name)
@@ -275,7 +275,7 @@ def test_names_stand_for_values(place: Place) -> None:
 
 def test_a_sqlite_cell_that_is_not_what_its_column_says_is_told(tmp_path: Path) -> None:
     sqlite3.connect(tmp_path / "x.db").close()
-    place = Place(f"sqlite:///{tmp_path / 'x.db'}", tmp_path)
+    place = TableHarness(f"sqlite:///{tmp_path / 'x.db'}", tmp_path)
     place.table()
     place.run("UPDATE lines SET amount = 'a lot' WHERE id = 'e0'")
     seen = place.connect().read(["e0"])["e0"]
@@ -284,7 +284,7 @@ def test_a_sqlite_cell_that_is_not_what_its_column_says_is_told(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("kind", ["integer", "uuid"])
-def test_keys_of_other_types(pg: Place, kind: str) -> None:
+def test_keys_of_other_types(pg: TableHarness, kind: str) -> None:
     pg.table(key=kind, rows=0)
     key = "7" if kind == "integer" else str(uuid.UUID(int=7))
     pg.run(f"INSERT INTO lines (id, amount) VALUES (CAST(:k AS {kind}), 1)", k=key)
@@ -296,7 +296,7 @@ def test_keys_of_other_types(pg: Place, kind: str) -> None:
     assert [w.outcome for w in answers] == ["accepted", *["refused"] * len(odd)]
 
 
-def test_odd_text_keys_are_only_text(place: Place) -> None:
+def test_odd_text_keys_are_only_text(place: TableHarness) -> None:
     place.table(rows=0)
     keys = ["'; DROP TABLE lines; --", "ünï%s:x", " e0", '"quoted"', "%(amount)s"]
     for key in keys:
@@ -308,7 +308,7 @@ def test_odd_text_keys_are_only_text(place: Place) -> None:
     assert set(place.amounts().values()) == {2}
 
 
-def test_identifiers_are_quoted(place: Place) -> None:
+def test_identifiers_are_quoted(place: TableHarness) -> None:
     place.run('DROP TABLE IF EXISTS "sel;ect "')
     place.run("""CREATE TABLE "sel;ect " ("the key'" TEXT PRIMARY KEY, "va lue""" + '"' + """ INTEGER, "Order" TEXT)""")
     place.run("""INSERT INTO "sel;ect " VALUES ('a', 1, 'x')""")
@@ -318,7 +318,7 @@ def test_identifiers_are_quoted(place: Place) -> None:
     assert table.read(["a"])["a"].value == 3
 
 
-def test_two_columns_of_one_table_are_two_systems(place: Place) -> None:
+def test_two_columns_of_one_table_are_two_systems(place: TableHarness) -> None:
     """The ledger knows a value by system and entity: a budget must not be taken for a priority."""
     place.table("priority INTEGER")
     assert place.connect().system != place.connect(value="priority").system
@@ -327,14 +327,14 @@ def test_two_columns_of_one_table_are_two_systems(place: Place) -> None:
 # -- what is carried, inserted, only tried
 
 
-def test_the_batch_the_decision_and_the_run_go_with_the_change(place: Place) -> None:
+def test_the_batch_the_decision_and_the_run_go_with_the_change(place: TableHarness) -> None:
     place.table("batch TEXT, decision TEXT, run TEXT")
     table = place.connect(batch_id="batch", decision_id="decision", run_id="run")
     table.apply([write(table.read(["e0"])["e0"], 5)])
     assert place.run("SELECT batch, decision, run FROM lines WHERE id = 'e0'") == [("batch-1", "d-e0", "run-1")]
 
 
-def test_an_audit_trigger_sees_the_batch_and_the_run(pg: Place) -> None:
+def test_an_audit_trigger_sees_the_batch_and_the_run(pg: TableHarness) -> None:
     pg.table("note TEXT")
     pg.run(
         "CREATE OR REPLACE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
@@ -347,7 +347,7 @@ def test_an_audit_trigger_sees_the_batch_and_the_run(pg: Place) -> None:
     assert pg.run("SELECT note FROM lines WHERE id = 'e0'") == [("batch-1/run-1",)]
 
 
-def test_a_row_that_is_not_there_is_inserted_once(place: Place) -> None:
+def test_a_row_that_is_not_there_is_inserted_once(place: TableHarness) -> None:
     place.table("version INTEGER", rows=1)
     table = place.connect(missing_means=3, version={"column": "version", "kind": "integer"})
     seen = table.read(["e0", "new"])
@@ -360,7 +360,7 @@ def test_a_row_that_is_not_there_is_inserted_once(place: Place) -> None:
     assert place.amounts() == {"e0": 100, "new": 3}
 
 
-def test_rows_are_not_inserted_where_the_key_is_not_unique(place: Place) -> None:
+def test_rows_are_not_inserted_where_the_key_is_not_unique(place: TableHarness) -> None:
     place.run("DROP TABLE IF EXISTS lines")
     place.run("CREATE TABLE lines (id TEXT, amount INTEGER)")
     place.run("INSERT INTO lines VALUES ('a', 1), ('a', 1), ('b', 1)")
@@ -374,7 +374,7 @@ def test_rows_are_not_inserted_where_the_key_is_not_unique(place: Place) -> None
     assert place.run("SELECT id, amount FROM lines ORDER BY id") == [("a", 1), ("a", 1), ("b", 2)]
 
 
-def test_validate_only_tries_and_writes_nothing(place: Place) -> None:
+def test_validate_only_tries_and_writes_nothing(place: TableHarness) -> None:
     place.table("CHECK (amount < 1000)")
     table = place.connect()
     seen = table.read(["e0", "e1", "e2"])
@@ -387,7 +387,7 @@ def test_validate_only_tries_and_writes_nothing(place: Place) -> None:
 # -- what is wrong with the settings
 
 
-def test_what_no_call_can_succeed_with_is_told_without_a_secret(place: Place) -> None:
+def test_what_no_call_can_succeed_with_is_told_without_a_secret(place: TableHarness) -> None:
     place.table()
     with pytest.raises(Misconfigured, match="LINES_URL is not set"):
         place.connect(environ={})
@@ -409,7 +409,7 @@ def test_what_no_call_can_succeed_with_is_told_without_a_secret(place: Place) ->
             place.connect(**more).apply([write(Reading("e0", "e0", 100), 5)])
 
 
-def test_a_wrong_password_is_told_without_it(pg: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_password_is_told_without_it(pg: TableHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PGPASSWORD")
     host = pg.url.split("host=")[1]
     name = pg.url.split("/")[3].split("?")[0]
@@ -427,7 +427,7 @@ def test_a_wrong_password_is_told_without_it(pg: Place, monkeypatch: pytest.Monk
             table.apply([write(Reading("e0", "e0", 100), 5)])
 
 
-def test_a_user_without_the_right_to_write_is_told(pg: Place) -> None:
+def test_a_user_without_the_right_to_write_is_told(pg: TableHarness) -> None:
     pg.table()
     pg.run("DROP ROLE IF EXISTS reader")
     pg.run("CREATE ROLE reader LOGIN PASSWORD 'marked-secret'")
@@ -441,7 +441,7 @@ def test_a_user_without_the_right_to_write_is_told(pg: Place) -> None:
 
 
 def test_a_sqlite_file_that_is_not_there_is_not_made(tmp_path: Path) -> None:
-    place = Place(f"sqlite:///{tmp_path / 'gone.db'}", tmp_path)
+    place = TableHarness(f"sqlite:///{tmp_path / 'gone.db'}", tmp_path)
     with pytest.raises(Misconfigured, match="no file"):
         place.connect().read(["e0"])
     with pytest.raises(Misconfigured, match="no file"):
@@ -458,7 +458,7 @@ def test_a_sqlite_path_may_hold_any_character_and_be_relative(tmp_path: Path) ->
         database.execute("CREATE TABLE lines (id TEXT PRIMARY KEY, amount INTEGER)")
         database.execute("INSERT INTO lines VALUES ('e0', 1)")
     database.close()
-    place = Place("sqlite:///" + quote(file.name), tmp_path)
+    place = TableHarness("sqlite:///" + quote(file.name), tmp_path)
     assert place.connect().read(["e0"])["e0"].value == 1
     place.close()
 
@@ -466,7 +466,7 @@ def test_a_sqlite_path_may_hold_any_character_and_be_relative(tmp_path: Path) ->
 # -- a database that is away
 
 
-def test_a_locked_database_is_not_applied(place: Place) -> None:
+def test_a_locked_database_is_not_applied(place: TableHarness) -> None:
     place.table()
     table = place.connect(timeout_s=0.2)
     seen = table.read(["e0"])["e0"]
@@ -534,7 +534,7 @@ class Line:
 
 @pytest.mark.parametrize("reaches", [True, False])
 def test_a_commit_whose_answer_was_lost_is_unknown(
-    pg: Place, tmp_path_factory: pytest.TempPathFactory, reaches: bool
+    pg: TableHarness, tmp_path_factory: pytest.TempPathFactory, reaches: bool
 ) -> None:
     pg.table()
     direct = pg.url.split("host=")[1]
@@ -555,7 +555,7 @@ def test_a_commit_whose_answer_was_lost_is_unknown(
     line.close()
 
 
-def test_a_connection_cut_before_the_commit_is_not_applied(pg: Place) -> None:
+def test_a_connection_cut_before_the_commit_is_not_applied(pg: TableHarness) -> None:
     pg.table("CHECK (amount < 1000)")
     table = pg.connect()
     seen = table.read(["e0"])["e0"]
@@ -571,7 +571,7 @@ def test_a_server_that_is_down_hangs_or_comes_back(tmp_path: Path) -> None:
     """Its own server: it is stopped, frozen and killed."""
     with pytest.MonkeyPatch.context() as patch, postgres_server.started() as server:
         patch.setenv("PGPASSWORD", postgres_server.PASSWORD)
-        place = Place(server.database("lines"), tmp_path)
+        place = TableHarness(server.database("lines"), tmp_path)
         place.table()
         table = place.connect(timeout_s=0.3)
         seen = table.read(["e0"])["e0"]
@@ -616,7 +616,7 @@ def test_a_server_that_is_down_hangs_or_comes_back(tmp_path: Path) -> None:
 # -- with the ledger and the push
 
 
-def test_a_push_ends_right_whatever_people_and_the_database_do(place: Place, tmp_path: Path) -> None:
+def test_a_push_ends_right_whatever_people_and_the_database_do(place: TableHarness, tmp_path: Path) -> None:
     place.table("status TEXT, batch TEXT, CHECK (amount < 1000)", rows=0)
     for key, amount, status in (
         ("plain", 100, None), ("persons", 77, None), ("closed", 100, "void"), ("there", 120, None), ("bad", 100, None),

@@ -14,18 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from delivery.sandbox.worlds.tickets import (
-    COLUMNS,
-    DAY,
-    EPOCH,
-    HOUR,
-    SERVICE_LEVEL_HOURS,
-    Drift,
-    World,
-    export_day,
-    history,
-    service_seconds,
-)
+from delivery.sandbox.worlds.tickets import COLUMNS, EPOCH, SERVICE_LEVEL_HOURS, Drift, World, export_day, history
+from delivery.sandbox.worlds.working_hours import DAY, HOUR, service_seconds
 
 START = date(2026, 1, 5)
 DAYS = 28

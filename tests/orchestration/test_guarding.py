@@ -22,6 +22,7 @@ from orchestration import assembly, runner
 from orchestration.automation import RETRY_MINUTES, delivery_requests, guard_requests
 from orchestration.cli import command
 from pipeline.lifecycle import promotion
+from pipeline.monitoring import power
 from pipeline.monitoring import verdicts as guarding
 from pipeline.workflow import FOLDER, Workflow, load
 from tests.conftest import Bench
@@ -330,7 +331,7 @@ def test_power_says_how_soon_a_harm_would_be_found_with_this_holdout(office: Ben
 def test_without_history_power_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SIGNALBOX_HOME", str(tmp_path))
     found = CliRunner().invoke(command.app, ["power", NAME])
-    assert isinstance(found.exception, guarding.NoHistory)
+    assert isinstance(found.exception, power.NoHistory)
     said = str(found.exception)
     assert (
         "the lake holds no outcomes and no features yet" in said

@@ -19,7 +19,7 @@ from delivery.connectors import google_ads
 from delivery.connectors.base import Written
 from delivery.ledger import BatchRow, Ledger, utc_now
 from delivery.push import Stopped
-from delivery.sandbox import advertising_api
+from delivery.sandbox import advertising_account, advertising_api, advertising_server
 from delivery.sandbox.worlds import advertising
 from models.registry import Registry
 from orchestration.cli import command
@@ -71,9 +71,9 @@ def office(ads: Bench, registry: Registry, tmp_path: Path, monkeypatch: pytest.M
     rows = advertising.history(world, bench.workflow.start, len(bench.days))
     account = advertising_api.AdvertisingSandbox(
         tmp_path / "account", world, next_day=bench.last + timedelta(days=1), token=TOKEN,
-        budgets=advertising_api.budgets_of(rows), customer_id="1000000001", user_email="signalbox@example.org",
+        budgets=advertising_account.budgets_of(rows), customer_id="1000000001", user_email="signalbox@example.org",
     )  # fmt: skip
-    with advertising_api.serve(account) as server:
+    with advertising_server.serve(account) as server:
         for name, value in {
             "SIGNALBOX_HOME": str(tmp_path / "home"), "SIGNALBOX_LAKE": str(bench.root / "lake"),
             "SIGNALBOX_MLFLOW_URI": registry.uri, "SIGNALBOX_MLFLOW_ARTIFACTS": registry.artifacts,

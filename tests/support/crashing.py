@@ -39,7 +39,8 @@ from delivery.connectors.base import Capabilities, Change, Connector, Reading, W
 from delivery.ledger import FINAL, Ledger
 from delivery.push import PushSettings, push
 from delivery.rollback import Batch, roll_back, rollback_id
-from delivery.sandbox.advertising_api import AdvertisingSandbox, serve
+from delivery.sandbox.advertising_api import AdvertisingSandbox
+from delivery.sandbox.advertising_server import serve
 from delivery.sandbox.helpdesk import HelpdeskSandbox
 from delivery.sandbox.worlds import advertising
 from tests.support import fakes, helpdesks

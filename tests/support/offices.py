@@ -16,7 +16,7 @@ import dagster as dg
 
 from assets.resources import resources
 from delivery.ledger import BatchRow, Ledger, utc_now
-from delivery.sandbox import advertising_api
+from delivery.sandbox import advertising_account, advertising_api, advertising_server
 from delivery.sandbox.helpdesk import HelpdeskSandbox
 from delivery.sandbox.worlds import advertising, tickets
 from models.registry import Registry
@@ -36,7 +36,7 @@ class Account:
         """What its change history takes for now; None: the wall clock."""
         self.sandbox = advertising_api.AdvertisingSandbox(
             folder, world, next_day=bench.last + timedelta(days=1), token=token,
-            budgets=advertising_api.budgets_of(advertising.history(world, start, days)), customer_id="1000000001",
+            budgets=advertising_account.budgets_of(advertising.history(world, start, days)), customer_id="1000000001",
             user_email="signalbox@example.org", clock=lambda: self.now or utc_now(),
         )  # fmt: skip
         self._port = 0
@@ -68,7 +68,7 @@ class Account:
         self.server.close()
 
     def up(self) -> None:
-        self.server = advertising_api.serve(self.sandbox, self._port)
+        self.server = advertising_server.serve(self.sandbox, self._port)
         self._port = self.server.port
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ import pytest
 
 from delivery import rollback
 from delivery.ledger import BatchRow
-from delivery.sandbox import advertising_api, systems
+from delivery.sandbox import advertising_api, advertising_server, systems
 from orchestration import runner
 from pipeline import dispatch, ingest, provenance
 from pipeline.decisions import decide, replay, scoring
@@ -271,7 +271,7 @@ def test_a_sent_batch_is_taken_back_over_the_connector_of_its_workflow(
         tmp_path / "account", world, next_day=DAYS[-1] + timedelta(days=1), token="a-token-for-tests",
         budgets=stands("ad_budget"), customer_id=systems.CUSTOMER, user_email=systems.EMAIL, clock=lambda: moment,
     )  # fmt: skip
-    with advertising_api.serve(account) as server, opened(AFTER) as book:
+    with advertising_server.serve(account) as server, opened(AFTER) as book:
         monkeypatch.setenv("SIGNALBOX_ADS_TOKEN", "a-token-for-tests")
         monkeypatch.setenv("SIGNALBOX_ADS_ENDPOINT", server.url.rstrip("/"))
         how: dict[str, Any] = {

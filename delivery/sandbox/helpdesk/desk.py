@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from delivery.sandbox.helpdesk import recipe
-from delivery.sandbox.worlds import tickets
+from delivery.sandbox.worlds import tickets, working_hours
 
 KEEP_DAYS = 3
 OPEN, REOPENED, RESOLVED, CLOSED = 1, 2, 3, 4
@@ -160,7 +160,7 @@ class Desk:
     def _look(self) -> dict[int, Shown]:
         """What the world shows at the start of ``next_day``."""
         world = self.world
-        archived = (self.next_day - timedelta(days=KEEP_DAYS) - tickets.EPOCH).days * tickets.DAY
+        archived = (self.next_day - timedelta(days=KEEP_DAYS) - tickets.EPOCH).days * working_hours.DAY
         shown = {}
         for i, state in enumerate(world.state):
             if state in ("open", "waiting"):

@@ -266,11 +266,7 @@ class World:
         """
         from scipy.special import gammaincinv, pdtrik
 
-        budgets = np.asarray(budgets_micros, dtype=np.int64)
-        if budgets.shape != (self.lines,) or (budgets < 0).any():
-            got = f"got shape {budgets.shape}, the least is {budgets.min(initial=0)}"
-            raise ValueError(f"budgets_micros must be {self.lines} amounts >= 0, {got}")
-        luck = self._luck(day, 2)
+        budgets, luck = self._amounts(budgets_micros), self._luck(day, 2)
         uniform = luck.uniform(1e-9, 1 - 1e-9, (2, self.lines))
         normal = luck.standard_normal((4, self.lines))
         together = luck.standard_normal(len(self.crowding))[self.campaign]
@@ -312,6 +308,13 @@ class World:
             ],
             schema=ROWS,
         )
+
+    def _amounts(self, budgets_micros: Micros) -> Micros:
+        budgets = np.asarray(budgets_micros, dtype=np.int64)
+        if budgets.shape != (self.lines,) or (budgets < 0).any():
+            got = f"got shape {budgets.shape}, the least is {budgets.min(initial=0)}"
+            raise ValueError(f"budgets_micros must be {self.lines} amounts >= 0, {got}")
+        return budgets
 
     def optimum(self, day: date, total: int, floor: Micros, cap: Micros) -> Micros:
         """Budgets (micros) that maximise the day's total expected value: at most `total`, each between `floor` and

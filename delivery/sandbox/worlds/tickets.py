@@ -22,7 +22,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-HOUR, DAY = 3600, 86400
+from delivery.sandbox.worlds.working_hours import DAY, HOUR, Team, due_at, end_of_work, on_shift
+
 EPOCH = date(1970, 1, 1)
 
 COLUMNS = (
@@ -36,7 +37,6 @@ LOWEST = 5
 
 # Service hours allowed by the priority at opening; they run Monday to Friday, 08:00 to 18:00.
 SERVICE_LEVEL_HOURS = {1: 4, 2: 6, 3: 10, 4: 20, 5: 40}
-_OPENS, _CLOSES, _SERVICE_DAY = 8 * HOUR, 18 * HOUR, 10 * HOUR
 
 _WEEKDAY = np.array([1.25, 1.05, 1.03, 0.88, 0.82, 0.14, 0.12])
 _HOUR = np.array([1, 1, 1, 1, 1, 1, 2, 5, 11, 13, 12, 11, 7, 8, 10, 9, 8, 5, 3, 2, 2, 2, 1, 1], dtype=np.float64)
@@ -66,22 +66,6 @@ _CATALOGUE = {
     "manufacturing": ("terminal", "sensor", "line control"),
     "human resources": ("payroll", "time sheet", "onboarding"),
 }
-
-
-@dataclass(frozen=True)
-class Team:
-    """Hands and hours: `agents` people, each from `opens` to `closes` (hours, UTC) on `weekdays` (0 = Monday)."""
-
-    name: str
-    agents: int
-    opens: int
-    closes: int
-    weekdays: tuple[int, ...]
-
-    @property
-    def hours_per_week(self) -> int:
-        """Working hours of all agents in a week."""
-        return self.agents * (self.closes - self.opens) * len(self.weekdays)
 
 
 @dataclass(frozen=True)
@@ -283,7 +267,7 @@ class World:
             self.ticket_id.append(ticket)
             self.opened.append(midnight + second)
             priority = impact + urgency - 1
-            self.due.append(_due(midnight + second, SERVICE_LEVEL_HOURS[priority] * HOUR))
+            self.due.append(due_at(midnight + second, SERVICE_LEVEL_HOURS[priority] * HOUR))
             self.impact.append(impact)
             self.urgency.append(urgency)
             self.category.append(name)
@@ -387,14 +371,14 @@ class World:
 
     def _dispatch(self, team: int, now: int) -> None:
         queue, idle = self._queue[team], self._idle[team]
-        if not queue or not idle or not _on_shift(self.teams[team], now):
+        if not queue or not idle or not on_shift(self.teams[team], now):
             return
         while queue and idle:
             ticket = heapq.heappop(queue)[2]
             self._agent[ticket] = heapq.heappop(idle)
             work = self._segment(ticket)
             self._emit(ticket, now)
-            self._at(_end(self.teams[team], now, work), _FREE, ticket)
+            self._at(end_of_work(self.teams[team], now, work), _FREE, ticket)
 
     def _segment(self, ticket: int) -> int:
         """Seconds of work until the agent lays the ticket down again."""
@@ -562,43 +546,6 @@ def _rates(teams: list[Team], categories: list[Category], load: float) -> list[f
         ]
         weekly = [(load * h - k) / e for h, k, e in zip(hours, looks, effort, strict=True)]
     return [weekly[c.team] * c.share for c in categories]
-
-
-def service_seconds(times: np.ndarray) -> np.ndarray:
-    """Service seconds (Monday to Friday, 08:00 to 18:00) from the Monday before 1970 to each of `times` (seconds)."""
-    days, second = np.divmod(times, DAY)
-    weeks, weekday = np.divmod(days + 3, 7)
-    served = np.where(weekday < 5, np.clip(second - _OPENS, 0, _SERVICE_DAY), 0)
-    return np.asarray((weeks * 5 + np.minimum(weekday, 5)) * _SERVICE_DAY + served)
-
-
-def _due(opened: int, allowed: int) -> int:
-    """`opened` plus `allowed` service seconds (Monday to Friday, 08:00 to 18:00)."""
-    days, second = divmod(opened, DAY)
-    weeks, weekday = divmod(days + 3, 7)  # 1970-01-01 was a Thursday
-    served = min(max(second - _OPENS, 0), _SERVICE_DAY) if weekday < 5 else 0
-    total = (weeks * 5 + min(weekday, 5)) * _SERVICE_DAY + served + allowed
-    whole, rest = divmod(total - 1, _SERVICE_DAY)
-    weeks, weekday = divmod(whole, 5)
-    return (weeks * 7 + weekday - 3) * DAY + _OPENS + rest + 1
-
-
-def _on_shift(team: Team, now: int) -> bool:
-    days, second = divmod(now, DAY)
-    return (days + 3) % 7 in team.weekdays and team.opens * HOUR <= second < team.closes * HOUR
-
-
-def _end(team: Team, start: int, work: int) -> int:
-    """When `work` seconds, begun on shift at `start`, are done: nights and days off do not count."""
-    midnight, close = start - start % DAY, team.closes * HOUR
-    left = midnight + close - start
-    while work > left:
-        work -= left
-        midnight += DAY
-        while (midnight // DAY + 3) % 7 not in team.weekdays:
-            midnight += DAY
-        start, left = midnight + team.opens * HOUR, close - team.opens * HOUR
-    return start + work
 
 
 def _times(seconds: list[int]) -> pa.Array:

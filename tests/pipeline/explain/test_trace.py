@@ -37,7 +37,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 
 @dataclass(frozen=True)
-class World:
+class TraceHarness:
     """A day decided and delivered. Shared: what a test spoils it copies."""
 
     bench: Any
@@ -53,24 +53,24 @@ class World:
         return next(r for r in self.rows if r["arm"] == arm and (r["changed"] or arm == "holdout"))
 
 
-def made(bench: Any, folder: Path, versions: Path) -> Iterator[World]:
+def made(bench: Any, folder: Path, versions: Path) -> Iterator[TraceHarness]:
     registry = Registry(f"sqlite:///{versions / 'mlflow.db'}", (versions / "artifacts").as_uri())  # only read
     batch = bench.decide(registry, bench.last)
     with Ledger.open(f"sqlite:///{folder / 'ledger.db'}", key=KEY) as opened:
         rows = record(opened, bench, batch)
         assert push(opened, Shelf(rows), batch.batch_id, run_id="run-1").complete
-        yield World(bench, registry, batch, opened, rows)
+        yield TraceHarness(bench, registry, batch, opened, rows)
 
 
 @pytest.fixture(scope="module")
-def lines(ads: Any, _two_versions: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def lines(ads: Any, _two_versions: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TraceHarness]:
     """``ad_budget``."""
     folder = tmp_path_factory.mktemp("lines")
     yield from made(ads.copy(folder / "bench"), folder, _two_versions)
 
 
 @pytest.fixture(scope="module")
-def tickets(queue: Any, _two_versions: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def tickets(queue: Any, _two_versions: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TraceHarness]:
     """``ticket_priority`` on a day on which open tickets stand close to their due times: who goes first matters."""
     folder = tmp_path_factory.mktemp("tickets")
     bench = queue.copy(folder / "bench")
@@ -79,9 +79,9 @@ def tickets(queue: Any, _two_versions: Path, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(params=["lines", "tickets"])
-def world(request: pytest.FixtureRequest) -> World:
+def world(request: pytest.FixtureRequest) -> TraceHarness:
     """Each shipped workflow in turn."""
-    found: World = request.getfixturevalue(request.param)
+    found: TraceHarness = request.getfixturevalue(request.param)
     return found
 
 
@@ -161,7 +161,7 @@ def pressed(bench: Any) -> None:
 # --- the chain --------------------------------------------------------------------------------------------------------
 
 
-def test_the_chain_leads_from_downstream_to_the_rows_of_the_files(world: World, unsearched: None) -> None:
+def test_the_chain_leads_from_downstream_to_the_rows_of_the_files(world: TraceHarness, unsearched: None) -> None:
     row, bench, registry = world.some(), world.bench, world.registry
     told = world.explain(row)
     said = told.as_dict()
@@ -189,7 +189,7 @@ def test_the_chain_leads_from_downstream_to_the_rows_of_the_files(world: World, 
     assert "Replay: the same decision to the bit" in lines
 
 
-def test_the_source_rows_are_the_ones_in_the_landed_files(world: World, unsearched: None) -> None:
+def test_the_source_rows_are_the_ones_in_the_landed_files(world: TraceHarness, unsearched: None) -> None:
     row, bench = world.some(), world.bench
     sources = world.explain(row).as_dict()["sources"]
     assert sources["rows"] >= len(sources["listed"]) > 0
@@ -202,7 +202,7 @@ def test_the_source_rows_are_the_ones_in_the_landed_files(world: World, unsearch
         assert row["entity_id"] in lines[one["row"] - 1]
 
 
-def test_source_rows_are_told_as_they_were_known(lines: World, small: Any, unsearched: None) -> None:
+def test_source_rows_are_told_as_they_were_known(lines: TraceHarness, small: Any, unsearched: None) -> None:
     """What replaced a file after the cut-off is not what the decision came from."""
     row = lines.some()
     before = lines.explain(row).as_dict()["sources"]
@@ -220,7 +220,7 @@ def test_source_rows_are_told_as_they_were_known(lines: World, small: Any, unsea
     }
 
 
-def test_a_ticket_says_which_heads_its_index_rests_on(tickets: World, unsearched: None) -> None:
+def test_a_ticket_says_which_heads_its_index_rests_on(tickets: TraceHarness, unsearched: None) -> None:
     score = tickets.explain(tickets.some()).as_dict()["score"]
     assert {h["name"]: h["decides"] for h in score["heads"]} == {"miss": False, "effort": True}
     assert "'effort'" in score["rests_on"] and "hours_to_due" in score["features"]
@@ -231,7 +231,7 @@ def test_a_ticket_says_which_heads_its_index_rests_on(tickets: World, unsearched
         assert sizes == sorted(sizes, reverse=True)
 
 
-def test_what_the_system_shows_now_is_told_beside_what_was_read_back(lines: World, unsearched: None) -> None:
+def test_what_the_system_shows_now_is_told_beside_what_was_read_back(lines: TraceHarness, unsearched: None) -> None:
     row = lines.some()
     now = Reading(row["entity_id"], "a budget", 1, state="closed", says="paused")
     said = lines.explain(row, reading=now)
@@ -297,7 +297,7 @@ def test_a_day_without_change_says_that_nothing_was_scored(
     assert any("the rule has nothing to go by" in r for r in said["batch"]["step_reasons"])
 
 
-def test_a_holdout_says_that_only_another_arm_would_have_changed_it(lines: World) -> None:
+def test_a_holdout_says_that_only_another_arm_would_have_changed_it(lines: TraceHarness) -> None:
     row = lines.some("holdout")
     said = lines.explain(row).as_dict()
     found = said["would_change"]
@@ -306,7 +306,7 @@ def test_a_holdout_says_that_only_another_arm_would_have_changed_it(lines: World
     assert found["arms"]["champion"] == in_arm(lines, row, "champion") != row["after"]
 
 
-def in_arm(world: World, row: dict[str, Any], arm: str) -> Any:
+def in_arm(world: TraceHarness, row: dict[str, Any], arm: str) -> Any:
     inputs = trace._inputs(row, world.bench.lake, world.registry)
     units = inputs.drawn["unit"].to_pylist()
     arms = [arm if u == row["unit"] else a for u, a in zip(units, inputs.drawn["arm"].to_pylist(), strict=True)]
@@ -314,7 +314,7 @@ def in_arm(world: World, row: dict[str, Any], arm: str) -> Any:
     return decide_again(inputs, drawn=drawn)
 
 
-def test_an_exploring_line_says_that_its_coin_decided(lines: World) -> None:
+def test_an_exploring_line_says_that_its_coin_decided(lines: TraceHarness) -> None:
     row = lines.some("explore")
     found = lines.explain(row).as_dict()["would_change"]
     assert "fair coin" in found["says"][0] and found["features"] == found["tried"] == []
@@ -385,7 +385,7 @@ def prove_limit(inputs: counterfactual.Inputs, turn: dict[str, Any]) -> None:
     close(turn)
 
 
-def test_the_smallest_changes_flip_the_decision_and_a_little_less_does_not(world: World) -> None:
+def test_the_smallest_changes_flip_the_decision_and_a_little_less_does_not(world: TraceHarness) -> None:
     rows = [r for r in world.rows if r["arm"] == "champion"]
     picked = rows[1 :: max(1, len(rows) // 2)]
     features, limits = 0, 0
@@ -422,7 +422,7 @@ def test_a_ticket_left_to_people_says_where_the_review_line_would_have_to_lie(
         assert turn["unchanged_at"] < uncertain <= turn["value"], "at its own uncertainty it is decided on"
 
 
-def test_a_search_that_is_cut_short_says_so(lines: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_that_is_cut_short_says_so(lines: TraceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(counterfactual, "MOST", 30)
     told = lines.explain(lines.some())
     found = told.as_dict()["would_change"]
@@ -490,7 +490,13 @@ def lose(table: str) -> Callable[[Any, Registry], None]:
     ids=["model", "run", "features", "arms", "events", "specs"],
 )
 def test_what_is_gone_is_said_in_its_place_and_the_rest_is_told(
-    lines: World, tmp_path: Path, registry: Registry, unsearched: None, losing: Any, lost: set[str], kept: set[str]
+    lines: TraceHarness,
+    tmp_path: Path,
+    registry: Registry,
+    unsearched: None,
+    losing: Any,
+    lost: set[str],
+    kept: set[str],
 ) -> None:
     bench = lines.bench.copy(tmp_path / "lost")
     losing(bench, registry)
@@ -502,7 +508,7 @@ def test_what_is_gone_is_said_in_its_place_and_the_rest_is_told(
     assert sum("gone:" in line for line in told.lines()) >= len(lost)
 
 
-def test_a_forgotten_name_is_not_told_again(lines: World, ledger: Ledger) -> None:
+def test_a_forgotten_name_is_not_told_again(lines: TraceHarness, ledger: Ledger) -> None:
     row = record(ledger, lines.bench, lines.batch)[0]
     ledger.forget(row["entity_id"])
     told = explain(ledger, lines.bench.lake, lines.registry, row["decision_id"])
@@ -512,7 +518,7 @@ def test_a_forgotten_name_is_not_told_again(lines: World, ledger: Ledger) -> Non
     assert row["entity_id"] not in json.dumps(said) + "\n".join(told.lines())
 
 
-def test_after_the_ledgers_retention_the_lake_tells(lines: World, ledger: Ledger, unsearched: None) -> None:
+def test_after_the_ledgers_retention_the_lake_tells(lines: TraceHarness, ledger: Ledger, unsearched: None) -> None:
     rows = record(ledger, lines.bench, lines.batch)
     lake, registry = lines.bench.lake, lines.registry
     push(ledger, Shelf(rows), rows[0]["batch_id"])
@@ -526,7 +532,7 @@ def test_after_the_ledgers_retention_the_lake_tells(lines: World, ledger: Ledger
 
 
 def test_a_decision_that_the_ledger_never_had_is_told_from_the_lake_and_an_unknown_one_refused(
-    lines: World, ledger: Ledger, unsearched: None
+    lines: TraceHarness, ledger: Ledger, unsearched: None
 ) -> None:
     lake, registry = lines.bench.lake, lines.registry
     told = explain(ledger, lake, registry, lines.rows[0]["decision_id"])
@@ -576,7 +582,9 @@ def test_a_decision_of_a_batch_of_which_nothing_was_sent_has_not_acted(
 # --- rollbacks --------------------------------------------------------------------------------------------------------
 
 
-def test_a_rollback_tells_what_it_took_back_and_who_asked(lines: World, ledger: Ledger, unsearched: None) -> None:
+def test_a_rollback_tells_what_it_took_back_and_who_asked(
+    lines: TraceHarness, ledger: Ledger, unsearched: None
+) -> None:
     rows = record(ledger, lines.bench, lines.batch)
     lake, registry = lines.bench.lake, lines.registry
     shelf = Shelf(rows)

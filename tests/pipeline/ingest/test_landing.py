@@ -20,8 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline import ingest as landing
-from pipeline.ingest import IngestResult, discover, ingest, manifest, readers
-from pipeline.ingest import landing as ingesting
+from pipeline.ingest import IngestResult, discover, ingest, landing_step, manifest, readers
 from pipeline.lake import Lake, content_digest
 from pipeline.workflow import Contract, Source, Workflow
 from tests.support.properties import examples
@@ -54,7 +53,7 @@ def line(name: str, at: str = "2024-05-01", known: str = "2024-05-02", amount: o
     return f"{name},{at},{known},{amount},{side}\n"
 
 
-class Desk:
+class LandingHarness:
     """A landing zone with one workflow, and the lake behind it."""
 
     def __init__(self, root: Path, lake: Path | None = None) -> None:
@@ -103,11 +102,11 @@ class Desk:
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    yield Desk(tmp_path)
+def desk(tmp_path: Path) -> Iterator[LandingHarness]:
+    yield LandingHarness(tmp_path)
 
 
-def test_the_first_broken_rule_in_the_documented_order_names_the_row(desk: Desk) -> None:
+def test_the_first_broken_rule_in_the_documented_order_names_the_row(desk: LandingHarness) -> None:
     desk.put(
         "a.csv",
         line("a", amount="x", side="up"),
@@ -146,20 +145,20 @@ def test_the_first_broken_rule_in_the_documented_order_names_the_row(desk: Desk)
     assert details[9] == "id = i stands already in row 9 of a.csv"
 
 
-def test_a_row_that_is_broken_itself_pushes_out_no_other(desk: Desk) -> None:
+def test_a_row_that_is_broken_itself_pushes_out_no_other(desk: LandingHarness) -> None:
     desk.put("a.csv", line("a", amount=-1), line("a", amount=7))
     desk.land()
     assert desk.live() == {"a": 7.0}
 
 
-def test_texts_that_mean_null_are_null_and_stand_in_the_raw_row(desk: Desk) -> None:
+def test_texts_that_mean_null_are_null_and_stand_in_the_raw_row(desk: LandingHarness) -> None:
     desk.put("a.csv", line("a", side="?"), line("?", side="left"))
     desk.land(null=["?"])
     assert [e["side"] for e in desk.rows("events")] == [None]
     assert json.loads(desk.rows("quarantine")[0]["raw"])["id"] == "?"
 
 
-def test_times_with_an_offset_are_turned_to_utc(desk: Desk) -> None:
+def test_times_with_an_offset_are_turned_to_utc(desk: LandingHarness) -> None:
     desk.put("a.csv", line("a", at="2024-05-01T00:30:00+02:00"), line("b", at="2024-05-01 00:30:00Z"))
     desk.land()
     found = {e["id"]: (e["event_at"], e["day"]) for e in desk.rows("events")}
@@ -168,12 +167,12 @@ def test_times_with_an_offset_are_turned_to_utc(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize("at", ["0016-05-01", "infinity", "9999-12-31", "5/1/2024", "2024-02-30", "1-2-16"])
-def test_a_time_that_cannot_be_meant_is_quarantined(desk: Desk, at: str) -> None:
+def test_a_time_that_cannot_be_meant_is_quarantined(desk: LandingHarness, at: str) -> None:
     desk.put("a.csv", line("a", at=at))
     assert desk.land().rules == {"type:event_at": 1}
 
 
-def test_every_row_of_every_file_is_accepted_or_quarantined(desk: Desk) -> None:
+def test_every_row_of_every_file_is_accepted_or_quarantined(desk: LandingHarness) -> None:
     for day in range(1, 6):
         desk.put(
             f"2024-05-0{day}.csv", *(line(f"{day}-{i}", amount=i - 2) for i in range(50)), "too,few\n", line("same")
@@ -185,7 +184,7 @@ def test_every_row_of_every_file_is_accepted_or_quarantined(desk: Desk) -> None:
     assert found.versions == {f"shop/{t}": desk.lake.version(f"shop/{t}") for t in ("events", "quarantine", "files")}
 
 
-def test_days_choose_among_files_that_name_their_day(desk: Desk) -> None:
+def test_days_choose_among_files_that_name_their_day(desk: LandingHarness) -> None:
     for day in (1, 2, 3):
         desk.put(f"in-2024-05-0{day}.csv", line(str(day)))
     desk.put("in-latest.csv", line("never"))
@@ -196,15 +195,15 @@ def test_days_choose_among_files_that_name_their_day(desk: Desk) -> None:
 
 
 def test_a_landing_zone_whose_path_looks_like_a_pattern_is_read_as_it_is(tmp_path: Path) -> None:
-    desk = Desk(tmp_path / "a[bc]*", tmp_path / "lake")
-    other = Desk(tmp_path / "ab")
+    desk = LandingHarness(tmp_path / "a[bc]*", tmp_path / "lake")
+    other = LandingHarness(tmp_path / "ab")
     other.put("never.csv", line("never"))
     desk.put("it's ü.csv", line("a"))
     assert desk.land().new == ("it's ü.csv",)
     assert desk.land().new == ()
 
 
-def test_files_at_an_address_land_without_its_secrets_in_the_manifest(desk: Desk) -> None:
+def test_files_at_an_address_land_without_its_secrets_in_the_manifest(desk: LandingHarness) -> None:
     memory = fsspec.filesystem("memory")
     memory.pipe("/bucket/in/a.csv", (HEADER + line("a")).encode())
     try:
@@ -213,7 +212,7 @@ def test_files_at_an_address_land_without_its_secrets_in_the_manifest(desk: Desk
         memory.rm("/bucket", recursive=True)
 
 
-def test_two_sources_of_one_workflow_may_read_the_same_file(desk: Desk) -> None:
+def test_two_sources_of_one_workflow_may_read_the_same_file(desk: LandingHarness) -> None:
     desk.put("a.csv", line("a"), line("b"))
     (desk.root / "other.sql").write_text(SQL.replace("id,", "'o-' || id AS id,"))
     found = desk.land(sources={"first": {}, "second": {"sql": "other.sql"}})
@@ -221,7 +220,7 @@ def test_two_sources_of_one_workflow_may_read_the_same_file(desk: Desk) -> None:
     assert {(r["source"], r["status"]) for r in desk.rows("files")} == {("first", "landed"), ("second", "landed")}
 
 
-def test_a_refused_file_is_recorded_once_however_often_it_is_tried(desk: Desk) -> None:
+def test_a_refused_file_is_recorded_once_however_often_it_is_tried(desk: LandingHarness) -> None:
     desk.put("bad.csv", "a,b\n")
     (desk.zone / "bad.csv").write_text("a,b\n1,2\n")
     first = desk.land()
@@ -230,7 +229,7 @@ def test_a_refused_file_is_recorded_once_however_often_it_is_tried(desk: Desk) -
     assert [r["landed_at"] for r in desk.rows("files")] == [NOW]
 
 
-def test_landing_times_are_kept_when_a_file_is_seen_again(desk: Desk) -> None:
+def test_landing_times_are_kept_when_a_file_is_seen_again(desk: LandingHarness) -> None:
     (desk.root / "mapping.sql").write_text(SQL.replace("known AS known_at,", ""))
     desk.put("a.csv", line("a"))
     desk.land(known_at="landing")
@@ -243,7 +242,7 @@ def test_landing_times_are_kept_when_a_file_is_seen_again(desk: Desk) -> None:
 # --- restated files
 
 
-def test_a_restated_file_supersedes_its_rows_and_is_known_from_then_on(desk: Desk) -> None:
+def test_a_restated_file_supersedes_its_rows_and_is_known_from_then_on(desk: LandingHarness) -> None:
     desk.put("a.csv", line("a", amount=1), line("b", amount=2), line("c", amount=-1))
     desk.put("b.csv", line("z"))
     desk.land()
@@ -260,7 +259,7 @@ def test_a_restated_file_supersedes_its_rows_and_is_known_from_then_on(desk: Des
     assert states == [("landed", NOW, LATER), ("landed", LATER, None)]
 
 
-def test_every_point_in_time_sees_one_content_of_a_path(desk: Desk) -> None:
+def test_every_point_in_time_sees_one_content_of_a_path(desk: LandingHarness) -> None:
     times = [NOW + timedelta(hours=h) for h in range(3)]
     for now, amount in zip(times, (1, 2, 1), strict=True):
         desk.put("a.csv", line("a", amount=amount), line("b", amount=amount))
@@ -274,7 +273,7 @@ def test_every_point_in_time_sees_one_content_of_a_path(desk: Desk) -> None:
     assert len(events) == 6 and len(desk.rows("files")) == 3
 
 
-def test_a_bad_replacement_leaves_the_landed_rows_live(desk: Desk) -> None:
+def test_a_bad_replacement_leaves_the_landed_rows_live(desk: LandingHarness) -> None:
     desk.put("a.csv", line("a"))
     desk.land()
     (desk.zone / "a.csv").write_text("nonsense\n1\n")
@@ -285,7 +284,7 @@ def test_a_bad_replacement_leaves_the_landed_rows_live(desk: Desk) -> None:
     assert [r["status"] for r in desk.rows("files")] == ["landed"]
 
 
-def test_rows_stay_while_another_path_holds_the_same_content(desk: Desk) -> None:
+def test_rows_stay_while_another_path_holds_the_same_content(desk: LandingHarness) -> None:
     desk.put("a.csv", line("a"))
     desk.put("b.csv", line("a"))
     desk.land()
@@ -296,7 +295,7 @@ def test_rows_stay_while_another_path_holds_the_same_content(desk: Desk) -> None
     assert status == {("a.csv", "landed", 1), ("b.csv", "landed", 1)}
 
 
-def test_two_paths_that_swap_their_contents_keep_every_row_once(desk: Desk) -> None:
+def test_two_paths_that_swap_their_contents_keep_every_row_once(desk: LandingHarness) -> None:
     desk.put("a.csv", line("a"))
     desk.put("b.csv", line("b"))
     desk.land()
@@ -307,7 +306,7 @@ def test_two_paths_that_swap_their_contents_keep_every_row_once(desk: Desk) -> N
     assert sorted(live) == ["a", "b"]
 
 
-def test_a_landing_into_one_day_leaves_the_files_of_other_days_alone(desk: Desk) -> None:
+def test_a_landing_into_one_day_leaves_the_files_of_other_days_alone(desk: LandingHarness) -> None:
     days = [date(2024, 1, 1) + timedelta(days=n) for n in range(8)]
     for day in days:
         desk.put(f"{day}.csv", *(line(f"{day}-{i}", at=str(day)) for i in range(3)))
@@ -319,7 +318,7 @@ def test_a_landing_into_one_day_leaves_the_files_of_other_days_alone(desk: Desk)
     assert {p.parent.name for p in new} == {"day=2024-01-05"}
 
 
-def test_a_second_ingest_of_the_workflow_waits_for_the_first(desk: Desk) -> None:
+def test_a_second_ingest_of_the_workflow_waits_for_the_first(desk: LandingHarness) -> None:
     desk.put("a.csv", line("a"))
     with ThreadPoolExecutor(1) as pool:
         with manifest._only_writer(desk.lake, "shop"):
@@ -357,14 +356,14 @@ def _dying(monkeypatch: pytest.MonkeyPatch, at: int, after: bool = False) -> Ite
         yield
 
 
-def _stage_one(desk: Desk) -> None:
+def _stage_one(desk: LandingHarness) -> None:
     desk.put("a.csv", line("a"), line("b", amount=-1), line("c", at="2024-04-30"))
     desk.put("b.csv", line("d"), "torn\n")
     (desk.zone / "bad.csv").write_text("x\n1\n")
     desk.land()
 
 
-def _stage_two(desk: Desk) -> None:
+def _stage_two(desk: LandingHarness) -> None:
     desk.put("a.csv", line("a", amount=5), line("b", amount=-2), line("e"))
     desk.put("c.csv", line("f"), line("d", amount=3))
     desk.put("copy.csv", line("f"), line("d", amount=3))
@@ -372,7 +371,7 @@ def _stage_two(desk: Desk) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    desk = Desk(tmp_path_factory.mktemp("undisturbed"))
+    desk = LandingHarness(tmp_path_factory.mktemp("undisturbed"))
     _stage_one(desk)
     _stage_two(desk)
     desk.land(now=LATER)
@@ -382,7 +381,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize("after", [False, True], ids=["before_the_write", "after_the_write"])
 @pytest.mark.parametrize("at", range(1, 5))
 def test_a_crash_at_any_write_ends_in_the_same_tables(
-    desk: Desk, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch, at: int, after: bool
+    desk: LandingHarness, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch, at: int, after: bool
 ) -> None:
     _stage_one(desk)
     _stage_two(desk)
@@ -396,7 +395,7 @@ def test_a_crash_at_any_write_ends_in_the_same_tables(
 
 
 def test_a_crash_in_the_recovery_of_a_crash_ends_in_the_same_tables(
-    desk: Desk, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    desk: LandingHarness, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _stage_one(desk)
     _stage_two(desk)
@@ -409,7 +408,7 @@ def test_a_crash_in_the_recovery_of_a_crash_ends_in_the_same_tables(
 
 @pytest.mark.parametrize("at", [2, 3, 4])
 def test_what_an_earlier_release_left_interrupted_is_taken_back(
-    desk: Desk, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch, at: int
+    desk: LandingHarness, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     _stage_one(desk)
     _stage_two(desk)
@@ -418,7 +417,7 @@ def test_what_an_earlier_release_left_interrupted_is_taken_back(
         return dataclasses.replace(record, **fields | ({"reason": None} if fields.get("status") == "landing" else {}))
 
     with monkeypatch.context() as patched:
-        patched.setattr(ingesting, "replace", unsaid)
+        patched.setattr(landing_step, "replace", unsaid)
         with _dying(monkeypatch, at), pytest.raises(KeyboardInterrupt):
             desk.land(now=LATER)
     assert [r["reason"] for r in desk.rows("files") if r["status"] == "landing"] == [None] * 3
@@ -427,7 +426,7 @@ def test_what_an_earlier_release_left_interrupted_is_taken_back(
 
 
 def test_an_interrupted_file_that_changed_before_the_next_run_leaves_nothing_behind(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
+    desk: LandingHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk.put("a.csv", line("a"))
     desk.land()
@@ -504,7 +503,7 @@ def _read(text: str, chunk: int) -> landing.Raw:
 def test_a_damaged_file_lands_whole_or_not_at_all(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, int]], damage: list[tuple[int, str]]
 ) -> None:
-    desk = Desk(tmp_path_factory.mktemp("damaged"))
+    desk = LandingHarness(tmp_path_factory.mktemp("damaged"))
     text = "".join(line(name, amount=amount) for name, amount in rows)
     for at, piece in damage:
         text = text[: min(at, len(text))] + piece + text[min(at, len(text)) :]
@@ -520,7 +519,7 @@ def test_a_damaged_file_lands_whole_or_not_at_all(
     assert all(0 <= a <= 1000 for a in amounts)
 
 
-def test_the_files_of_a_source_come_sorted_whatever_the_order_of_days(desk: Desk) -> None:
+def test_the_files_of_a_source_come_sorted_whatever_the_order_of_days(desk: LandingHarness) -> None:
     for day in (3, 1, 2):
         desk.put(f"2024-05-0{day}.csv", line("a"))
     source = Source.model_validate({**FIELDS, "files": "{day}.csv"})

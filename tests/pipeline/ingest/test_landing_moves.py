@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.ingest import manifest
-from tests.pipeline.ingest.test_landing import CONTRACT, LATER, NOW, SQL, Desk, _dying, line
+from tests.pipeline.ingest.test_landing import CONTRACT, LATER, NOW, SQL, LandingHarness, _dying, line
 from tests.support.properties import examples
 
 HOUR = timedelta(hours=1)
@@ -25,11 +25,11 @@ BY_MOMENT["events"]["unique"] = ["id", "known_at"]
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    yield Desk(tmp_path)
+def desk(tmp_path: Path) -> Iterator[LandingHarness]:
+    yield LandingHarness(tmp_path)
 
 
-def seen(desk: Desk, at: datetime) -> list[tuple[str, float]]:
+def seen(desk: LandingHarness, at: datetime) -> list[tuple[str, float]]:
     """What is visible as of a time."""
     return sorted(
         (e["id"], e["amount"])
@@ -38,11 +38,11 @@ def seen(desk: Desk, at: datetime) -> list[tuple[str, float]]:
     )
 
 
-def names(desk: Desk, at: datetime) -> list[str]:
+def names(desk: LandingHarness, at: datetime) -> list[str]:
     return [name for name, _ in seen(desk, at)]
 
 
-def standing(desk: Desk) -> dict[str, tuple[str, str]]:
+def standing(desk: LandingHarness) -> dict[str, tuple[str, str]]:
     """Path → (status, whose double) of what the paths hold."""
     return {
         r["path"]: (r["status"], r["duplicate_of"])
@@ -51,14 +51,14 @@ def standing(desk: Desk) -> dict[str, tuple[str, str]]:
     }
 
 
-def rotate(desk: Desk, *paths: str) -> None:
+def rotate(desk: LandingHarness, *paths: str) -> None:
     """Each file takes the next one's name, the last is lost."""
     for older, newer in zip(reversed(paths), [*reversed(paths)][1:], strict=False):
         if (desk.zone / newer).exists():
             (desk.zone / newer).replace(desk.zone / older)
 
 
-def test_a_rotation_in_one_ingest_changes_no_point_in_time(desk: Desk) -> None:
+def test_a_rotation_in_one_ingest_changes_no_point_in_time(desk: LandingHarness) -> None:
     desk.put("export.csv", line("a"), line("b"))
     desk.land(files="export.csv*")
     rotate(desk, "export.csv", "export.csv.1")
@@ -73,7 +73,7 @@ def test_a_rotation_in_one_ingest_changes_no_point_in_time(desk: Desk) -> None:
     }
 
 
-def test_a_rotation_over_several_ingests_changes_no_point_in_time(desk: Desk) -> None:
+def test_a_rotation_over_several_ingests_changes_no_point_in_time(desk: LandingHarness) -> None:
     desk.put("export.csv", line("a"))
     desk.land(files="export.csv*")
     rotate(desk, "export.csv", "export.csv.1")
@@ -85,7 +85,7 @@ def test_a_rotation_over_several_ingests_changes_no_point_in_time(desk: Desk) ->
 
 
 @pytest.mark.parametrize("between", [False, True], ids=["at_once", "step_by_step"])
-def test_what_falls_off_the_end_of_a_rotation_stays(desk: Desk, between: bool) -> None:
+def test_what_falls_off_the_end_of_a_rotation_stays(desk: LandingHarness, between: bool) -> None:
     chain = ("export.csv", "export.csv.1", "export.csv.2")
     for n, name in enumerate("abcdef"):
         rotate(desk, *chain)
@@ -98,7 +98,7 @@ def test_what_falls_off_the_end_of_a_rotation_stays(desk: Desk, between: bool) -
     assert sum(r.status == "landed" for r in manifest.Manifest.read(desk.lake, "shop/files").owners()) == 6
 
 
-def test_a_file_that_took_anothers_name_is_restated_there(desk: Desk) -> None:
+def test_a_file_that_took_anothers_name_is_restated_there(desk: LandingHarness) -> None:
     desk.put("a.csv", line("a"))
     desk.land()
     (desk.zone / "a.csv").rename(desk.zone / "b.csv")
@@ -108,7 +108,7 @@ def test_a_file_that_took_anothers_name_is_restated_there(desk: Desk) -> None:
     assert (names(desk, NOW + HOUR), names(desk, LATER)) == (["a"], ["b"])
 
 
-def test_a_swap_moves_no_row(desk: Desk) -> None:
+def test_a_swap_moves_no_row(desk: LandingHarness) -> None:
     desk.put("a.csv", line("a"))
     desk.put("b.csv", line("b"))
     desk.land()
@@ -121,7 +121,7 @@ def test_a_swap_moves_no_row(desk: Desk) -> None:
     assert standing(desk) == {"a.csv": ("landed", None), "b.csv": ("landed", None)}
 
 
-def test_an_old_content_under_a_new_name_brings_nothing_back_to_life(desk: Desk) -> None:
+def test_an_old_content_under_a_new_name_brings_nothing_back_to_life(desk: LandingHarness) -> None:
     desk.put("a.csv", line("a"))
     desk.land()
     desk.put("a.csv", line("b"))
@@ -137,7 +137,7 @@ def test_an_old_content_under_a_new_name_brings_nothing_back_to_life(desk: Desk)
     assert (names(desk, NOW), names(desk, LATER), names(desk, LATER + HOUR)) == (["a"], ["b"], ["a"])
 
 
-def test_a_path_that_comes_back_to_what_it_held_is_restated(desk: Desk) -> None:
+def test_a_path_that_comes_back_to_what_it_held_is_restated(desk: LandingHarness) -> None:
     for n, name in enumerate(["a", "b", "a"]):
         desk.put("a.csv", line(name), line("bad", amount=-1))
         desk.land(NOW + n * HOUR)
@@ -145,7 +145,7 @@ def test_a_path_that_comes_back_to_what_it_held_is_restated(desk: Desk) -> None:
     assert [q["superseded_at"] for q in desk.rows("quarantine") if q["superseded_at"] is None] == [None]
 
 
-def test_a_vanished_file_keeps_its_rows(desk: Desk) -> None:
+def test_a_vanished_file_keeps_its_rows(desk: LandingHarness) -> None:
     desk.put("a.csv", line("a"))
     desk.land()
     (desk.zone / "a.csv").unlink()
@@ -153,7 +153,7 @@ def test_a_vanished_file_keeps_its_rows(desk: Desk) -> None:
     assert names(desk, LATER) == ["a"]
 
 
-def test_a_rotation_that_packs_the_file_adds_nothing(desk: Desk) -> None:
+def test_a_rotation_that_packs_the_file_adds_nothing(desk: LandingHarness) -> None:
     import gzip
 
     desk.put("export.csv", line("a"), line("b"))
@@ -166,7 +166,7 @@ def test_a_rotation_that_packs_the_file_adds_nothing(desk: Desk) -> None:
     assert [e["known_at"] for e in desk.rows("events") if e["id"] == "a" and e["superseded_at"] is None] == [LATER]
 
 
-def test_a_bad_file_in_a_rotation_stops_no_other(desk: Desk) -> None:
+def test_a_bad_file_in_a_rotation_stops_no_other(desk: LandingHarness) -> None:
     desk.put("export.csv", line("a"))
     desk.land(files="export.csv*")
     rotate(desk, "export.csv", "export.csv.1")
@@ -178,7 +178,7 @@ def test_a_bad_file_in_a_rotation_stops_no_other(desk: Desk) -> None:
     assert (names(desk, LATER), names(desk, LATER + HOUR)) == (["a"], ["a", "b"])
 
 
-def test_a_run_of_some_days_looks_for_a_content_in_the_files_of_all(desk: Desk) -> None:
+def test_a_run_of_some_days_looks_for_a_content_in_the_files_of_all(desk: LandingHarness) -> None:
     first, second = "in-2024-05-01.csv", "in-2024-05-02.csv"
     desk.put(first, line("a"))
     desk.land(files="in-{day}.csv")
@@ -194,7 +194,7 @@ def test_a_run_of_some_days_looks_for_a_content_in_the_files_of_all(desk: Desk) 
 # --- duplicates of rows that left
 
 
-def test_a_duplicate_comes_in_when_the_row_that_pushed_it_out_has_left(desk: Desk) -> None:
+def test_a_duplicate_comes_in_when_the_row_that_pushed_it_out_has_left(desk: LandingHarness) -> None:
     desk.put("a.csv", line("K", amount=1), line("a"))
     desk.put("b.csv", line("K", amount=2), line("b"))
     desk.put("c.csv", line("K", amount=3))
@@ -215,7 +215,7 @@ def test_a_duplicate_comes_in_when_the_row_that_pushed_it_out_has_left(desk: Des
     assert desk.land(LATER + 2 * HOUR).admitted == 0
 
 
-def test_a_duplicate_of_another_source_comes_in_too(desk: Desk) -> None:
+def test_a_duplicate_of_another_source_comes_in_too(desk: LandingHarness) -> None:
     desk.put("a.csv", line("K"), line("a"))
     desk.put("other/b.csv", line("K", amount=2))
     said: dict[str, dict[str, Any]] = {"first": {}, "second": {"files": "other/*.csv"}}
@@ -225,7 +225,7 @@ def test_a_duplicate_of_another_source_comes_in_too(desk: Desk) -> None:
     assert desk.live() == {"a": 1.0, "K": 2.0}
 
 
-def test_a_row_pushed_out_by_one_that_leaves_in_the_same_run_comes_in(desk: Desk) -> None:
+def test_a_row_pushed_out_by_one_that_leaves_in_the_same_run_comes_in(desk: LandingHarness) -> None:
     desk.put("b.csv", line("K"))
     desk.land()
     desk.put("a.csv", line("K", amount=2))
@@ -235,7 +235,7 @@ def test_a_row_pushed_out_by_one_that_leaves_in_the_same_run_comes_in(desk: Desk
     assert desk.rows("quarantine") == []
 
 
-def test_what_comes_late_is_known_no_earlier_than_the_row_left_whose_columns_it_has(desk: Desk) -> None:
+def test_what_comes_late_is_known_no_earlier_than_the_row_left_whose_columns_it_has(desk: LandingHarness) -> None:
     desk.put("a.csv", line("K"))
     desk.land()
     desk.put("a.csv", line("a"))
@@ -246,7 +246,7 @@ def test_what_comes_late_is_known_no_earlier_than_the_row_left_whose_columns_it_
         assert names(desk, at).count("K") == 1
 
 
-def test_a_duplicate_comes_in_when_the_restated_row_in_the_place_of_its_double_has_left(desk: Desk) -> None:
+def test_a_duplicate_comes_in_when_the_restated_row_in_the_place_of_its_double_has_left(desk: LandingHarness) -> None:
     desk.put("a.csv", line("K", amount=1), line("a"))
     desk.put("b.csv", line("K", amount=2), line("b"))
     desk.land(contract=BY_MOMENT)
@@ -260,7 +260,7 @@ def test_a_duplicate_comes_in_when_the_restated_row_in_the_place_of_its_double_h
     assert desk.land(NOW + 5 * HOUR, contract=BY_MOMENT).new == ()
 
 
-def test_of_duplicates_that_come_in_at_one_moment_what_upstream_told_last_stands(desk: Desk) -> None:
+def test_of_duplicates_that_come_in_at_one_moment_what_upstream_told_last_stands(desk: LandingHarness) -> None:
     early, late = "2024-05-01 12:00:00", "2024-05-02"
     desk.put("a.csv", line("K", known=early), line("K", known=late), line("a"))
     desk.put("b.csv", line("K", known=early, amount=5), line("b"))
@@ -271,7 +271,9 @@ def test_of_duplicates_that_come_in_at_one_moment_what_upstream_told_last_stands
     assert [v for k, v in seen(desk, LATER) if k == "K"] == [7]
 
 
-def test_what_comes_late_is_known_no_earlier_than_the_last_that_stood_in_the_place_of_its_double(desk: Desk) -> None:
+def test_what_comes_late_is_known_no_earlier_than_the_last_that_stood_in_the_place_of_its_double(
+    desk: LandingHarness,
+) -> None:
     desk.put("a.csv", line("K"))
     desk.land(contract=BY_MOMENT)
     for n in range(1, 6):
@@ -289,7 +291,7 @@ def test_a_crash_while_files_rotate_and_duplicates_come_in_ends_in_the_same_tabl
 ) -> None:
     found = []
     for name in ("undisturbed", "crashing"):
-        desk = Desk(tmp_path / name)
+        desk = LandingHarness(tmp_path / name)
         desk.put("export.csv", line("a"), line("x", amount=-1))
         desk.put("k.csv", line("K"), line("k", amount=-1))
         desk.put("l.csv", line("K", amount=2))
@@ -302,7 +304,7 @@ def test_a_crash_while_files_rotate_and_duplicates_come_in_ends_in_the_same_tabl
                 desk.land(LATER, files="*.csv*")
         desk.land(LATER if (at, after) == (1, False) else LATER + HOUR, files="*.csv*")
         found.append(desk)
-    plain = Desk.digests(found[0])
+    plain = LandingHarness.digests(found[0])
     if (at, after) == (1, False):
         assert found[1].digests() == plain
     assert found[1].live() == found[0].live() == {"a": 1.0, "c": 1.0, "k": 1.0, "K": 2.0}
@@ -351,11 +353,11 @@ class Model:
                 del self.held[path]  # renamed
 
 
-class World:
+class MovesHarness:
     """A desk, the model, and what was seen at each ingest."""
 
     def __init__(self, root: Path, by_moment: bool = False) -> None:
-        self.desk, self.model, self.zone, self.made, self.now = Desk(root), Model(), dict[str, int](), 0, NOW
+        self.desk, self.model, self.zone, self.made, self.now = LandingHarness(root), Model(), dict[str, int](), 0, NOW
         self.by_moment = by_moment
         if not by_moment:
             (root / "mapping.sql").write_text(SQL.replace("known AS known_at,", ""))
@@ -448,7 +450,7 @@ DOUBLED = [
 def test_whatever_people_do_to_a_zone_the_past_stays_and_each_content_stands_once(
     tmp_path_factory: pytest.TempPathFactory, by_moment: bool, acts: list[tuple[str, str, str, int]]
 ) -> None:
-    world = World(tmp_path_factory.mktemp("zone"), by_moment)
+    world = MovesHarness(tmp_path_factory.mktemp("zone"), by_moment)
     world.do("put", PATHS[0], PATHS[0], 0)
     world.ingest()
     for act in acts:

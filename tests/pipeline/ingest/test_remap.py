@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from pipeline.ingest import RemapResult, remap
 from pipeline.workflow import FOLDER, Contract, Source, Workflow, load
-from tests.pipeline.ingest.test_landing import CONTRACT, FIELDS, LATER, NOW, SQL, Desk, _dying, line
+from tests.pipeline.ingest.test_landing import CONTRACT, FIELDS, LATER, NOW, SQL, LandingHarness, _dying, line
 from tests.pipeline.ingest.test_landing_moves import names, seen
 
 HALVED = SQL.replace("amount,", "CAST(CAST(amount AS DOUBLE) / 2 AS VARCHAR) AS amount,")
@@ -27,7 +27,7 @@ def contract(**events: Any) -> dict[str, Any]:
 
 
 def again(
-    desk: Desk, said: dict[str, Any] = CONTRACT, since: date | None = None, now: Any = LATER, **fields: Any
+    desk: LandingHarness, said: dict[str, Any] = CONTRACT, since: date | None = None, now: Any = LATER, **fields: Any
 ) -> RemapResult:
     workflow = Workflow.model_construct(
         name="shop",
@@ -39,16 +39,18 @@ def again(
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    yield Desk(tmp_path)
+def desk(tmp_path: Path) -> Iterator[LandingHarness]:
+    yield LandingHarness(tmp_path)
 
 
-def correct(desk: Desk, sql: str = HALVED) -> None:
+def correct(desk: LandingHarness, sql: str = HALVED) -> None:
     (desk.root / "mapping.sql").write_text(sql)
 
 
-def test_a_corrected_mapping_is_applied_as_if_it_had_been_so_from_the_start(desk: Desk, tmp_path: Path) -> None:
-    fresh = Desk(tmp_path / "fresh")
+def test_a_corrected_mapping_is_applied_as_if_it_had_been_so_from_the_start(
+    desk: LandingHarness, tmp_path: Path
+) -> None:
+    fresh = LandingHarness(tmp_path / "fresh")
     correct(fresh)
     for one in (desk, fresh):
         one.put("a.csv", line("a", amount=8), line("K", amount=1500, side="right"))
@@ -65,7 +67,7 @@ def test_a_corrected_mapping_is_applied_as_if_it_had_been_so_from_the_start(desk
     assert again(desk).mapped == (), "what stands by the present mapping is left alone"
 
 
-def test_until_then_ingest_says_which_files_are_outdated(desk: Desk) -> None:
+def test_until_then_ingest_says_which_files_are_outdated(desk: LandingHarness) -> None:
     desk.put("a.csv", line("a"))
     assert desk.land().outdated == ()
     correct(desk)
@@ -78,7 +80,7 @@ def test_until_then_ingest_says_which_files_are_outdated(desk: Desk) -> None:
     assert desk.land(LATER, null=["-"]).outdated == ("a.csv",)
 
 
-def test_rows_are_known_from_when_they_were(desk: Desk) -> None:
+def test_rows_are_known_from_when_they_were(desk: LandingHarness) -> None:
     correct(desk, SQL.replace("known AS known_at,", ""))
     desk.put("a.csv", line("a", amount=8))
     desk.land(known_at="landing")
@@ -96,7 +98,7 @@ def test_rows_are_known_from_when_they_were(desk: Desk) -> None:
     assert seen(desk, LATER + HOUR) == [("a", 4.0), ("b", 3.0)]
 
 
-def test_a_row_that_came_in_late_is_known_no_earlier_after_remap(desk: Desk) -> None:
+def test_a_row_that_came_in_late_is_known_no_earlier_after_remap(desk: LandingHarness) -> None:
     correct(desk, SQL.replace("known AS known_at,", ""))
     desk.put("a.csv", line("K"), line("a"))
     desk.put("b.csv", line("K", amount=2))
@@ -109,7 +111,7 @@ def test_a_row_that_came_in_late_is_known_no_earlier_after_remap(desk: Desk) -> 
     assert ("K", 1.0) in seen(desk, NOW) and ("K", 1.0) in seen(desk, LATER)
 
 
-def test_files_that_are_gone_or_refused_keep_their_rows_and_are_named(desk: Desk) -> None:
+def test_files_that_are_gone_or_refused_keep_their_rows_and_are_named(desk: LandingHarness) -> None:
     for name in "abc":
         desk.put(f"{name}.csv", line(name, amount=8))
     desk.land()
@@ -121,7 +123,7 @@ def test_files_that_are_gone_or_refused_keep_their_rows_and_are_named(desk: Desk
     assert desk.live() == {"a": 8.0, "b": 8.0, "c": 8.0}
 
 
-def test_a_content_is_found_under_the_name_of_its_copy(desk: Desk) -> None:
+def test_a_content_is_found_under_the_name_of_its_copy(desk: LandingHarness) -> None:
     desk.put("a.csv", line("a", amount=8))
     desk.put("b.csv", line("a", amount=8))
     desk.land()
@@ -130,7 +132,7 @@ def test_a_content_is_found_under_the_name_of_its_copy(desk: Desk) -> None:
     assert len(again(desk).mapped) == 1 and desk.live() == {"a": 4.0}
 
 
-def test_days_choose_the_files_whose_rows_reach_them(desk: Desk) -> None:
+def test_days_choose_the_files_whose_rows_reach_them(desk: LandingHarness) -> None:
     desk.put("a.csv", line("a", at="2024-04-01", amount=8), line("b", at="2024-05-01", amount=8))
     desk.put("c.csv", line("c", at="2024-04-01", amount=8))
     desk.land()
@@ -139,7 +141,7 @@ def test_days_choose_the_files_whose_rows_reach_them(desk: Desk) -> None:
     assert desk.live() == {"a": 4.0, "b": 4.0, "c": 8.0}
 
 
-def test_a_changed_contract_judges_again_what_it_had_quarantined(desk: Desk) -> None:
+def test_a_changed_contract_judges_again_what_it_had_quarantined(desk: LandingHarness) -> None:
     desk.put("a.csv", line("a", amount=200), line("b", amount=1))
     desk.land()
     assert desk.live() == {"b": 1.0}
@@ -154,7 +156,7 @@ def test_a_crash_in_remap_ends_in_the_same_tables(
 ) -> None:
     found = []
     for name in ("undisturbed", "crashing"):
-        desk = Desk(tmp_path / name)
+        desk = LandingHarness(tmp_path / name)
         desk.put("a.csv", line("a", amount=8), line("K", amount=1500, side="right"))
         desk.put("b.csv", line("K", amount=6), line("bad", amount=-2))
         desk.land()

@@ -14,7 +14,7 @@ import pytest
 from delivery.ledger import Ledger, NewBatch
 from pipeline.lake import Lake
 from pipeline.lifecycle import rule_override
-from pipeline.monitoring import verdicts
+from pipeline.monitoring import observations, verdicts
 from pipeline.point_in_time import StageSqlError
 from pipeline.workflow import FOLDER, Workflow, load
 from tests.support.fakes import table
@@ -43,7 +43,7 @@ def tickets_said() -> Workflow:
     return load(FOLDER / "ticket_priority")
 
 
-class Small:
+class LakeHarness:
     """A lake that is written row by row."""
 
     def __init__(self, folder: Path, workflow: Workflow) -> None:
@@ -80,7 +80,7 @@ class Small:
             for u, a in arms.items()
         ]
 
-    def write(self) -> Small:
+    def write(self) -> LakeHarness:
         types = {
             "day": pa.date32(), "for_day": pa.date32(), "drawn_on": pa.date32(), "known_at": pa.timestamp("us"),
             "settles_at": pa.timestamp("us"), "cost": pa.float64(), "value": pa.float64(), "late": pa.float64(),
@@ -96,7 +96,7 @@ class Small:
 
     def seen(self, first: int, last: int, by: int | None = None) -> list[dict[str, Any]]:
         self.write()
-        found = verdicts.observations(
+        found = observations.observations(
             self.workflow, self.lake, at(first), at(last), known=at(last if by is None else by)
         )
         return found.to_pylist()
@@ -107,19 +107,21 @@ class Small:
 
 
 @pytest.fixture
-def ads_lake(tmp_path: Path, ads_said: Workflow) -> Small:
-    return Small(tmp_path, ads_said)
+def ads_lake(tmp_path: Path, ads_said: Workflow) -> LakeHarness:
+    return LakeHarness(tmp_path, ads_said)
 
 
 @pytest.fixture
-def desk_lake(tmp_path: Path, tickets_said: Workflow) -> Small:
-    return Small(tmp_path, tickets_said)
+def desk_lake(tmp_path: Path, tickets_said: Workflow) -> LakeHarness:
+    return LakeHarness(tmp_path, tickets_said)
 
 
 # --- money: outcomes of a day -----------------------------------------------------------------------------------------
 
 
-def test_a_day_counts_for_the_arm_of_the_decision_before_it_and_wash_out_follows_the_redraw(ads_lake: Small) -> None:
+def test_a_day_counts_for_the_arm_of_the_decision_before_it_and_wash_out_follows_the_redraw(
+    ads_lake: LakeHarness,
+) -> None:
     ads_lake.draw(0, {"c1": "champion"})
     ads_lake.draw(28, {"c1": "holdout"})
     ads_lake.line("l1", range(26, 36), "c1")
@@ -137,7 +139,7 @@ def test_a_day_counts_for_the_arm_of_the_decision_before_it_and_wash_out_follows
     )
 
 
-def test_what_became_known_after_the_cut_off_changes_nothing(ads_lake: Small) -> None:
+def test_what_became_known_after_the_cut_off_changes_nothing(ads_lake: LakeHarness) -> None:
     ads_lake.draw(0, {"c1": "champion"})
     ads_lake.line("l1", range(0, 8), "c1")
     ads_lake.earned("l1", 3, 10.0)
@@ -152,7 +154,7 @@ def test_what_became_known_after_the_cut_off_changes_nothing(ads_lake: Small) ->
     assert [r["value"] for r in ads_lake.seen(1, 5)] == [99.0, 50.0]
 
 
-def test_a_line_counts_where_it_was_when_it_was_decided_on(ads_lake: Small) -> None:
+def test_a_line_counts_where_it_was_when_it_was_decided_on(ads_lake: LakeHarness) -> None:
     ads_lake.draw(0, {"c1": "champion", "c2": "holdout"})
     ads_lake.line("l1", [0, 1, 2], "c1")
     ads_lake.line("l1", [3, 4, 5], "c2")  # moved between the decisions of day 2 and of day 3
@@ -166,7 +168,7 @@ def test_a_line_counts_where_it_was_when_it_was_decided_on(ads_lake: Small) -> N
     }  # fmt: skip
 
 
-def test_a_campaign_that_was_switched_off_earns_nothing_rather_than_being_left_out(ads_lake: Small) -> None:
+def test_a_campaign_that_was_switched_off_earns_nothing_rather_than_being_left_out(ads_lake: LakeHarness) -> None:
     ads_lake.draw(0, {"c1": "champion", "c2": "holdout"})
     ads_lake.line("l1", range(6), "c1")
     ads_lake.line("l2", range(6), "c2")
@@ -179,7 +181,7 @@ def test_a_campaign_that_was_switched_off_earns_nothing_rather_than_being_left_o
     ], "and a day of which nothing is known yet is no day of zeros"  # fmt: skip
 
 
-def test_a_unit_that_was_not_drawn_has_no_arm(ads_lake: Small) -> None:
+def test_a_unit_that_was_not_drawn_has_no_arm(ads_lake: LakeHarness) -> None:
     ads_lake.draw(0, {"c1": "champion"})
     ads_lake.line("l1", range(4), "c1")
     ads_lake.line("l2", range(4), "c2")
@@ -189,7 +191,7 @@ def test_a_unit_that_was_not_drawn_has_no_arm(ads_lake: Small) -> None:
 
 
 def test_a_metric_column_that_outcomes_lack_is_an_error_with_column_and_file(
-    ads_lake: Small, ads_said: Workflow
+    ads_lake: LakeHarness, ads_said: Workflow
 ) -> None:
     spec = ads_said.regression
     assert spec is not None
@@ -204,14 +206,14 @@ def test_a_metric_column_that_outcomes_lack_is_an_error_with_column_and_file(
 
 
 def test_a_lake_without_days_observes_nothing(ads_said: Workflow, tmp_path: Path) -> None:
-    found = verdicts.observations(ads_said, Lake(str(tmp_path / "lake")), at(1), at(5), known=at(5))
+    found = observations.observations(ads_said, Lake(str(tmp_path / "lake")), at(1), at(5), known=at(5))
     assert found.num_rows == 0 and found.schema.names == ["day", "unit", "arm", "epoch", "washout", "n", "value"]
 
 
 # --- tickets: outcomes of an entity -----------------------------------------------------------------------------------
 
 
-def test_a_ticket_counts_once_on_the_day_that_it_was_due_for_the_team_that_had_it_then(desk_lake: Small) -> None:
+def test_a_ticket_counts_once_on_the_day_that_it_was_due_for_the_team_that_had_it_then(desk_lake: LakeHarness) -> None:
     desk_lake.draw(0, {"t1": "champion", "t2": "holdout"})
     due = datetime.combine(at(4), time(15))
     desk_lake.ticket("early", [0, 1], "t1")  # resolved on day 2, long before it was due, and closed on day 6
@@ -230,7 +232,7 @@ def test_a_ticket_counts_once_on_the_day_that_it_was_due_for_the_team_that_had_i
     )
 
 
-def test_a_due_time_before_the_deadline_belongs_to_the_day_before(desk_lake: Small) -> None:
+def test_a_due_time_before_the_deadline_belongs_to_the_day_before(desk_lake: LakeHarness) -> None:
     """The decision of day 6 is sent by 06:00 of day 8-1 = 7; a ticket due at 05:59 of day 8 was still in the order of day 6."""
     desk_lake.draw(0, {"t1": "champion"})
     desk_lake.draw(7, {"t1": "holdout"})
@@ -242,7 +244,7 @@ def test_a_due_time_before_the_deadline_belongs_to_the_day_before(desk_lake: Sma
 
 
 def test_without_a_due_time_a_ticket_counts_when_its_outcome_first_became_known_with_the_newest_word(
-    desk_lake: Small,
+    desk_lake: LakeHarness,
 ) -> None:
     desk_lake.draw(0, {"t1": "champion"})
     desk_lake.ticket("x", [0, 1], "t1")
@@ -252,14 +254,16 @@ def test_without_a_due_time_a_ticket_counts_when_its_outcome_first_became_known_
     assert [((r["day"] - START).days, r["late"]) for r in desk_lake.due(1, 5)] == [(2, 1.0)]
 
 
-def test_a_ticket_that_came_and_was_due_within_a_day_is_its_teams_though_nobody_decided_on_it(desk_lake: Small) -> None:
+def test_a_ticket_that_came_and_was_due_within_a_day_is_its_teams_though_nobody_decided_on_it(
+    desk_lake: LakeHarness,
+) -> None:
     desk_lake.draw(0, {"t1": "champion"})
     desk_lake.ticket("quick", [3], "t1", moment="intake")
     desk_lake.went("quick", 1.0, came=datetime.combine(at(3), time(18)), due=datetime.combine(at(3), time(17)))
     assert [((r["day"] - START).days, r["unit"], r["n"]) for r in desk_lake.due(1, 4)] == [(3, "t1", 1)]
 
 
-def test_a_day_that_landed_with_nothing_due_is_told_from_one_that_never_landed(desk_lake: Small) -> None:
+def test_a_day_that_landed_with_nothing_due_is_told_from_one_that_never_landed(desk_lake: LakeHarness) -> None:
     desk_lake.draw(0, {"t1": "champion"})
     desk_lake.ticket("x", [0, 1], "t1")
     for n in (2, 3, 5):  # of day 4 no file came
@@ -274,7 +278,7 @@ def test_a_day_that_landed_with_nothing_due_is_told_from_one_that_never_landed(d
 # --- who acts, and since when -----------------------------------------------------------------------------------------
 
 
-class Book:
+class LedgerHarness:
     """A ledger in which batches and promotions are written at their hours."""
 
     def __init__(self, folder: Path, workflow: Workflow) -> None:
@@ -359,13 +363,13 @@ class Book:
 
 
 @pytest.fixture
-def book(tmp_path: Path, ads_said: Workflow) -> Iterator[Book]:
-    made = Book(tmp_path, ads_said)
+def book(tmp_path: Path, ads_said: Workflow) -> Iterator[LedgerHarness]:
+    made = LedgerHarness(tmp_path, ads_said)
     yield made
     made.ledger.close()
 
 
-def test_the_champion_is_judged_since_its_version_began_to_act(book: Book) -> None:
+def test_the_champion_is_judged_since_its_version_began_to_act(book: LedgerHarness) -> None:
     assert book.compared(9) == []
     book.moved(3, 1, "promoted")
     for n in (3, 4):
@@ -379,7 +383,7 @@ def test_the_champion_is_judged_since_its_version_began_to_act(book: Book) -> No
     assert book.compared(8) == [("champion vs holdout", 2, 5)]
 
 
-def test_a_day_that_a_lower_step_decided_interrupts_nothing(book: Book) -> None:
+def test_a_day_that_a_lower_step_decided_interrupts_nothing(book: LedgerHarness) -> None:
     book.moved(3, 1, "promoted")
     book.moved(3, 2, "promoted", hour=3)
     book.batch(3, 2)
@@ -390,7 +394,7 @@ def test_a_day_that_a_lower_step_decided_interrupts_nothing(book: Book) -> None:
     assert [book.compared(n) for n in (5, 6, 9)] == [[("champion vs holdout", 2, 3)]] * 3
 
 
-def test_a_version_that_was_restored_does_not_answer_for_the_one_between(book: Book) -> None:
+def test_a_version_that_was_restored_does_not_answer_for_the_one_between(book: LedgerHarness) -> None:
     book.moved(3, 1, "promoted")
     book.batch(3, 1)
     book.moved(5, 2, "promoted")
@@ -403,7 +407,7 @@ def test_a_version_that_was_restored_does_not_answer_for_the_one_between(book: B
     assert book.compared(9) == [("champion vs holdout", 1, 7)]
 
 
-def test_where_no_model_stands_the_rule_is_judged(book: Book) -> None:
+def test_where_no_model_stands_the_rule_is_judged(book: LedgerHarness) -> None:
     book.batch(2, None, step="rule")
     book.batch(3, None, step="rule")
     assert book.compared(5) == [("champion vs holdout", None, 2)]
@@ -414,7 +418,7 @@ def test_where_no_model_stands_the_rule_is_judged(book: Book) -> None:
     assert book.compared(9) == [("champion vs holdout", None, 7)]
 
 
-def test_days_that_the_champion_left_to_the_rule_are_judged_as_the_rule_s(book: Book) -> None:
+def test_days_that_the_champion_left_to_the_rule_are_judged_as_the_rule_s(book: LedgerHarness) -> None:
     book.moved(3, 1, "promoted")
     for n in (3, 4):
         book.batch(n, 1)
@@ -432,7 +436,7 @@ def test_days_that_the_champion_left_to_the_rule_are_judged_as_the_rule_s(book: 
     assert book.compared(9) == [("champion vs holdout", None, 7)], "judged as it stood at that day's cut-off"
 
 
-def test_a_version_that_acts_again_after_the_rule_is_judged_anew(book: Book) -> None:
+def test_a_version_that_acts_again_after_the_rule_is_judged_anew(book: LedgerHarness) -> None:
     book.moved(3, 1, "promoted")
     book.batch(3, 1)
     book.behind(4, 1)
@@ -451,7 +455,7 @@ def test_a_version_that_acts_again_after_the_rule_is_judged_anew(book: Book) -> 
     assert book.compared(11) == [("champion vs holdout", 2, 10)]
 
 
-def test_a_version_that_a_person_lifts_before_the_rule_has_decided_goes_on(book: Book) -> None:
+def test_a_version_that_a_person_lifts_before_the_rule_has_decided_goes_on(book: LedgerHarness) -> None:
     book.moved(3, 1, "promoted")
     book.batch(3, 1)
     book.behind(4, 1)
@@ -460,14 +464,14 @@ def test_a_version_that_a_person_lifts_before_the_rule_has_decided_goes_on(book:
     assert book.compared(6) == [("champion vs holdout", 1, 3)]
 
 
-def test_what_was_not_sent_has_not_acted(book: Book) -> None:
+def test_what_was_not_sent_has_not_acted(book: LedgerHarness) -> None:
     book.batch(3, 1, changed=True)
     assert book.ledger.batch("b3").delivery == "NONE" and book.compared(6) == []
     book.batch(4, 1)
     assert book.compared(6) == [("champion vs holdout", 1, 4)]
 
 
-def test_a_day_that_is_decided_again_and_not_sent_is_judged_by_what_acted(book: Book) -> None:
+def test_a_day_that_is_decided_again_and_not_sent_is_judged_by_what_acted(book: LedgerHarness) -> None:
     book.moved(3, 1, "promoted")
     for n in (3, 4, 5):
         book.batch(n, 1)
@@ -476,7 +480,7 @@ def test_a_day_that_is_decided_again_and_not_sent_is_judged_by_what_acted(book: 
     assert book.compared(8) == [("champion vs holdout", 1, 3)]
 
 
-def test_a_challenger_is_judged_beside_the_champion_since_its_canary(book: Book) -> None:
+def test_a_challenger_is_judged_beside_the_champion_since_its_canary(book: LedgerHarness) -> None:
     shares = {"holdout": 0.2, "champion": 0.5, "challenger": 0.3}
     book.moved(3, 1, "promoted")
     book.batch(3, 1)
@@ -500,7 +504,7 @@ def test_a_challenger_is_judged_beside_the_champion_since_its_canary(book: Book)
 # --- what a verdict asks for ------------------------------------------------------------------------------------------
 
 
-def test_a_rollback_stands_until_the_version_and_its_batches_are_taken_back(book: Book) -> None:
+def test_a_rollback_stands_until_the_version_and_its_batches_are_taken_back(book: LedgerHarness) -> None:
     book.moved(3, 1, "promoted")
     book.batch(2, 1)
     book.moved(5, 2, "promoted")
@@ -523,7 +527,7 @@ def test_a_rollback_stands_until_the_version_and_its_batches_are_taken_back(book
 
 @pytest.mark.parametrize("record", [{}, {"backfill": True}], ids=["a day run again", "a backfill"])
 def test_what_was_decided_of_a_past_day_and_never_sent_is_not_to_be_taken_back(
-    book: Book, record: dict[str, Any]
+    book: LedgerHarness, record: dict[str, Any]
 ) -> None:
     book.moved(3, 2, "promoted")
     book.batch(2, 2)
@@ -538,14 +542,14 @@ def test_what_was_decided_of_a_past_day_and_never_sent_is_not_to_be_taken_back(
     assert book.condemned() == [], "nothing of it is left downstream"
 
 
-def test_without_promotions_the_one_that_acted_last_acts_now(book: Book) -> None:
+def test_without_promotions_the_one_that_acted_last_acts_now(book: LedgerHarness) -> None:
     book.batch(2, 1)
     book.again(3, 2)
     book.verdict(8, 1, 2)
     assert book.condemned() == [(1, ("b2",))]
 
 
-def test_a_version_that_was_replaced_meanwhile_is_left(book: Book) -> None:
+def test_a_version_that_was_replaced_meanwhile_is_left(book: LedgerHarness) -> None:
     book.moved(3, 1, "promoted")
     book.batch(2, 1)
     book.verdict(5, 1, 2)
@@ -554,7 +558,7 @@ def test_a_version_that_was_replaced_meanwhile_is_left(book: Book) -> None:
     assert book.condemned() == []
 
 
-def test_a_version_that_was_lifted_and_promoted_anew_stands_under_a_new_verdict_only(book: Book) -> None:
+def test_a_version_that_was_lifted_and_promoted_anew_stands_under_a_new_verdict_only(book: LedgerHarness) -> None:
     book.moved(3, 1, "promoted")
     book.batch(2, 1)
     first = book.verdict(5, 1, 2)
@@ -569,7 +573,7 @@ def test_a_version_that_was_lifted_and_promoted_anew_stands_under_a_new_verdict_
     assert (one.version, one.batches, one.attempt) == (1, ("b8",), again) and again != first
 
 
-def test_a_challenger_under_a_rollback_is_condemned_with_the_batches_of_its_canary(book: Book) -> None:
+def test_a_challenger_under_a_rollback_is_condemned_with_the_batches_of_its_canary(book: LedgerHarness) -> None:
     book.moved(3, 1, "promoted")
     book.batch(3, 1)
     book.moved(4, 2, "canary")
@@ -584,7 +588,7 @@ def test_a_challenger_under_a_rollback_is_condemned_with_the_batches_of_its_cana
     assert book.condemned() == []
 
 
-def test_the_rule_is_condemned_with_its_batches_since_it_began_and_not_with_later_ones(book: Book) -> None:
+def test_the_rule_is_condemned_with_its_batches_since_it_began_and_not_with_later_ones(book: LedgerHarness) -> None:
     book.batch(2, None, step="rule")
     book.batch(3, None, step="rule")
     book.verdict(4, None, 2)
@@ -596,7 +600,7 @@ def test_the_rule_is_condemned_with_its_batches_since_it_began_and_not_with_late
     assert book.condemned() == []
 
 
-def test_the_rule_is_condemned_where_it_decides_in_a_champions_place(book: Book) -> None:
+def test_the_rule_is_condemned_where_it_decides_in_a_champions_place(book: LedgerHarness) -> None:
     book.moved(3, 1, "promoted")
     book.batch(3, 1)
     book.batch(4, None, step="rule")
@@ -639,11 +643,11 @@ def test_an_entity_counts_once_for_the_arm_of_its_decision_when_its_outcome_is_k
          "late": pa.float64(), "day": pa.date32()}
     )  # fmt: skip
     lake.replace(said.table("decision_outcomes"), pa.Table.from_pylist(rows, schema=schema), predicate="true")
-    found = verdicts.entities(said, lake, at(3), known=at(7)).to_pylist()
+    found = observations.entities(said, lake, at(3), known=at(7)).to_pylist()
     assert [(r["unit"], (r["day"] - START).days, r["arm"], r["n"], r["late"]) for r in found] == [
         ("a", 6, "champion", 1, 1.0), ("b", 6, "holdout", 1, 1.0),
     ]  # fmt: skip
-    assert {r["unit"]: r["late"] for r in verdicts.entities(said, lake, at(3), known=at(8)).to_pylist()} == {
+    assert {r["unit"]: r["late"] for r in observations.entities(said, lake, at(3), known=at(8)).to_pylist()} == {
         "a": 1.0,
         "b": 0.0,
     }
