@@ -496,6 +496,7 @@ def _read(text: str, chunk: int) -> landing.Raw:
 
 
 @settings(max_examples=examples(15))
+@example(rows=[], damage=[(0, '"')])
 @given(
     rows=st.lists(st.tuples(st.sampled_from("abcd"), st.integers(-3, 2000)), max_size=10),
     damage=st.lists(st.tuples(st.integers(0, 400), _DAMAGE), max_size=3),
@@ -510,7 +511,8 @@ def test_a_damaged_file_lands_whole_or_not_at_all(
     (desk.zone / "a.csv").write_bytes((HEADER + text).encode())
     (record,) = desk.land().files
     if record.status == "refused":
-        assert '"' in text and desk.rows("events") == desk.rows("quarantine") == []
+        tables = [name for name in ("events", "quarantine") if desk.lake.exists(f"shop/{name}")]
+        assert '"' in text and not any(desk.rows(name) for name in tables)
         return
     assert record.accepted + record.quarantined == record.rows == _read(HEADER + text, 20_000).rows
     assert (len(desk.rows("events")), len(desk.rows("quarantine"))) == (record.accepted, record.quarantined)
