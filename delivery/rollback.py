@@ -189,7 +189,7 @@ def choose(ledger: Ledger, which: Selection) -> list[BatchRow]:
     found = [one for one in found if one.status != "REFUSED"]
     if not found:
         raise RollbackError(f"{what}: nothing to roll back (signalbox batches lists them)")
-    return sorted(found, key=_age, reverse=True)
+    return sorted(found, key=lambda one: one.order_key, reverse=True)
 
 
 def roll_back(
@@ -578,9 +578,9 @@ def _further_back(
     """
     further = {n: (stood, stood) for n, stood in unsent.items()} | dict(back)
     older = {
-        undoing.batch_id: _age(one)
+        undoing.batch_id: one.order_key
         for one in known.decisions
-        if _age(one) < _age(batch)
+        if one.order_key < batch.order_key
         and (undoing := known.undoing.get(one.batch_id)) is not None
         and _leaves(undoing, batch)
     }
@@ -614,7 +614,7 @@ def _leave_to_newer(
     """
     newer = [
         one for one in known.decisions
-        if _age(one) > _age(batch) and one.delivery != "NONE" and one.batch_id not in clean and not one.retired
+        if one.order_key > batch.order_key and one.delivery != "NONE" and one.batch_id not in clean and not one.retired
     ]  # fmt: skip
     waiting = [d for d in ledger.deliveries(rid, ("PENDING",)) if d.sent is None]
     if not waiting:
@@ -758,7 +758,7 @@ def _counted(one: RolledBack) -> dict[str, int]:
 
 def _newer_that_stand(ledger: Ledger, chosen: Sequence[BatchRow]) -> tuple[str, ...]:
     ids = {one.batch_id for one in chosen}
-    oldest = {one.workflow: _age(one) for one in chosen}  # newest first: the last one stays
+    oldest = {one.workflow: one.order_key for one in chosen}  # newest first: the last one stays
     found = []
     for workflow in sorted(oldest):
         known = _Known.of(ledger, workflow)
@@ -767,7 +767,7 @@ def _newer_that_stand(ledger: Ledger, chosen: Sequence[BatchRow]) -> tuple[str, 
             for one in known.decisions
             if one.batch_id not in ids
             and one.status != "REFUSED"
-            and _age(one) > oldest[workflow]
+            and one.order_key > oldest[workflow]
             and not known.done(one)
         ]
     return tuple(found)
@@ -793,8 +793,3 @@ def _find(ledger: Ledger, batch_id: str) -> BatchRow | None:
         return ledger.batch(batch_id)
     except Unknown:
         return None
-
-
-def _age(batch: BatchRow) -> tuple[date, int]:
-    """The order of batches: by day, then by when they were recorded."""
-    return batch.day, batch.sequence

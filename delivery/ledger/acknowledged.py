@@ -15,12 +15,8 @@ import pyarrow as pa
 from sqlalchemy import and_, select
 
 from delivery.ledger import schema
-from delivery.ledger.database import (
-    chunks,
-)
-from delivery.ledger.records import (
-    Acknowledged,
-)
+from delivery.ledger.database import chunks
+from delivery.ledger.records import Acknowledged
 from delivery.ledger.transaction import AnyRow, Transaction
 
 
@@ -45,15 +41,7 @@ def acknowledged(
 def last_proven(tx: Transaction, system: str, digests: Iterable[str], workflow: str | None) -> dict[str, AnyRow]:
     k, b = schema.acknowledged, schema.batches
     rows = select(
-        k.c.entity,
-        k.c.target,
-        k.c.value,
-        k.c.verified_at,
-        k.c.sequence,
-        b.c.batch_id,
-        b.c.workflow,
-        b.c.kind,
-        b.c.day,
+        k.c.entity, k.c.target, k.c.value, k.c.verified_at, k.c.sequence, b.c.batch_id, b.c.workflow, b.c.kind, b.c.day
     ).join(b, b.c.sequence == k.c.sequence)
     own: list[AnyRow] = []
     # Two steps, each along an index: the entities, then whoever else shares their targets.

@@ -18,20 +18,10 @@ import pyarrow.compute as pc
 from sqlalchemy import func, insert, select
 
 from delivery.ledger import hash_chain, schema
-from delivery.ledger.database import (
-    DaySent,
-    LedgerMismatch,
-    Unknown,
-    chunks,
-    insert_bulk,
-)
+from delivery.ledger.database import DaySent, LedgerMismatch, Unknown, chunks, insert_bulk
 from delivery.ledger.events import batch_body
 from delivery.ledger.pseudonyms import MARK, PEOPLE, digests_in, unsealed
-from delivery.ledger.records import (
-    BatchRow,
-    NewBatch,
-    generation,
-)
+from delivery.ledger.records import BatchRow, NewBatch, generation
 from delivery.ledger.transaction import AnyRow, Transaction
 
 
@@ -104,14 +94,7 @@ def counts_still(tx: Transaction, row: AnyRow) -> bool:
     return not (row.superseded_by or own or decided or undone or skipped)
 
 
-def insert_batch(
-    tx: Transaction,
-    new: NewBatch,
-    sequence: int,
-    root: str,
-    stored: pa.Table,
-    mapping: pa.Table,
-) -> None:
+def insert_batch(tx: Transaction, new: NewBatch, sequence: int, root: str, stored: pa.Table, mapping: pa.Table) -> None:
     now = tx.clock()
     findings = [tx.people.sealed(finding) for finding in new.findings]
     record, in_record = tx.people.sealed({"record": new.record})

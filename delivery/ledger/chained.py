@@ -14,9 +14,7 @@ from sqlalchemy import Table, select, update
 
 from delivery.ledger import schema
 from delivery.ledger.pseudonyms import MARK, PEOPLE, digests_in, unsealed
-from delivery.ledger.records import (
-    Event,
-)
+from delivery.ledger.records import Event
 from delivery.ledger.transaction import JSON, Transaction
 
 

@@ -16,16 +16,9 @@ import pyarrow.compute as pc
 from sqlalchemy import select
 
 from delivery.ledger import batches, schema
-from delivery.ledger.database import (
-    LedgerError,
-    Unknown,
-    chunks,
-    select_bulk,
-)
+from delivery.ledger.database import LedgerError, Unknown, chunks, select_bulk
 from delivery.ledger.pseudonyms import People
-from delivery.ledger.records import (
-    NewBatch,
-)
+from delivery.ledger.records import NewBatch
 from delivery.ledger.transaction import AnyRow, Transaction
 
 _GIVEN = (

@@ -15,23 +15,9 @@ import pyarrow as pa
 from sqlalchemy import and_, bindparam, delete, insert, select, text, update
 
 from delivery.ledger import acknowledged, batches, pushes, schema
-from delivery.ledger.database import (
-    LedgerError,
-    Unknown,
-    chunks,
-    is_sqlite,
-    select_bulk,
-)
+from delivery.ledger.database import LedgerError, Unknown, chunks, is_sqlite, select_bulk
 from delivery.ledger.leases import Lease
-from delivery.ledger.records import (
-    FINAL,
-    OPEN,
-    Attempt,
-    AttemptRow,
-    Conflict,
-    Delivery,
-    Result,
-)
+from delivery.ledger.records import FINAL, OPEN, Attempt, AttemptRow, Conflict, Delivery, Result
 from delivery.ledger.transaction import AnyRow, Transaction
 
 _DELIVERED = pa.schema(

@@ -16,9 +16,7 @@ from typing import Any
 from sqlalchemy import and_, delete, func, insert, or_, select, update
 
 from delivery.ledger import chained, hash_chain, schema
-from delivery.ledger.database import (
-    chunks,
-)
+from delivery.ledger.database import chunks
 from delivery.ledger.events import WORDS, root_of, stored_rows
 from delivery.ledger.pseudonyms import digests_in, eraser, in_texts
 from delivery.ledger.transaction import Transaction

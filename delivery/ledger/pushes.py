@@ -16,18 +16,10 @@ import pyarrow.compute as pc
 from sqlalchemy import and_, func, insert, select, update
 
 from delivery.ledger import acknowledged, batches, hash_chain, leases, schema
-from delivery.ledger.database import (
-    LedgerError,
-    LedgerMismatch,
-    chunks,
-    select_bulk,
-)
+from delivery.ledger.database import LedgerError, LedgerMismatch, chunks, select_bulk
 from delivery.ledger.events import batch_body, roots, stored_rows
 from delivery.ledger.leases import Lease
-from delivery.ledger.records import (
-    OPEN,
-    Delivery,
-)
+from delivery.ledger.records import OPEN, Delivery
 from delivery.ledger.transaction import AnyRow, Transaction
 
 
@@ -186,18 +178,7 @@ def would_take_back(tx: Transaction, system: str, batch_id: str) -> list[Deliver
         nothing = dict.fromkeys(("target", "expected", "sent", "prior", "observed", "verified_at", "says"))
         found += [
             Delivery(
-                batch_id,
-                n,
-                decision,
-                entity,
-                arm,
-                before,
-                after,
-                gain,
-                "PENDING",
-                attempts=0,
-                repeats=0,
-                **nothing,
+                batch_id, n, decision, entity, arm, before, after, gain, "PENDING", attempts=0, repeats=0, **nothing
             )
             for n, decision, entity, arm, before, after, gain in tx.connection.execute(query)
         ]

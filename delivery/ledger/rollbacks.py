@@ -16,12 +16,8 @@ import pyarrow.compute as pc
 from sqlalchemy import Connection, and_, func, select
 
 from delivery.ledger import batches, schema
-from delivery.ledger.database import (
-    chunks,
-)
-from delivery.ledger.records import (
-    Leftover,
-)
+from delivery.ledger.database import chunks
+from delivery.ledger.records import Leftover
 from delivery.ledger.transaction import Transaction
 
 _STOOD = "d.state IN ('ACKED', 'OVERWRITTEN')"

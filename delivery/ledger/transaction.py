@@ -14,11 +14,7 @@ from typing import Any, TypeAlias
 from sqlalchemy import Connection, Row, insert, select, text
 
 from delivery.ledger import hash_chain, schema
-from delivery.ledger.database import (
-    LedgerError,
-    chunks,
-    is_sqlite,
-)
+from delivery.ledger.database import LedgerError, chunks, is_sqlite
 from delivery.ledger.events import CHAINED, body_of
 from delivery.ledger.pseudonyms import PEOPLE, People
 
