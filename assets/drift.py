@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from assets.common import days, folded, stage, unjudged
 from assets.resources import ClockResource, LakeResource, LedgerResource, RegistryResource, ReportsResource
+from common.errors import SignalboxError
 from common.progress import each
 from delivery.ledger import Ledger
 from models.booster import is_number
@@ -49,7 +50,7 @@ SCHEMA = pa.schema(
 )
 
 
-class ReferenceMissing(LookupError):
+class ReferenceMissing(SignalboxError, LookupError):
     """The reference that a workflow asks for is not there yet; the message says what it waits for."""
 
 

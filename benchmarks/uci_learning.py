@@ -152,7 +152,7 @@ def every_day(workflow: Any, kept: Path) -> dict[date, Any]:
 def foreseen(workflow: Any, models: dict[date, Any], lived: dict[str, pa.Table]) -> pa.Table:
     """P(missed) of every ticket at its first event by each way of training, with what became of it; one row a ticket."""
     from assets.resources import resources
-    from pipeline import point_in_time
+    from common import duckdb_session
 
     lake = resources()["lake"].lake
     parts = []
@@ -174,7 +174,7 @@ def foreseen(workflow: Any, models: dict[date, Any], lived: dict[str, pa.Table])
             })
         )  # fmt: skip
         day += timedelta(days=1)
-    con = point_in_time.connect()
+    con = duckdb_session.engine()
     con.register("scored", pa.concat_tables(parts))
     con.register("events", lake.read(workflow.table("events"), columns=["ticket_id", "opened_at", "missed"]))
     return con.sql(

@@ -21,6 +21,8 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from common.errors import SignalboxError
+
 STAGE_PARAMETERS = ("day", "cutoff", "previous_cutoff")
 """What features.sql and outcomes.sql are given: a DATE and two TIMESTAMPs."""
 _TABLE_FUNCTIONS = {"unnest", "range", "generate_series", "repeat", "json_each", "json_tree"}
@@ -32,7 +34,7 @@ _AGE = "age() other than age(later, earlier)"
 """Of one time, also as ``seen.age()``, it counts from today."""
 
 
-class StageSqlError(ValueError):
+class StageSqlError(SignalboxError, ValueError):
     """A workflow's SQL cannot be used; the message names the file, the line or key, and what is wrong."""
 
 

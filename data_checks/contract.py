@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from common.errors import SignalboxError
 from data_checks.common import page, shown, without_collection
 
 EXAMPLES = 10
@@ -36,7 +37,7 @@ _JUDGES_EMPTY = {
 }
 
 
-class ContractInvalid(ValueError):
+class ContractInvalid(SignalboxError, ValueError):
     """An expectation that cannot be built; the message names its place in the file and what is allowed."""
 
 

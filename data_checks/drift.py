@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from common.errors import SignalboxError
 from data_checks.common import page, without_collection
 from data_checks.drift_calibration import (
     LEAST_DAYS,
@@ -80,7 +81,7 @@ _Asked = TypeVar("_Asked")
 _Made = TypeVar("_Made")
 
 
-class DriftImpossible(ValueError):
+class DriftImpossible(SignalboxError, ValueError):
     """A column cannot be judged as it is declared; the message names it and the way out."""
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
+from common.errors import SignalboxError
+
 if TYPE_CHECKING:
     from argon2 import PasswordHasher
 
@@ -35,7 +37,7 @@ _DECOY = "$argon2id$v=19$m=65536,t=3,p=4$WL33pRUtgDb2GXEFoLYnAg$JQ7ATzcV4PMtosxO
 """Hash of a random secret that nobody kept: what a name is compared with that is no approver's."""
 
 
-class ApprovalError(RuntimeError):
+class ApprovalError(SignalboxError, RuntimeError):
     """An approval or a change of approvers was refused; the message says why and the way out, never a secret."""
 
 

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import date, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
+from common.errors import SignalboxError
 from delivery.connectors.base import Reading, Unavailable
 from delivery.ledger import OPEN, NewBatch, Result, Unknown, utc_now
 from delivery.push import Diff, DiffRow, PushError, PushSettings, push, reconciliation, resolve
@@ -38,7 +39,7 @@ _UNKNOWN = ("UNKNOWN", "IN_FLIGHT")
 _ERASED = "its name was erased from the ledger, so the system cannot be asked for it"
 
 
-class RollbackError(RuntimeError):
+class RollbackError(SignalboxError, RuntimeError):
     """A rollback that cannot begin; says why and the way out."""
 
 

@@ -22,6 +22,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from common.errors import SignalboxError
+
 if TYPE_CHECKING:
     import lightgbm
 
@@ -33,11 +35,11 @@ DEVICES = ("auto", "cpu", "gpu", "cuda")
 _OPENCL = {"gpu_use_dp": True}
 
 
-class DeviceMissing(RuntimeError):
+class DeviceMissing(SignalboxError, RuntimeError):
     """The device asked for cannot train here."""
 
 
-class WrongDigest(ValueError):
+class WrongDigest(SignalboxError, ValueError):
     """A model file is not the one that was registered."""
 
 

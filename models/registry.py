@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from common.errors import SignalboxError
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
@@ -44,15 +46,15 @@ _NEEDED = ("mlflow", "lightgbm", "numpy", "pandas", "pyarrow", "pydantic")
 _FOLLOWED = f"{_TAG}followed"
 
 
-class ModelMissing(LookupError):
+class ModelMissing(SignalboxError, LookupError):
     """No version answers to what was asked for."""
 
 
-class ModelBlocked(RuntimeError):
+class ModelBlocked(SignalboxError, RuntimeError):
     """A version that was rolled back is to be promoted again; a named person must lift the block first."""
 
 
-class ModelUnreadable(RuntimeError):
+class ModelUnreadable(SignalboxError, RuntimeError):
     """A version exists but may not or cannot be read: files gone, a digest that differs, a flavour that runs code."""
 
 

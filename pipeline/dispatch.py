@@ -17,6 +17,8 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from common import duckdb_session
+from common.errors import SignalboxError
 from delivery import abort_rules, rollback
 from delivery import push as pushing
 from delivery.abort_rules import Finding
@@ -31,11 +33,11 @@ from pipeline.lifecycle import promotion
 from pipeline.workflow import FOLDER, Workflow, load
 
 
-class NothingToDeliver(LookupError):
+class NothingToDeliver(SignalboxError, LookupError):
     """No batch of that day stands in the ledger."""
 
 
-class TooLate(RuntimeError):
+class TooLate(SignalboxError, RuntimeError):
     """The day that a batch was decided for is over; its changes are not sent unasked."""
 
 
@@ -401,8 +403,6 @@ def outcomes_of_decisions(workflow: Workflow, lake: Lake, ledger: Ledger, day: d
     delivery; null: nothing was to be sent), standing (the value that stood downstream when the day of its effect ended),
     then known_at and the outcome's own columns.
     """
-    import duckdb
-
     outcomes = lake.read(workflow.table("outcomes"), days=[day]) if lake.exists(workflow.table("outcomes")) else None
     if outcomes is None or not outcomes.num_rows:
         return _DECIDED.empty_table()
@@ -412,8 +412,7 @@ def outcomes_of_decisions(workflow: Workflow, lake: Lake, ledger: Ledger, day: d
     decided = _decided(workflow, ledger, first, day, answered)
     join = "o.for_day = d.decided_day" if by_day else "d.decided_at < o.known_at"
     newest = "" if by_day else "QUALIFY row_number() OVER (PARTITION BY d.entity_id ORDER BY d.decided_day DESC) = 1"
-    with duckdb.connect() as con:
-        con.execute("SET TimeZone = 'UTC'")
+    with duckdb_session.engine() as con:
         con.register("d", decided)
         con.register("o", outcomes)
         return con.sql(

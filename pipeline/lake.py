@@ -22,15 +22,18 @@ import pyarrow.compute as pc
 from deltalake import CommitProperties
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
+from common import duckdb_session
+from common.errors import SignalboxError
+
 _UTC = pa.timestamp("us", tz="UTC")
 _NAIVE = pa.timestamp("us")
 
 
-class TableMissing(LookupError):
+class TableMissing(SignalboxError, LookupError):
     """A table that was asked for has never been written."""
 
 
-class TypeChanged(ValueError):
+class TypeChanged(SignalboxError, ValueError):
     """A column was to be written with a type in which not every value of the table, or of the write, would stand as it
     is; nothing was written. The message names table and column, both types and the way out."""
 
@@ -149,7 +152,7 @@ class VersionMissing(TableMissing):
     """A version that was asked for is no longer kept, though the table is."""
 
 
-class Moved(RuntimeError):
+class Moved(SignalboxError, RuntimeError):
     """Somebody wrote the table after the version that a write started from; nothing was written."""
 
 
@@ -317,10 +320,7 @@ class Lake:
 
     def _staying(self, opened: deltalake.DeltaTable, columns: Sequence[str], predicate: str) -> pa.RecordBatchReader:
         """The rows of a table that a replacement leaves, batch by batch."""
-        import duckdb
-
-        connection = duckdb.connect()
-        connection.execute("SET threads = 1; SET TimeZone = 'UTC'; SET preserve_insertion_order = true")
+        connection = duckdb_session.engine()
         connection.register("stored", opened.to_pyarrow_dataset())
         picked = ", ".join('"' + c.replace('"', '""') + '"' for c in columns)
         return connection.sql(f"SELECT {picked} FROM stored WHERE NOT coalesce(({predicate}), false)").to_arrow_reader()
@@ -329,10 +329,7 @@ class Lake:
         self, opened: deltalake.DeltaTable, rows: pa.Table, kinds: dict[str, pa.DataType], predicate: str
     ) -> None:
         """Write the whole table anew, in other types: what stays of it, and the new rows."""
-        import duckdb
-
-        connection = duckdb.connect()
-        connection.execute("SET TimeZone = 'UTC'")
+        connection = duckdb_session.engine()
         connection.register("given", rows)
         found = connection.sql(f"SELECT count(*) FROM given WHERE NOT coalesce(({predicate}), false)").fetchall()
         if found != [(0,)]:

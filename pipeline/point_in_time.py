@@ -23,14 +23,6 @@ _BEGINNING = datetime(1900, 1, 1)
 SYSTEM_ORDER = "known_at, source_file_id, source_row"
 
 
-def connect() -> duckdb.DuckDBPyConnection:
-    """An in-memory DuckDB for SQL of the program's own, whose results do not depend on scheduling: one thread, UTC, rows
-    in order. SQL of a workflow's folder runs in ``common.duckdb_session``."""
-    connection = duckdb.connect()
-    connection.execute("SET threads = 1; SET TimeZone = 'UTC'; SET preserve_insertion_order = true")
-    return connection
-
-
 def keys_of(columns: Sequence[str]) -> list[str]:
     """What names a feature row of a day: the entity, and the moment where the workflow describes several."""
     return ["entity_id", "moment"] if "moment" in columns else ["entity_id"]
@@ -176,7 +168,7 @@ def training_set(
     extra = ", ".join(f'o."{c}"' for c in answers.schema.names if c not in {"entity_id", "for_day", "known_at", "day"})
     joined = "f.entity_id = o.entity_id" + (" AND f.day = o.for_day" if workflow.outcomes.join == "entity_day" else "")
     per = "entity_id" + (", for_day" if workflow.outcomes.join == "entity_day" else "")
-    connection = connect()
+    connection = duckdb_session.engine()
     try:
         connection.register("f", rows)
         connection.register("all_outcomes", answers)
@@ -216,7 +208,6 @@ __all__ = [
     "StageSqlError",
     "TableMissing",
     "chosen",
-    "connect",
     "features",
     "keys_of",
     "ordered",

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from common import yaml_config
+from common.errors import SignalboxError
 from data_checks.contract import ExpectationSpec
 from data_checks.drift import DriftSpec
 from data_checks.guardrails import Guardrails
@@ -73,7 +74,7 @@ def twice(names: Sequence[str]) -> list[tuple[str, str]]:
     return found
 
 
-class WorkflowInvalid(ValueError):
+class WorkflowInvalid(SignalboxError, ValueError):
     """A workflow's folder says something that it may not; the message names file, path and what is allowed."""
 
 

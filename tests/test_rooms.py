@@ -15,7 +15,7 @@ ALLOWED = {
     "orchestration": {"orchestration", "assets", "pipeline", "models", "data_checks", "delivery", "common"},
     "assets": {"assets", "pipeline", "models", "data_checks", "delivery", "common"},
     "pipeline": {"pipeline", "models", "data_checks", "delivery", "common"},
-    "models": {"models"},
+    "models": {"models", "common"},
     "data_checks": {"data_checks", "common"},
     "delivery": {"delivery", "common"},
     "common": {"common"},
@@ -191,3 +191,18 @@ def test_the_drawing_of_the_rooms_shows_the_imports_that_there_are() -> None:
     spec.loader.exec_module(drawing)
     shown = re.findall(r"^\S+ > \S+: \d+$", drawing.TARGET.read_text(), re.M)
     assert shown == drawing.listed(drawing.edges()), ".venv/bin/python docs/draw_architecture.py draws it anew"
+
+
+def test_duckdb_is_opened_in_one_place() -> None:
+    wrong = [
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for room in (*ALLOWED, "benchmarks")
+        for file in modules(room)
+        if file != ROOT / "common" / "duckdb_session.py"
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "duckdb"
+        and node.attr in ("connect", "sql", "query", "execute", "default_connection")
+    ]
+    assert not wrong, f"common.duckdb_session.engine() opens it, locked: {wrong}"

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, Protocol
 
+from common.errors import SignalboxError
+
 EntityState = Literal["open", "closed", "missing"]
 """open: can be changed; closed: is there and cannot be changed any more; missing: is not there."""
 
@@ -25,7 +27,7 @@ written.
 """
 
 
-class Unavailable(RuntimeError):
+class Unavailable(SignalboxError, RuntimeError):
     """The system did not answer a read, or not usably; asking again may help. ``retry_after``: seconds, if it said so."""
 
     def __init__(self, message: str, *, retry_after: float | None = None) -> None:
@@ -33,7 +35,7 @@ class Unavailable(RuntimeError):
         self.retry_after = retry_after
 
 
-class Misconfigured(RuntimeError):
+class Misconfigured(SignalboxError, RuntimeError):
     """Asking again will not help: a missing secret, a refused token, an answer of another shape. Names the way out."""
 
 

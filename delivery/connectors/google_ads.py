@@ -30,6 +30,7 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from common.errors import SignalboxError
 from delivery.connectors.base import (
     Capabilities,
     Change,
@@ -184,7 +185,7 @@ class Fault:
         return "refused"
 
 
-class Failed(RuntimeError):
+class Failed(SignalboxError, RuntimeError):
     """A call that was answered, and not with success."""
 
     def __init__(self, status: int, faults: Sequence[Fault], message: str, wait: float | None, *, google: bool) -> None:

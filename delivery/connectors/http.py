@@ -27,6 +27,7 @@ from urllib.parse import quote, quote_plus, unquote, urlencode, urlsplit
 
 import httpcore
 
+from common.errors import SignalboxError
 from delivery.connectors.base import Misconfigured, Outcome
 
 # At DEBUG it writes the headers of answers as they came, and a server may echo a token in one.
@@ -37,11 +38,11 @@ LONGEST_RETRY_AFTER_S = 3600.0
 PIECE = 1 << 16
 
 
-class NotSent(RuntimeError):
+class NotSent(SignalboxError, RuntimeError):
     """Nothing of the request left this machine (refused connection, unknown name, no connection in time): not applied."""
 
 
-class NoAnswer(RuntimeError):
+class NoAnswer(SignalboxError, RuntimeError):
     """The request was sent, at least in part, and no usable answer came: it may have been applied.
 
     ``status``: what the first line said, where one came before it broke.
@@ -52,7 +53,7 @@ class NoAnswer(RuntimeError):
         self.status = status
 
 
-class BadAnswer(RuntimeError):
+class BadAnswer(SignalboxError, RuntimeError):
     """The body is not what it should be: not JSON, a key twice, not a number, nested without end."""
 
 

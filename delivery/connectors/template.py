@@ -15,6 +15,8 @@ from urllib.parse import quote, unquote
 
 from pydantic import AfterValidator
 
+from common.errors import SignalboxError
+
 INT64 = (-(2**63), 2**63 - 1)
 _EXACT = Context(prec=60)
 
@@ -59,7 +61,7 @@ Pointer = Annotated[str, AfterValidator(_pointer)]
 _PLACE = re.compile(r"\{\{|\}\}|\{([a-z_]+)(?::(integer|text))?\}|[{}]")
 
 
-class Unfit(ValueError):
+class Unfit(SignalboxError, ValueError):
     """A value of the data cannot be sent as the YAML wants; names it, says why."""
 
 

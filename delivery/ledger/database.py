@@ -22,6 +22,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from common.errors import SignalboxError
 from delivery.ledger.schema import VERSION_TABLE
 
 HEAD = "0002"
@@ -34,7 +35,7 @@ _FETCH = 5_000
 """Rows that are read at once: few enough to stay near the processor while they become columns."""
 
 
-class LedgerError(RuntimeError):
+class LedgerError(SignalboxError, RuntimeError):
     """Base of what the ledger raises: it names the thing and the way out, and never a value or a password."""
 
 

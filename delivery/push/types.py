@@ -11,8 +11,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from common.errors import SignalboxError
 
-class PushError(RuntimeError):
+
+class PushError(SignalboxError, RuntimeError):
     """A push that may not begin or cannot go on; the message says why and the way out. Nothing is lost by it."""
 
 

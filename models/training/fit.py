@@ -19,12 +19,13 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from common.errors import SignalboxError
 from models.catalog import Learner, Scorer
 from models.evaluation import evaluate, gate, paired
 from models.training import distillation
 
 
-class TooFewRows(ValueError):
+class TooFewRows(SignalboxError, ValueError):
     """Not enough matured rows to learn from; the message says how many there are and what to do."""
 
 

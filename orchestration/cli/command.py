@@ -209,31 +209,14 @@ sandbox.register(app)
 
 def main() -> None:
     """Entry point: Dagster's state beside the rest, and what a user can mend as a sentence rather than a traceback."""
-    from delivery.approvals import ApprovalError
-    from delivery.connectors.base import Misconfigured, Unavailable
-    from delivery.ledger import LedgerError
-    from delivery.push import PushError
-    from delivery.rollback import RollbackError
-    from models.registry import ModelBlocked, ModelMissing, ModelUnreadable
-    from pipeline.decisions.replay import ReplayImpossible
-    from pipeline.decisions.scoring import FeaturesMissing
-    from pipeline.dispatch import NothingToDeliver, TooLate
-    from pipeline.lake import TableMissing
-    from pipeline.lifecycle.promotion import NotBlocked
-    from pipeline.monitoring.verdicts import NoHistory
-    from pipeline.point_in_time import StageSqlError
+    from common.errors import SignalboxError
     from pipeline.settings import home
-    from pipeline.workflow import WorkflowInvalid
 
     sandbox.environment()
     os.environ.setdefault("DAGSTER_HOME", str(home() / "dagster"))
     try:
         app()
-    except (
-        FeaturesMissing, ReplayImpossible, TableMissing, StageSqlError, WorkflowInvalid, ModelMissing, ModelUnreadable,
-        ModelBlocked, NothingToDeliver, TooLate, ApprovalError, Misconfigured, Unavailable, LedgerError, PushError,
-        RollbackError, NoHistory, NotBlocked,
-    ) as error:  # fmt: skip
+    except SignalboxError as error:
         Console(stderr=True).print(str(error), style="red", highlight=False, markup=False)
         _leave(1)
     except SystemExit as done:

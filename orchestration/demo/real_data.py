@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from assets.resources import resources
+from common import duckdb_session
 from models.learners.duration import calibration_plot, figures
 from models.learners.response import ResponseRule
 from models.registry import CHAMPION, Registry
@@ -263,7 +264,7 @@ def _rows(file: Path) -> int:
 def _tickets(workflow: Workflow, lake: Lake, registry: Registry) -> dict[str, Figure]:
     """How good P(missed) at the first event was, over tickets opened in May, judged by what came of them in the end."""
     del registry  # the scores stand in the lake
-    con = point_in_time.connect()
+    con = duckdb_session.engine()
     con.register("events", lake.read(workflow.table("events"), columns=["ticket_id", "opened_at", "missed"]))
     con.register("scores", lake.read(workflow.table("scores"), where=pc.field("moment") == "intake"))
     con.register("scoring", lake.read(workflow.table("scoring"), columns=["day", "step"]))

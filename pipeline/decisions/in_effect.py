@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from common import duckdb_session
 from delivery.ledger import BatchRow, Ledger
 from pipeline.lake import Lake
-from pipeline.point_in_time import connect
 from pipeline.workflow import Workflow
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def decided(
     acted = by_day(b for b in batches if first <= b.day <= last and (only is None or b.day in only))
     if not acted:
         return DECIDED.empty_table()
-    with connect() as con:
+    with duckdb_session.engine() as con:
         tables = [_day(con, ledger, day, rows, _taken_back(rollbacks, day), entities) for day, rows in acted.items()]
     return pa.concat_tables(tables)
 

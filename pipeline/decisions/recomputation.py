@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake.exceptions import DeltaError
 
-from common import errors
+from common import duckdb_session, errors
 from delivery.ledger import BatchRow, Ledger
 from models.registry import Registry
 from pipeline import point_in_time, provenance
@@ -180,7 +180,7 @@ def _differing(then: pa.Table, now: pa.Table, keys: Sequence[str]) -> pa.Table:
     ]
     changed = [f"CASE WHEN {a} IS DISTINCT FROM {b} THEN '{name}' END" for name, a, b in pairs]
     joined = " AND ".join(f'a."{k}" = b."{k}"' for k in keys)
-    connection = point_in_time.connect()
+    connection = duckdb_session.engine()
     try:
         connection.register("then_rows", then.append_column("#", pa.array([True] * then.num_rows)))
         connection.register("now_rows", now.append_column("#", pa.array([True] * now.num_rows)))

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from deltalake.exceptions import DeltaError
 from pydantic import ValidationError
 
+from common.errors import SignalboxError
 from models.registry import ModelMissing, Registry
 from pipeline import point_in_time, provenance
 from pipeline.decisions import decide, scoring, tables
@@ -26,7 +27,7 @@ from pipeline.lake import Lake, TableMissing
 from pipeline.workflow import Workflow
 
 
-class ReplayImpossible(RuntimeError):
+class ReplayImpossible(SignalboxError, RuntimeError):
     """What a decision was made from cannot be found again; the message names it."""
 
 

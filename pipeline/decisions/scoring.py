@@ -18,7 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from common import errors
+from common import duckdb_session, errors
+from common.errors import SignalboxError
 from delivery.ledger import Ledger
 from models import catalog
 from models.policies import priority
@@ -41,15 +42,15 @@ by the rows that stand still than is won by the others.
 """
 
 
-class FeaturesMissing(RuntimeError):
+class FeaturesMissing(SignalboxError, RuntimeError):
     """The features of a day are not there yet, and there is still time to wait for them."""
 
 
-class NotANumber(ValueError):
+class NotANumber(SignalboxError, ValueError):
     """Scores that nothing can be decided by: NaN or infinite."""
 
 
-class NoScores(ValueError):
+class NoScores(SignalboxError, ValueError):
     """Too few of the rows that a day is decided on have a score."""
 
 
@@ -151,7 +152,7 @@ def standing_of(
         found = pa.concat_tables([earlier.filter(reached).select(found.schema.names).cast(found.schema), found])
     if found is None or not found.num_rows:
         return tables.STANDING.empty_table()
-    connection = point_in_time.connect()
+    connection = duckdb_session.engine()
     try:
         connection.register("found", found)
         made = connection.sql(

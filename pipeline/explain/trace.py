@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -22,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake.exceptions import DeltaError
 
+from common import errors
 from data_checks import guardrails
 from delivery.ledger.database import LedgerError, Unknown
 from delivery.rollback import rollback_id, undone
@@ -144,12 +144,7 @@ def _or_gone(what: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return make()
     except _lost() as error:
-        return {"gone": f"{what}: {_said(error)}"}
-
-
-def _said(error: Exception) -> str:
-    """An error's first line, without the user and password of an address in it."""
-    return re.sub(r"://[^/@\s]*@", "://…@", str(error).partition("\n")[0])
+        return {"gone": f"{what}: {errors.first_line(error)}"}
 
 
 def _rows(found: Sequence[Any]) -> list[dict[str, Any]]:
@@ -164,7 +159,7 @@ def _found(ledger: Ledger, lake: Lake, decision_id: str) -> tuple[dict[str, Any]
         row = _in_lake(lake, decision_id)
         if row is None:
             raise
-        why = f"the ledger does not keep this decision ({_said(error)}); it is told from the lake's row"
+        why = f"the ledger does not keep this decision ({errors.first_line(error)}); it is told from the lake's row"
         erased = ledger.people.digest("entity", row["entity_id"])
         if any(erased in event.body.get("digests", ()) for event in ledger.events("forgotten")):
             row |= {"entity_id": None, "unit": None}
@@ -401,13 +396,13 @@ def _model(row: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
     try:
         version = registry.by_number(name, number)
     except _lost() as error:
-        return {**out, "gone": _said(error)}
+        return {**out, "gone": errors.first_line(error)}
     out |= {"trained_day": version.trained_day, "passed_gate": version.passed, "run_id": version.run_id}
     out["same_digest"] = version.digest == digest
     try:
         run = registry.client.get_run(version.run_id)
     except _lost() as error:
-        return {**out, "run": {"gone": _said(error)}}
+        return {**out, "run": {"gone": errors.first_line(error)}}
     started = datetime.fromtimestamp(run.info.start_time / 1000, UTC).replace(tzinfo=None)
     out["run"] = {"name": run.info.run_name, "status": run.info.status, "started_at": started}
     return out

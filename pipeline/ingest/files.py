@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 import fsspec.core
 from fsspec.implementations.local import LocalFileSystem
 
+from common.errors import SignalboxError
+
 if TYPE_CHECKING:
     from pipeline.workflow import Source
 
@@ -29,7 +31,7 @@ MAX_BYTES = 8 << 30
 BLOCK = 1 << 20
 
 
-class FileRefused(ValueError):
+class FileRefused(SignalboxError, ValueError):
     """A file cannot be read as declared; the message names the file, the place in it and the way out."""
 
 

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import pyarrow.compute as pc
 
 from common import errors
+from common.errors import SignalboxError
 from delivery.ledger import Busy, Ledger
 from models.evaluation.gate import Verdict
 from models.registry import (
@@ -392,7 +393,7 @@ def _find_heir(ledger: Ledger, name: str, stands: Standing, of: int) -> None:
         ledger.promotion(name, heir.number, "promoted", "signalbox", why)
 
 
-class NotBlocked(LookupError):
+class NotBlocked(SignalboxError, LookupError):
     """A version that was not rolled back is to be lifted."""
 
 

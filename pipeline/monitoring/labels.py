@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from common import duckdb_session
 from data_checks import performance
 from models import catalog
 from models.registry import Registry
@@ -73,7 +74,7 @@ def scored(workflow: Workflow, lake: Lake, day: date, without: Collection[date] 
     per = "entity_id" + (", for_day" if by_day else "")
     wanted = "missed" if workflow.model.kind == "duration" else "value"
     extra = [f'o."{c}"' for c in answers.schema.names if c in {wanted, "budget"}]
-    connection = point_in_time.connect()
+    connection = duckdb_session.engine()
     try:
         for name, table in (("scores", scores), ("scoring", scored_by), ("answers", answers)):
             connection.register(name, table)

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from common import duckdb_session
+from common.errors import SignalboxError
 from data_checks import effects, regression
 from delivery.ledger import BatchRow, Ledger
 from models.booster import is_number
@@ -31,7 +33,7 @@ from models.policies import arms
 from pipeline.decisions import in_effect
 from pipeline.lake import Lake
 from pipeline.lifecycle import promotion, rule_override, state
-from pipeline.point_in_time import StageSqlError, connect
+from pipeline.point_in_time import StageSqlError
 from pipeline.workflow import Regression, Workflow
 
 if TYPE_CHECKING:
@@ -258,7 +260,7 @@ def observations(workflow: Workflow, lake: Lake, first: date, last: date, *, kno
         else "(SELECT DISTINCT day FROM told AS t WHERE t.day BETWEEN $first AND $last) AS s "
         "CROSS JOIN (SELECT DISTINCT unit FROM acted) AS u"
     )
-    connection = connect()
+    connection = duckdb_session.engine()
     try:
         connection.register("told", told)
         connection.register("described", described)
@@ -387,7 +389,7 @@ def entities(workflow: Workflow, lake: Lake, since: date, *, known: date, until:
     _needed(workflow, told, columns)
     read = ", ".join(f'CAST("{c}" AS DOUBLE) AS "{c}"' for c in columns)
     some = " OR ".join(f'"{c}" IS NOT NULL' for c in columns)
-    connection = connect()
+    connection = duckdb_session.engine()
     try:
         connection.register("told", told)
         query = f"""
@@ -477,7 +479,7 @@ def plain(value: Any) -> Any:
 # --- how soon a harm would be found
 
 
-class NoHistory(LookupError):
+class NoHistory(SignalboxError, LookupError):
     """Nothing is there to tell from how soon a harm would be found; the message says what is missing, and the way to it."""
 
 
@@ -574,7 +576,7 @@ def _told_entities(workflow: Workflow, lake: Lake, first: date, last: date) -> p
     _needed(workflow, told, columns)
     some = " OR ".join(f'"{c}" IS NOT NULL' for c in columns)
     read = ", ".join(f'CAST("{c}" AS DOUBLE) AS "{c}"' for c in columns)
-    connection = connect()
+    connection = duckdb_session.engine()
     try:
         connection.register("told", told)
         return (

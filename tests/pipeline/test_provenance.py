@@ -42,7 +42,7 @@ def changed(file: Path) -> None:
     [
         "workflows/ad_budget/features.sql", "workflows/ad_budget/outcomes.sql",
         "workflows/ad_budget/sources/export.sql", "pipeline/decisions/scoring.py", "pipeline/decisions/decide.py", "models/learners/response.py",
-        "data_checks/guardrails.py", "delivery/push.py", "delivery/connectors/google_ads.py",
+        "data_checks/guardrails.py", "delivery/push/engine.py", "delivery/connectors/google_ads.py",
     ],
 )  # fmt: skip
 def test_one_byte_of_what_decides_changes_the_digest(tree: Path, file: str) -> None:

@@ -16,13 +16,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from common.errors import SignalboxError
 from delivery.connectors.http import Http
 from delivery.sandbox import private
 from delivery.sandbox.helpdesk import recipe
 from delivery.sandbox.worlds import tickets
 
 
-class SandboxError(RuntimeError):
+class SandboxError(SignalboxError, RuntimeError):
     """The help desk did not start, ended, or refused what a control asked; says what it said."""
 
 
