@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from delivery import ledger
-from delivery.ledger import Ledger, NewBatch, hash_chain
+from delivery.ledger import Ledger, NewBatch, batches, hash_chain, ledger
 
 TARGET_S = 20.0
 NOW = datetime(2026, 4, 11, 4)
@@ -100,10 +99,10 @@ def main() -> int:
                 split = Split()
                 start, busy = time.perf_counter(), time.process_time()
                 with split.around(
-                    columns=(Ledger, "_stored"),
+                    columns=(ledger, "to_stored"),
                     leaves=(hash_chain, "leaf_hashes"),
                     tree=(hash_chain, "merkle_root"),
-                    inserts=(ledger, "insert_bulk"),
+                    inserts=(batches, "insert_bulk"),
                 ):
                     book.record_batch(batch(day), made)
                 took = time.perf_counter() - start

@@ -1,8 +1,9 @@
 """The append-only record of what was decided, sent, approved, promoted and taken back, and the proof that nobody changed it since.
 
-``ledger`` is what callers open; ``records`` are the rows that it takes and gives; ``events`` and ``hash_chain`` make it
-tamper-evident; ``pseudonyms`` keep names out of the chain; ``verify`` reads it all again; ``schema``, ``database``, ``migrations``
-and ``leases`` are how it is kept.
+``ledger`` is what callers open; ``batches``, ``decisions``, ``deliveries``, ``pushes``, ``acknowledged``, ``rollbacks``, ``chained``
+and ``erasure`` are what its methods do, each in an open ``transaction``; ``records`` are the rows that it takes and gives;
+``events`` and ``hash_chain`` make it tamper-evident; ``pseudonyms`` keep names out of the chain; ``verify`` reads it all again;
+``schema``, ``database``, ``migrations`` and ``leases`` are how it is kept.
 
 Belongs here: the record and its rules. Does not: talking to a downstream system (``delivery.push``), who may approve
 (``delivery.approvals``).

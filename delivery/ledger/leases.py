@@ -1,7 +1,7 @@
-"""Who holds the lease of a downstream system, and whether that process still lives.
+"""Leases of downstream systems: who holds one, and whether that process still lives.
 
-Belongs here: naming this process beyond doubt, and looking for another one on the same host. Does not: granting leases
-(``delivery.ledger``).
+Belongs here: granting a lease and checking its fence, naming this process beyond doubt, and looking for another one on the same
+host. Does not: keeping a lease while a push runs (``delivery.push.held_lease``).
 """
 
 from __future__ import annotations
@@ -10,10 +10,14 @@ import os
 import socket
 import subprocess
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
-from delivery.ledger.database import LedgerError
+from sqlalchemy import bindparam, select, text, update
+
+from delivery.ledger import schema
+from delivery.ledger.database import Fenced, LedgerError
+from delivery.ledger.transaction import Transaction
 
 
 @dataclass(frozen=True)
@@ -92,3 +96,41 @@ def process_started(pid: int) -> str | None:
         return None if after_name[0] in "ZX" else f"{boot}-{after_name[19]}"
     said = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
     return said.stdout.strip() or None
+
+
+def check_fence(tx: Transaction, lease: Lease) -> None:
+    """The fence: the lease is still ours, and stays so until this transaction ends."""
+    row = tx.connection.execute(
+        select(schema.leases).where(schema.leases.c.system == lease.system).with_for_update()
+    ).first()
+    if row is None or not row.held or row.fence != lease.fence:
+        now = "nobody" if row is None or not row.held else str(Holder(row.host, row.pid, row.started))
+        raise Fenced(
+            f"the lease {lease.fence} of {lease.system} is no longer ours ({now} holds it): nothing was written"
+        )
+
+
+def grant(tx: Transaction, system: str, holder: Holder, now: datetime, ttl_s: float) -> Lease:
+    table = schema.leases
+    expires_at = now + timedelta(seconds=ttl_s)
+    tx.connection.execute(
+        text(
+            "INSERT INTO leases (system, fence, held, host, pid, started, expires_at) "
+            "VALUES (:system, 0, :held, '', 0, '', :now) ON CONFLICT DO NOTHING"
+        ).bindparams(bindparam("now", type_=table.c.expires_at.type), bindparam("held", type_=table.c.held.type)),
+        {"system": system, "held": False, "now": now},
+    )
+    row = tx.connection.execute(select(table).where(table.c.system == system).with_for_update()).one()
+    if row.held:
+        other = Holder(row.host, row.pid, row.started)
+        here = other.host == Holder.here().host
+        left = (str(tx.connection.engine.url), system, row.fence) in ABANDONED
+        if not (left or (other.is_dead() if here else row.expires_at <= now)):
+            raise Busy(system, other, row.expires_at)
+    fence = row.fence + 1
+    tx.connection.execute(
+        update(table).where(table.c.system == system).values(
+            fence=fence, held=True, host=holder.host, pid=holder.pid, started=holder.started, expires_at=expires_at
+        )
+    )  # fmt: skip
+    return Lease(system, fence, holder, expires_at)

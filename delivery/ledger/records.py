@@ -76,6 +76,11 @@ class BatchRow(NewBatch):
     """Deliveries by state."""
 
     @property
+    def order_key(self) -> tuple[date, int]:
+        """The order of batches: by day, then by when they were recorded."""
+        return self.day, self.sequence
+
+    @property
     def acted(self) -> bool:
         """Whether something of it was sent and stood downstream, or may. What nothing was sent of answers no question about
         the past."""

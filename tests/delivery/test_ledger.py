@@ -877,25 +877,25 @@ def test_another_key_is_refused(url: str, book: Ledger) -> None:
 
 KILLED = """
 import os, signal, sys
-from delivery.ledger import Ledger, ledger
+from delivery.ledger import Ledger, batches
 from tests.support.ledgers import KEY, new_batch, some_decisions
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 def after_bulk(times):
-    real, calls = ledger.insert_bulk, []
+    real, calls = batches.insert_bulk, []
     def insert_bulk(*args, **kwargs):
         real(*args, **kwargs)
         calls.append(1)
         if len(calls) == times:
             die()
-    ledger.insert_bulk = insert_bulk
+    batches.insert_bulk = insert_bulk
 
 where = [
     lambda: after_bulk(1),                             # the event and the names are written
     lambda: after_bulk(2),                             # the decisions too
-    lambda: setattr(Ledger, "_batch", die),            # everything, but for the commit
+    lambda: setattr(batches, "batch", die),            # everything, but for the commit
     lambda: None,                                      # not at all
 ]
 for number, prepare in enumerate(where):
