@@ -24,13 +24,13 @@ from delivery.rollback import (
     RollbackError,
     RollbackReport,
     Since,
-    _became,
     close,
     dry_run,
     roll_back,
     rollback_id,
     undone,
 )  # fmt: skip
+from delivery.rollback.outcome import became
 from tests.support.desks import Desk, entities
 from tests.support.fakes import DAY, START, Crash, Mortal, Process, dead_holder, record
 
@@ -833,7 +833,7 @@ def test_of_whatever_was_sent_it_is_put_back_or_listed_or_proven_not_to_stand(kn
         )
         pair = undone(d, 2, knows_authors=knows)
         back = replace(d, state="ACKED", observed=d.after) if pair is not None and entity is not None else None
-        where, words = _became(d, back, begun=True)
+        where, words = became(d, back, begun=True)
         assert where in ("restored", "partly", "conflicts", "not_reversible", "left", "open", "untouched")
         assert where in ("restored", "untouched") or words is not None
         if back is not None:
