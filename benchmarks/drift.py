@@ -23,6 +23,8 @@ import numpy as np
 import pyarrow as pa
 
 from data_checks import drift
+from data_checks.drift import columns as drift_columns
+from data_checks.drift import report as drift_report
 from pipeline.lake import Lake
 
 START = date(2026, 1, 5)
@@ -140,7 +142,7 @@ def found_after(
 
 def preset(before: pa.Table, now: pa.Table) -> tuple[int, bool]:
     """Evidently's preset as it comes: how many columns it calls drifted, and whether it calls the day drifted."""
-    drift._evidently()
+    drift_report._evidently()
     import evidently
     from evidently.presets import DataDriftPreset
 
@@ -181,12 +183,13 @@ def _as_it_comes(sides: list[pa.Table]) -> dict[str, float | None]:
     numeric, _ = _columns(sides[0])
     now, before = (t.drop_columns(["day"]).to_pandas() for t in sides)
     for name in numeric:
-        low, high = drift._bounds(np.sort(before[name].to_numpy()), drift.DriftSpec().winsorise)
+        low, high = drift_columns._bounds(np.sort(before[name].to_numpy()), drift.DriftSpec().winsorise)
         now[name], before[name] = now[name].clip(low, high), before[name].clip(low, high)
     whole = {
-        n: ("numeric" if n in numeric else "categorical", drift._Pair(now[n], before[n], 0.1)) for n in now.columns
+        n: ("numeric" if n in numeric else "categorical", drift_report._Pair(now[n], before[n], 0.1))
+        for n in now.columns
     }
-    return dict(drift._run(whole, 0.5)[1])
+    return dict(drift_report._run(whole, 0.5)[1])
 
 
 def _timed(lake: str, report: Callable[[list[pa.Table]], Any], times: int, answer: Any) -> None:

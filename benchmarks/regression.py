@@ -20,7 +20,8 @@ for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
 
 import numpy as np  # noqa: E402
 
-from data_checks import regression, sequential  # noqa: E402
+from data_checks import regression  # noqa: E402
+from data_checks.regression import sequential  # noqa: E402
 from tests.support import comparisons as worlds  # noqa: E402
 
 ALPHA = 0.05

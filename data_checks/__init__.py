@@ -1,6 +1,5 @@
-"""Judging data and batches: contracts (Great Expectations), drift (Evidently), guardrails.
+"""Is the data as it was promised, does it look as it did, do scores and arms do well, and may this batch be sent.
 
-Belongs here: is this table what was promised, has it moved, may this batch be sent. Everything takes Arrow tables and
-returns plain results and pages. Does not: reading the lake or Dagster's check results (``assets``), nor choosing
-(``models``).
+Belongs here: contracts, drift, performance, the regression guard, guardrails: pure judgements over tables. Does not: anything of
+Dagster, acting on a verdict.
 """

@@ -96,7 +96,7 @@ def _totals(arm: pa.ChunkedArray, values: np.ndarray) -> dict[str, int]:
     return {r["arm"]: (r["high_sum"] << 31) + r["low_sum"] for r in summed.to_pylist()}
 
 
-def check(decisions: pa.Table, spec: Guardrails, *, pools: Mapping[str, int] | None = None) -> GuardrailResult:
+def check(decisions: pa.Table, spec: Guardrails, *, pools: Mapping[str, int] | None = None) -> GuardrailResult:  # noqa: C901 - limits one after another, as the report lists them
     """Judge a batch.
 
     ``decisions``: the decision columns (entity_id, unit, arm, before BIGINT, after BIGINT, changed, review). ``pools``:

@@ -198,7 +198,7 @@ def _number(table: pa.Table, name: str) -> pa.ChunkedArray:
     return column
 
 
-def train(
+def train(  # noqa: PLR0913 - given by name
     x: np.ndarray | pa.Table,
     y: np.ndarray,
     *,

@@ -90,7 +90,7 @@ def response(level: Floats, base_spend: Floats, spends: Floats, elasticity: Floa
     return np.asarray(level * ratio ** np.clip(e, LOWEST, HIGHEST))
 
 
-def fit_elasticities(
+def fit_elasticities(  # noqa: PLR0913 - given by name
     line: Labels,
     group: Labels,
     day: Any,

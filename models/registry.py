@@ -237,7 +237,7 @@ class Registry:
             return str(found.experiment_id)
         return str(self.client.create_experiment(name, artifact_location=f"{self.artifacts.rstrip('/')}/{name}"))
 
-    def register(
+    def register(  # noqa: PLR0913 - given by name
         self,
         name: str,
         files: Mapping[str, bytes],

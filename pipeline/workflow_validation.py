@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from common import clock, duckdb_session
 from common.duckdb_session import StageSqlError, Text
-from data_checks.effects import measured
+from data_checks.regression.effects import measured
 from delivery.connectors import catalog as connectors
 from delivery.connectors.base import Misconfigured
 from models.booster import is_number

@@ -20,7 +20,7 @@ from delivery.push.run import Options, Run, allowed_while_stopped, stopped_text
 from delivery.push.types import Changed, Diff, NotApproved, Progress, PushError, PushSettings, Refused, Report, Stopped
 
 
-def push(
+def push(  # noqa: PLR0913 - given by name
     ledger: Ledger,
     connector: Connector,
     batch_id: str,
@@ -58,7 +58,7 @@ def push(
         return engine.send_batch(run)
 
 
-def resolve(
+def resolve(  # noqa: PLR0913 - given by name
     ledger: Ledger,
     connector: Connector,
     batch_id: str,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from delivery.push import Progress
 
 
-def roll_back(
+def roll_back(  # noqa: PLR0913 - given by name
     ledger: Ledger,
     connector_of: Callable[[str], Connector],
     which: Selection,

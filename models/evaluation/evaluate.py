@@ -80,7 +80,7 @@ def _types(numeric: Sequence[str], categorical: Sequence[str]) -> dict[str, str]
     return {**dict.fromkeys(numeric, "numeric"), **dict.fromkeys(categorical, "categorical")}
 
 
-def examine(
+def examine(  # noqa: PLR0913 - given by name
     candidate: Any,
     rule: Any,
     champion: Any | None,

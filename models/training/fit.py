@@ -154,7 +154,7 @@ def disagreement(
     return gate.Disagreement(far, twins, rows) if twins > 0 else "not measured: the twins agree in every row"
 
 
-def fit_and_judge(
+def fit_and_judge(  # noqa: PLR0913 - given by name
     learn: pa.Table,
     early: pa.Table,
     held_out: pa.Table,

@@ -130,7 +130,7 @@ def untuned(spec: Mapping[str, Any], note: str) -> Tuned:
     return Tuned(dict(spec), TRIALS.empty_table(), note)
 
 
-def stop_early(
+def stop_early(  # noqa: PLR0913 - given by name
     learner: type[Scorer],
     before: pa.Table,
     validation: pa.Table,
@@ -168,7 +168,7 @@ def stop_early(
     return _tuned(spec, rows, better, f"early stopping on {validation.num_rows} rows of later days, {metric}")
 
 
-def search(
+def search(  # noqa: PLR0913 - given by name
     learner: type[Scorer],
     before: pa.Table,
     validation: pa.Table,

@@ -27,7 +27,7 @@ CURVE_ROWS = 20_000
 """Rows from which a curve is drawn at most: it is looked at, not decided by."""
 
 
-def register(
+def register(  # noqa: PLR0913 - given by name
     workflow: Workflow,
     registry: Registry,
     fitted: Fitted,

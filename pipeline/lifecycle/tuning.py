@@ -82,7 +82,7 @@ def tune(
     return search.stop_early(learner, before, later, spec, stop=training.early_stopping, **how)
 
 
-def student(
+def student(  # noqa: PLR0913 - given by name
     workflow: Workflow,
     registry: Registry,
     ledger: Ledger,

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from common import duckdb_session
-from data_checks import effects
+from data_checks.regression import effects
 from models.booster import is_number
 from pipeline.lake import Lake
 from pipeline.point_in_time import StageSqlError

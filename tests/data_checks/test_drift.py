@@ -14,8 +14,17 @@ from scipy.spatial.distance import jensenshannon
 from scipy.stats import wasserstein_distance
 
 from data_checks import drift as subject
-from data_checks import drift_calibration as calibration
-from data_checks.drift import DriftImpossible, DriftReport, DriftSpec, drift, save, sentence
+from data_checks.drift import (
+    DriftImpossible,
+    DriftReport,
+    DriftSpec,
+    calibration,
+    drift,
+    save,
+    sentence,
+)
+from data_checks.drift import columns as drift_columns
+from data_checks.drift import report as drift_report
 
 NUMERIC = ("x", "count", "flag", "nothing")
 CATEGORICAL = ("team", "code")
@@ -132,14 +141,14 @@ def test_empty_windows_and_too_few_values_everywhere_are_errors() -> None:
 
 
 def test_a_column_on_which_evidently_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = subject._run
+    run = drift_report._run
 
     def fails_on_team(columns: dict[str, Any], share: float) -> Any:
         if "team" in columns:
             raise ZeroDivisionError("somewhere inside")
         return run(columns, share)
 
-    monkeypatch.setattr(subject, "_run", fails_on_team)
+    monkeypatch.setattr(drift_report, "_run", fails_on_team)
     with pytest.raises(
         DriftImpossible, match=r"'team': Evidently could not judge it \(ZeroDivisionError: somewhere inside\)"
     ):
@@ -147,7 +156,7 @@ def test_a_column_on_which_evidently_fails_is_named(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_distance_that_evidently_does_not_give_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subject, "_run", lambda columns, share: (None, {}))
+    monkeypatch.setattr(drift_report, "_run", lambda columns, share: (None, {}))
     with pytest.raises(DriftImpossible, match="'x': Evidently gave no distance"):
         compare(window(100, 2))
 
@@ -174,8 +183,8 @@ def test_compression_keeps_mean_missing_share_and_counts() -> None:
     ordered = np.sort(values[7_500:])
     small = calibration.compress_numbers(ordered, 750)
     assert len(small) == 750 and small.mean() == pytest.approx(ordered.mean(), rel=1e-12)
-    side = subject._Side(pa.table({"x": values}))
-    kept = subject._Numbers.of(side, *subject._sorted(side, "x", by_day=True)[::2]).filled(30_000)
+    side = drift_columns.Side(pa.table({"x": values}))
+    kept = drift_columns.Numbers.of(side, *drift_columns.sorted_values(side, "x", by_day=True)[::2]).filled(30_000)
     assert len(kept) == subject.DRAWN_ROWS and np.isnan(kept).mean() == 0.25
     assert np.nanmean(kept) == pytest.approx(ordered.mean(), rel=1e-3)
     assert (side.column("x").to_numpy()[7_500:] == values[7_500:]).all(), "the table itself is not sorted"
@@ -186,7 +195,7 @@ def test_compression_keeps_mean_missing_share_and_counts() -> None:
 def test_columns_compressed_at_once_say_what_they_say_one_by_one(
     clean: DriftReport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(subject, "THREADED_ROWS", 0)
+    monkeypatch.setattr(drift_columns, "THREADED_ROWS", 0)
     assert compare(window(400, 2)).json == clean.json
     with pytest.raises(DriftImpossible, match="'x' is string, not a number"):
         compare(window(100, 2, x=pa.array(["a"] * 100)))
@@ -194,8 +203,8 @@ def test_columns_compressed_at_once_say_what_they_say_one_by_one(
 
 def test_categories_and_nulls_are_counted_on_their_own_days() -> None:
     days = pa.array([date(2016, 5, 2)] * 2 + [date(2016, 5, 1)] * 3, pa.date32())
-    side = subject._Side(pa.table({"day": days, "team": ["b", None, "a", "a", "b"]}))
-    found = subject._Texts.of(side, "team")
+    side = drift_columns.Side(pa.table({"day": days, "team": ["b", None, "a", "a", "b"]}))
+    found = drift_columns.Texts.of(side, "team")
     assert found.names == ("a", "b") and found.counts.tolist() == [[2, 1], [0, 1]] and found.nulls.tolist() == [0, 1]
 
 
@@ -209,14 +218,14 @@ def test_categories_beyond_the_limit_are_one_and_rare_ones_do_not_slow_or_alarm(
 
 def test_distances_are_evidently_s_own_on_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     found: dict[str, float] = {}
-    run = subject._run
+    run = drift_report._run
 
     def kept(columns: dict[str, Any], share: float) -> Any:
         snapshot, distances = run(columns, share)
         found.update(distances)
         return snapshot, distances
 
-    monkeypatch.setattr(subject, "_run", kept)
+    monkeypatch.setattr(drift_report, "_run", kept)
     few = compare(window(400, 3))
     assert found == pytest.approx({n: c["distance"] for n, c in few.columns.items() if c["judged"]}, abs=1e-12)
     many = compare(window(30_000, 4), window(40_000, 5))
@@ -373,7 +382,7 @@ def test_a_side_without_a_spread_has_no_bound() -> None:
     """99.5% zeros: what the few others do, and that all of them change, is still seen."""
     values = np.zeros(4000)
     values[::200] = 7.0
-    assert subject._bounds(np.sort(values), 2.0) == (-np.inf, np.inf)
+    assert drift_columns._bounds(np.sort(values), 2.0) == (-np.inf, np.inf)
     base = subject.Baseline(pa.table({"x": values}), numeric=["x"], categorical=[])
     found = subject.measure(
         pa.table({"x": np.full(400, 5.0)}), base, numeric=["x"], categorical=[], spec=DriftSpec(min_rows=40)

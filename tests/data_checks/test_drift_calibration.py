@@ -10,7 +10,7 @@ import pytest
 from benchmarks import drift as world
 from data_checks import drift as subject
 from data_checks.drift import Baseline, DriftSpec, measure, settled
-from data_checks.drift_calibration import (
+from data_checks.drift.calibration import (
     Counted,
     Tail,
     benjamini_hochberg,

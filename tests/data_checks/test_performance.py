@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pytest
 
 from data_checks import performance as perf
-from data_checks.performance import Array, PerformanceSpec, judge
+from data_checks.performance import Array, PerformanceSpec, estimation, judge
 
 DAY = date(2026, 5, 1)
 SPEC = PerformanceSpec()
@@ -187,7 +187,7 @@ def test_how_far_a_row_moves_a_figure_is_what_leaving_it_out_moves_it(name: str)
     columns = {"predicted": p, "actual": y, "weight": weight}
     total = metric.sums(columns, np.zeros(800, np.int64), 1)[0]
     assert metric.each is not None
-    moves = metric.each(columns, perf._gradient(metric.value, total))
+    moves = metric.each(columns, estimation._gradient(metric.value, total))
     assert moves.sum() == pytest.approx(0, abs=1e-6)
     for row in (3, 77, 500):
         kept = np.arange(800) != row

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from data_checks import regression, sequential
-from data_checks.regression import Judgement, Metric, RegressionSpec
+from data_checks import regression
+from data_checks.regression import Judgement, Metric, RegressionSpec, sequential
 from tests.support.properties import examples
 
 START = date(2026, 3, 2)

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from data_checks import effects, regression, sequential
+from data_checks import regression
+from data_checks.regression import effects, sequential
 from tests.support import comparisons
 from tests.support.comparisons import BUDGET_WORLDS, DAYS, ENTITY_WORLDS, LESS, MORE, PRE, Runs
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data_checks import effects
-from data_checks.effects import Metric, Path, RegressionSpec
+from data_checks.regression import effects
+from data_checks.regression.effects import Metric, Path, RegressionSpec
 
 Array = np.ndarray[Any, Any]
 

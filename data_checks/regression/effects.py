@@ -1,7 +1,7 @@
 """How far two arms lie apart and how sure that is: the estimators of the three designs, look by look.
 
 Belongs here: what a comparison may say (`Metric`, `RegressionSpec`), estimates with their errors and bounds, reading rows into
-arrays. Does not: verdicts (``data_checks/regression.py``), boundaries as such (``data_checks/sequential.py``).
+arrays. Does not: verdicts (``data_checks/regression.py``), boundaries as such (``data_checks/regression/sequential.py``).
 
 - ``entity``: outcomes are independent. Difference of the arms' means, each adjusted by its own regression on the covariate
   and on the pre-period's weekday (Lin, Annals of Applied Statistics 2013), inside an asymptotic confidence sequence.
@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from data_checks import sequential
+from data_checks.regression import sequential
 
 Design = Literal["entity", "cohort", "switchback"]
 Floats = np.ndarray[Any, np.dtype[np.float64]]

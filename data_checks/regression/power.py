@@ -1,7 +1,7 @@
 """Before a workflow goes live: with this holdout, a harm of x is found in y days.
 
 Belongs here: the power of each design, by running its own estimator on the workflow's past with arms redrawn. Does not:
-the estimators (``data_checks/effects.py``), reading the past from the lake.
+the estimators (``data_checks/regression/effects.py``), reading the past from the lake.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_checks.effects import (
+from data_checks.regression.effects import (
     Design,
     Ints,
     Metric,
@@ -76,7 +76,7 @@ def sentence(power: Power) -> str:
     return f"{start}, a harm of {power.harm:.1%} is found in {power.days} days with {power.wanted:.0%} probability, and in {last}."
 
 
-def power(
+def power(  # noqa: PLR0913 - given by name
     history: pa.Table,
     *,
     spec: RegressionSpec,
@@ -156,7 +156,7 @@ def _mean(values: Sequence[float]) -> float:
 _Run = Callable[[int | None], Path]
 
 
-def _entity_runs(
+def _entity_runs(  # noqa: PLR0913 - given by name
     history: pa.Table, spec: RegressionSpec, metric: Metric, shares: Mapping[str, float], treated: str, control: str,
     harm: float, looks: Ints, epoch_days: int, washout_days: int, units: int | None, rng: np.random.Generator,
 ) -> tuple[_Run, int, int]:  # fmt: skip
@@ -197,7 +197,7 @@ def _entity_runs(
     return one, a_day, days
 
 
-def _cluster_runs(
+def _cluster_runs(  # noqa: PLR0913 - given by name
     history: pa.Table, spec: RegressionSpec, metric: Metric, shares: Mapping[str, float], treated: str, control: str,
     harm: float, looks: Ints, epoch_days: int, washout_days: int, units: int | None, rng: np.random.Generator,
 ) -> tuple[_Run, int, int]:  # fmt: skip

@@ -1,7 +1,7 @@
 """The regression guard: does an arm do harm, judged every day beside another arm, with a known chance of a false alarm.
 
-Belongs here: the verdict and what it rests on, the sample-ratio check. Does not: the estimators (``data_checks/effects.py``), the
-power calculator (``data_checks/power.py``; both are offered here), reading tables, drawing arms, rolling back.
+Belongs here: the verdict and what it rests on, the sample-ratio check. Does not: the estimators (``data_checks.regression.effects``), the
+power calculator (``data_checks.regression.power``), reading tables, drawing arms, rolling back.
 
 Harm is signed so that positive is worse. Judging a day reads no row after it and recomputes every look up to it: the same
 rows give the same looks, so a ROLLBACK that was reached stays reached. A mismatch of the arms, too few clusters, or no data
@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_checks.effects import (
+from data_checks.regression.effects import (
     Bools,
     Design,
     Floats,
@@ -42,19 +42,6 @@ from data_checks.effects import (
     values_of,
     weekday_level,
 )
-from data_checks.power import Power, power, sentence
-
-__all__ = [
-    "LOOKS",
-    "Judgement",
-    "Metric",
-    "Power",
-    "RegressionSpec",
-    "judge",
-    "power",
-    "sample_ratio",
-    "sentence",
-]
 
 Verdict = Literal["ROLLBACK", "PROMOTE", "CONTINUE", "INCONCLUSIVE", "NO_DATA"]
 
@@ -192,7 +179,7 @@ def sample_ratio(
 # ---- judging
 
 
-def judge(
+def judge(  # noqa: PLR0913 - given by name
     observed: pa.Table,
     before: pa.Table | None,
     *,
