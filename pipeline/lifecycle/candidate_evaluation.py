@@ -119,10 +119,11 @@ def champion_of(workflow: Workflow, registry: Registry, ledger: Ledger, day: dat
     Where the champion was trained later than ``day`` (a backfill) it is the newest version by then that had passed its gate:
     a candidate of an earlier day is not compared with what was learned after it.
     """
-    if not ledger.promotions(workflow.name):
+    lifecycle = state.LifecycleState.read(ledger, workflow)
+    if not lifecycle.moves:
         held = registry.by_alias(workflow.name, CHAMPION)
     else:
-        number = state.live(ledger, workflow)["champion"]
+        number = lifecycle.live()["champion"]
         try:
             held = None if number is None else registry.by_number(workflow.name, number)
         except ModelMissing:

@@ -196,10 +196,11 @@ def admit(
     with _alone(ledger, name):
         stands = _begin(registry, ledger, name)
         _mend(ledger, name, stands)
-        state = lifecycle.live(ledger, name)
+        known = lifecycle.LifecycleState.read(ledger, name)
+        state = known.live()
         if not version.passed:
             action = "held" if held else "refused"
-            if not any(p.version == version.number and p.action == action for p in ledger.promotions(name)):
+            if not any(p.version == version.number and p.action == action for p in known.moves):
                 ledger.promotion(name, version.number, action, actor, told)
             if held:
                 registry.held(name, version.number)
@@ -354,12 +355,12 @@ def step_back(
     """
     with _alone(ledger, name):
         stands, error = _reached(registry, ledger, name)
-        known = ledger.promotions(name)
-        if (stands is None or number not in stands.versions) and not any(p.version == number for p in known):
+        known = lifecycle.LifecycleState.read(ledger, name)
+        if (stands is None or number not in stands.versions) and not any(p.version == number for p in known.moves):
             raise ModelMissing(
                 f"model {name!r} has no version {number}{f', as far as the ledger knows: {error}' if error else ''}"
             )
-        state = lifecycle.live(ledger, name)
+        state = known.live()
         if number not in state["blocked"]:
             ledger.promotion(name, number, "rolled back", actor, {"reason": reason, "trigger": trigger})
         if state["champion"] in (number, None):  # None: a run before this one was killed before it named an heir

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from delivery.ledger import Event, Ledger
+from delivery.ledger import Event, Ledger, Promotion
 from models.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry, Version
 from pipeline.lifecycle import rule_override
 from pipeline.workflow import Workflow
@@ -19,58 +19,101 @@ from pipeline.workflow import Workflow
 Stage = Literal["shadow", "canary"]
 
 
-def live(ledger: Ledger, workflow: Workflow | str, until: datetime | None = None) -> dict[str, Any]:
-    """Which versions are live, from the ledger alone; with ``until`` (naive UTC) as it stood then.
+@dataclass(frozen=True)
+class LifecycleState:
+    """All that happened to the versions of a workflow, read from the ledger once and handed on within an operation.
 
-    ``champion``: number or None. ``previous``: the champion before it, or None. ``challenger``: (number, "shadow" or
-    "canary") or None. ``blocked``: the numbers that were rolled back and not lifted. ``lifted``: those that a person let
-    be promoted again. ``digests``: by number, the digest
-    of the files that were given their place. ``since``: when champion and challenger got their places (naive UTC).
+    It is as of when it was read: who has written to the ledger since reads it anew.
     """
-    champions: list[int] = []
-    challenger: tuple[int, Stage] | None = None
-    blocked: set[int] = set()
-    lifted: set[int] = set()
-    digests: dict[int, str] = {}
-    since: dict[str, datetime] = {}
-    for one in ledger.promotions(workflow if isinstance(workflow, str) else workflow.name):
-        number, was = one.version, champions[-1:]
-        if number is None or (until is not None and one.at > until):
-            continue
-        if one.evidence.get("digest"):
-            digests[number] = str(one.evidence["digest"])
-        is_challenger = challenger is not None and challenger[0] == number
-        if one.action == "promoted":
-            champions = [*(n for n in champions if n != number), number]
-            challenger = None if is_challenger else challenger
-        elif one.action in ("shadow", "canary"):
-            challenger = (number, "shadow" if one.action == "shadow" else "canary")
-            since["challenger"] = one.at
-        elif one.action == "dropped" and is_challenger:
-            challenger = None
-        elif one.action in ("dropped", "rolled back"):
-            # out of the line for good: a lifted version must be promoted again to decide again
-            champions = [n for n in champions if n != number]
-            challenger = None if is_challenger else challenger
-        if one.action == "rolled back":
-            blocked.add(number)
-            lifted.discard(number)
-        elif one.action == "lifted":
-            blocked.discard(number)
-            lifted.add(number)
-        if champions[-1:] != was:
-            since["champion"] = one.at
-    if challenger is None:
-        since.pop("challenger", None)
-    return {
-        "champion": champions[-1] if champions else None,
-        "previous": champions[-2] if len(champions) > 1 else None,
-        "challenger": challenger,
-        "blocked": sorted(blocked),
-        "lifted": sorted(lifted),
-        "digests": digests,
-        "since": since,
-    }
+
+    moves: tuple[Promotion, ...]
+    """In the order in which they happened."""
+
+    @classmethod
+    def read(cls, ledger: Ledger, workflow: Workflow | str) -> Self:
+        """One read of the ledger's promotions."""
+        return cls(tuple(ledger.promotions(workflow if isinstance(workflow, str) else workflow.name)))
+
+    def live(self, until: datetime | None = None) -> dict[str, Any]:
+        """Which versions are live; with ``until`` (naive UTC) as it stood then.
+
+        ``champion``: number or None. ``previous``: the champion before it, or None. ``challenger``: (number, "shadow" or
+        "canary") or None. ``blocked``: the numbers that were rolled back and not lifted. ``lifted``: those that a person let
+        be promoted again. ``digests``: by number, the digest
+        of the files that were given their place. ``since``: when champion and challenger got their places (naive UTC).
+        """
+        champions: list[int] = []
+        challenger: tuple[int, Stage] | None = None
+        blocked: set[int] = set()
+        lifted: set[int] = set()
+        digests: dict[int, str] = {}
+        since: dict[str, datetime] = {}
+        for one in self.moves:
+            number, was = one.version, champions[-1:]
+            if number is None or (until is not None and one.at > until):
+                continue
+            if one.evidence.get("digest"):
+                digests[number] = str(one.evidence["digest"])
+            is_challenger = challenger is not None and challenger[0] == number
+            if one.action == "promoted":
+                champions = [*(n for n in champions if n != number), number]
+                challenger = None if is_challenger else challenger
+            elif one.action in ("shadow", "canary"):
+                challenger = (number, "shadow" if one.action == "shadow" else "canary")
+                since["challenger"] = one.at
+            elif one.action == "dropped" and is_challenger:
+                challenger = None
+            elif one.action in ("dropped", "rolled back"):
+                # out of the line for good: a lifted version must be promoted again to decide again
+                champions = [n for n in champions if n != number]
+                challenger = None if is_challenger else challenger
+            if one.action == "rolled back":
+                blocked.add(number)
+                lifted.discard(number)
+            elif one.action == "lifted":
+                blocked.discard(number)
+                lifted.add(number)
+            if champions[-1:] != was:
+                since["champion"] = one.at
+        if challenger is None:
+            since.pop("challenger", None)
+        return {
+            "champion": champions[-1] if champions else None,
+            "previous": champions[-2] if len(champions) > 1 else None,
+            "challenger": challenger,
+            "blocked": sorted(blocked),
+            "lifted": sorted(lifted),
+            "digests": digests,
+            "since": since,
+        }
+
+    def waiting(self, until: datetime | None = None) -> dict[int, str | None]:
+        """The digest of every version of which the last word is that its gate held it."""
+        last = {
+            p.version: p
+            for p in self.moves
+            if p.version is not None and p.action != "put back" and (until is None or p.at <= until)
+        }
+        return {number: p.evidence.get("digest") for number, p in last.items() if p.action == "held"}
+
+    def held(self, until: datetime | None = None) -> list[int]:
+        """The versions that wait for a person since their gate held them, as of ``until`` (naive UTC); those that are older
+        than the champion wait for nobody any more."""
+        champion = self.live(until)["champion"]
+        return sorted(n for n in self.waiting(until) if champion is None or n > champion)
+
+    def behind(self, ledger: Ledger, name: str, until: datetime) -> Event | None:
+        """The event by which the rule decides in place of the champion (``pipeline.lifecycle.rule_override``), as both stood at
+        ``until`` (naive UTC); None where the champion decides, or there is none."""
+        if not ledger.events(rule_override.KIND, name):
+            return None
+        champion = self.live(until)["champion"]
+        return None if champion is None else rule_override.standing(ledger, name, champion, until)
+
+
+def live(ledger: Ledger, workflow: Workflow | str, until: datetime | None = None) -> dict[str, Any]:
+    """``LifecycleState.live``, for who asks nothing else."""
+    return LifecycleState.read(ledger, workflow).live(until)
 
 
 def aliases(state: Mapping[str, Any]) -> dict[str, int | None]:
@@ -82,12 +125,8 @@ def aliases(state: Mapping[str, Any]) -> dict[str, int | None]:
 
 
 def behind(ledger: Ledger, name: str, until: datetime) -> Event | None:
-    """The event by which the rule decides in place of the champion (``pipeline.lifecycle.rule_override``), as both stood at ``until``
-    (naive UTC); None where the champion decides, or there is none."""
-    if not ledger.events(rule_override.KIND, name):
-        return None
-    champion = live(ledger, name, until)["champion"]
-    return None if champion is None else rule_override.standing(ledger, name, champion, until)
+    """``LifecycleState.behind``, for who asks nothing else."""
+    return LifecycleState.read(ledger, name).behind(ledger, name, until)
 
 
 # --- who decides a day --------------------------------------------------------------------------------------------------
@@ -111,9 +150,10 @@ def lineup(registry: Registry, ledger: Ledger | None, name: str, day: date) -> L
     then. Without a ledger, or one that knows no version of the workflow, the registry alone says (``Registry.as_of``).
     Raises MLflow's error where the registry is down.
     """
-    if ledger is None or not ledger.promotions(name):
+    known_of = None if ledger is None else LifecycleState.read(ledger, name)
+    if known_of is None or not known_of.moves:
         return Lineup(_ranked(registry.as_of(name, day)))
-    state, stands = live(ledger, name), registry.standing(name)
+    state, stands = known_of.live(), registry.standing(name)
     held = stands.versions.get(state["champion"] or -1)
     if held is not None and held.trained_day > day:
         known = [v for v in stands.versions.values() if v.passed and v.trained_day <= day]
@@ -162,22 +202,5 @@ def unusable(version: Version | None, state: Mapping[str, Any], number: int | No
 
 def waits(ledger: Ledger, name: str, version: Version) -> bool:
     """Whether a version waits for a person since its gate held it, with the files that it had then."""
-    waiting = _held(ledger, name, None)
+    waiting = LifecycleState.read(ledger, name).waiting()
     return version.number in waiting and waiting[version.number] == version.digest
-
-
-def _held(ledger: Ledger, name: str, until: datetime | None) -> dict[int, str | None]:
-    """The digest of every version of which the last word is that its gate held it."""
-    last = {
-        p.version: p
-        for p in ledger.promotions(name)
-        if p.version is not None and p.action != "put back" and (until is None or p.at <= until)
-    }
-    return {number: p.evidence.get("digest") for number, p in last.items() if p.action == "held"}
-
-
-def held(ledger: Ledger, name: str, until: datetime | None = None) -> list[int]:
-    """The versions that wait for a person since their gate held them, as of ``until`` (naive UTC); those that are older than
-    the champion wait for nobody any more."""
-    champion = live(ledger, name, until)["champion"]
-    return sorted(n for n in _held(ledger, name, until) if champion is None or n > champion)

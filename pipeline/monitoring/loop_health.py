@@ -148,7 +148,8 @@ def examine(ledger: Ledger, workflow: Workflow, *, until: datetime, window_days:
     as_of = last if last < until - timedelta(days=window_days) else until
     since = as_of - timedelta(days=window_days)
     events = [e for e in ledger.events(workflow=name) if e.at <= until]
-    moves = [p for p in ledger.promotions(name) if p.at <= until]
+    lifecycle = state.LifecycleState.read(ledger, name)
+    moves = [p for p in lifecycle.moves if p.at <= until]
     promoted = [p for p in moves if p.action == "promoted" and "heir of" not in p.evidence]
     triggers = [e for e in events if e.kind == "trigger"]
     asked = [e for e in triggers if e.body["action"] == "asked"]
@@ -165,7 +166,7 @@ def examine(ledger: Ledger, workflow: Workflow, *, until: datetime, window_days:
         "promotions": sum(p.at > since for p in promoted),
         "refused": sum(p.at > since and p.action == "refused" for p in moves),
         "held_for_a_person": sum(p.at > since and p.action == "held" for p in moves),
-        "behind_the_rule": int(state.behind(ledger, name, as_of) is not None),
+        "behind_the_rule": int(lifecycle.behind(ledger, name, as_of) is not None),
         "retrainings": sum(e.at > since for e in asked),
         "triggers_held": sum(e.at > since for e in triggers) - sum(e.at > since for e in asked),
         "rollbacks": len(recent),
@@ -187,7 +188,7 @@ def examine(ledger: Ledger, workflow: Workflow, *, until: datetime, window_days:
     }
     causes = Counter(str(e.body["cause"]) for e in asked if e.at > since)
     return Health(
-        name, until, as_of, figures, dict(sorted(causes.items())), _now(ledger, workflow, batches, until),
+        name, until, as_of, figures, dict(sorted(causes.items())), _now(ledger, workflow, lifecycle, batches, until),
         _months(promoted, asked, told, daily), tuple(daily), recent,
     )  # fmt: skip
 
@@ -310,10 +311,12 @@ def _months(
     return tuple({"month": month, **{name: found[month][name] for name in names}} for month in sorted(found))
 
 
-def _now(ledger: Ledger, workflow: Workflow, batches: Sequence[BatchRow], now: datetime) -> dict[str, Any]:
+def _now(
+    ledger: Ledger, workflow: Workflow, lifecycle: state.LifecycleState, batches: Sequence[BatchRow], now: datetime
+) -> dict[str, Any]:
     """Who is live at ``now``, and what is open by the newest that the ledger knows."""
     name = workflow.name
-    stop, live = ledger.stopped(name), state.live(ledger, name, until=now)
+    stop, live = ledger.stopped(name), lifecycle.live(now)
     every = [b for b in ledger.batches(name) if b.recorded_at <= now]
     newest = {b.day: b for b in sorted(batches, key=lambda b: b.sequence)}
     delivered = (b.day for rows in in_effect.by_day(batches).values() for b in rows if b.delivery == "COMPLETE")
@@ -334,7 +337,7 @@ def _now(ledger: Ledger, workflow: Workflow, batches: Sequence[BatchRow], now: d
         for batch in one.batches or (None,)
         if batch not in {c["batch"] for c in condemned} or batch is None
     ]
-    challenger, behind = live["challenger"], state.behind(ledger, name, now)
+    challenger, behind = live["challenger"], lifecycle.behind(ledger, name, now)
     return {
         "stopped": None if stop is None else {"by": stop.actor or NOBODY, "since": _said(stop.at), "reason": stop.reason},
         "held": held,
@@ -347,7 +350,7 @@ def _now(ledger: Ledger, workflow: Workflow, batches: Sequence[BatchRow], now: d
         "champion_since": _said(live["since"].get("champion")),
         "behind_the_rule": None if behind is None else {"since": _said(behind.at), "says": str(behind.body["text"])},
         "challenger": None if challenger is None else {"version": challenger[0], "stage": challenger[1]},
-        "versions_held": state.held(ledger, name, until=now),
+        "versions_held": lifecycle.held(now),
         "blocked": list(live.get("blocked", ())),
         "newest_day_decided": _said(max(in_effect.told(batches), default=None)),
         "newest_day_delivered": _said(max(delivered, default=None)),

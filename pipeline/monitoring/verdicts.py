@@ -325,12 +325,13 @@ def _acted_or_may(ledger: Ledger, workflow: Workflow) -> tuple[list[BatchRow], l
 
 def _acting(ledger: Ledger, workflow: Workflow, acted: Sequence[BatchRow]) -> set[int | None]:
     """Who acts now: the champion (None: the rule, where no model does or the champion is behind it) and the challenger."""
-    stands = state.live(ledger, workflow)
+    lifecycle = state.LifecycleState.read(ledger, workflow)
+    stands = lifecycle.live()
     found: set[int | None] = {stands["challenger"][0]} if stands["challenger"] else set()
-    if state.behind(ledger, workflow.name, ledger.clock()) is not None:
+    if lifecycle.behind(ledger, workflow.name, ledger.clock()) is not None:
         # a verdict over either counts: the rule decides, and what the champion decided before may still stand
         found.add(None)
-    if stands["champion"] is not None or ledger.promotions(workflow.name):
+    if stands["champion"] is not None or lifecycle.moves:
         return found | {stands["champion"]}
     # A ledger that knows of no promotion: whoever acted last.
     newest = [b for b in acted if b.step in ("champion", "rule")][-1:]

@@ -28,10 +28,11 @@ from pipeline.decisions import decide as deciding
 from pipeline.decisions import in_effect, replay, scoring, tables
 from pipeline.explain import trace
 from pipeline.lake import content_digest
+from pipeline.lifecycle import candidate_evaluation
 from pipeline.lifecycle import promotion as promoting
 from pipeline.lifecycle import shadow as shadowing
 from pipeline.lifecycle.promotion import NotBlocked, admit, advance, lift, reconcile, step_back
-from pipeline.lifecycle.state import aliases, live
+from pipeline.lifecycle.state import aliases, lineup, live
 from pipeline.monitoring import loop_health, verdicts
 from pipeline.workflow import FOLDER, Promotion, Workflow, WorkflowInvalid, load
 from tests.conftest import Bench, moved
@@ -1215,3 +1216,21 @@ def test_a_specification_of_an_earlier_release_is_still_read(firm: Firm) -> None
     assert read.model_dump_json(exclude={"folder"}) == firm.workflow.model_dump_json(exclude={"folder"})
     with pytest.raises(replay.ReplayImpossible, match="not understood any more"):
         replay.spec_of(NAME, lake, "broken")
+
+
+def test_an_operation_reads_the_ledgers_promotions_once(firm: Firm, monkeypatch: pytest.MonkeyPatch) -> None:
+    firm.admit(3)
+    reads: list[str] = []
+    real = Ledger.promotions
+    monkeypatch.setattr(Ledger, "promotions", lambda self, name: [reads.append(name), real(self, name)][1])
+    name, day = firm.workflow.name, firm.day
+
+    def counted(ask: Callable[[], Any]) -> int:
+        reads.clear()
+        ask()
+        return len(reads)
+
+    assert counted(lambda: lineup(firm.registry, firm.ledger, name, day)) == 1
+    assert counted(lambda: candidate_evaluation.champion_of(firm.workflow, firm.registry, firm.ledger, day)) == 1
+    assert counted(lambda: loop_health.examine(firm.ledger, firm.workflow, until=firm.moment[0])) == 1
+    assert counted(lambda: verdicts.comparisons(firm.workflow, firm.ledger, day)) == 1
