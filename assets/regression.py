@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from assets.common import days, folded, stage
 from assets.resources import ClockResource, LakeResource, LedgerResource, ReportsResource, preview
 from common.progress import each
+from data_checks.regression import guard
 from pipeline.monitoring import verdicts as guarding
 from pipeline.monitoring.power import power_sentences
 from pipeline.workflow import Workflow
@@ -32,16 +33,7 @@ LOOKS = pa.schema(
         "verdict": pa.string(),
         "metric": pa.string(),
         "look": pa.date32(),
-        "n_treated": pa.int64(),
-        "n_control": pa.int64(),
-        "estimate": pa.float64(),
-        "low": pa.float64(),
-        "high": pa.float64(),
-        "statistic": pa.float64(),
-        "bound": pa.float64(),
-        "alpha_spent": pa.float64(),
-        "level": pa.float64(),
-        "margin": pa.float64(),
+        **{f.name: f.type for f in guard.LOOKS if f.name not in ("metric", "day", "verdict")},
     }
 )
 """``<workflow>/regression``: every look as it stands at the cut-off of ``day``, with the verdict of that day. Figures as in

@@ -1,14 +1,12 @@
-"""What the checks share: a page that opens offline, and a quicker import of the heavy libraries.
+"""What the checks share: a page that opens offline.
 
 Belongs here: helpers that more than one check needs. Does not: anything that judges.
 """
 
 from __future__ import annotations
 
-import gc
 import html
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _STYLE = """
@@ -55,15 +53,3 @@ def page(title: str, lead: Sequence[str], columns: Sequence[str], rows: Iterable
         + f"<table><thead><tr>{''.join(f'<th>{html.escape(c)}</th>' for c in columns)}</tr></thead><tbody>\n{body}\n"
         "</tbody></table></body></html>\n"
     )
-
-
-@contextmanager
-def without_collection() -> Iterator[None]:
-    """Hold the garbage collector: an import that makes thousands of classes is about a fifth quicker without it."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()

@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from common.collector import without_collection
 from common.errors import SignalboxError
-from data_checks.common import page, shown, without_collection
+from data_checks.common import page, shown
 
 EXAMPLES = 10
 # What a contract may not set: this module does, or it has no meaning here.

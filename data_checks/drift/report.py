@@ -15,7 +15,8 @@ from uuid import uuid5
 import numpy as np
 import pyarrow as pa
 
-from data_checks.common import page, without_collection
+from common.collector import without_collection
+from data_checks.common import page
 from data_checks.drift.calibration import (
     compress_counts,
     jensen_shannon,

@@ -7,7 +7,6 @@ ledger cut off at its end together with the rows of those events: that takes a h
 from __future__ import annotations
 
 import bisect
-import gc
 import itertools
 import json
 from collections import Counter, defaultdict
@@ -20,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from sqlalchemy import Connection, func, select
 
+from common.collector import without_collection
 from delivery.ledger import hash_chain, schema
 from delivery.ledger.database import select_bulk
 from delivery.ledger.events import CHAINED, batch_body, body_of, root_of, stored_rows
@@ -126,20 +126,8 @@ class _Proof:
 
 def examine(connection: Connection, people: People, head: Head | None) -> tuple[list[str], int, int, Head]:
     """Problems, number of events, number of batches, head."""
-    with _no_collector():
+    with without_collection():
         return _examine(_Proof(connection, people), head)
-
-
-@contextmanager
-def _no_collector() -> Iterator[None]:
-    """Millions of rows pass, none of which refers to itself: looking for such costs a sixth of the time."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def _examine(proof: _Proof, head: Head | None) -> tuple[list[str], int, int, Head]:

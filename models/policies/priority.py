@@ -23,7 +23,6 @@ import pyarrow.compute as pc
 from pydantic import ConfigDict, Field, field_validator
 
 from models.policies import priority_value
-from models.policies.arms import Explore
 from models.policies.base import Decided, Limit, PolicySettings, Value, setting
 from models.policies.ranking import index, levels, looked_up, rank, work_before
 
@@ -355,14 +354,7 @@ class PriorityQueue:
     }
 
     def decide(
-        self,
-        spec: PriorityPolicy,
-        features: pa.Table,
-        scores: pa.Table,
-        drawn: pa.Table,
-        *,
-        explore: Explore | None = None,
-        key: str = "",
+        self, spec: PriorityPolicy, features: pa.Table, scores: pa.Table, drawn: pa.Table, **exploring: Any
     ) -> tuple[pa.Table, dict[str, Any]]:
         """See ``decide``; nothing is explored, and an order has no certificate."""
         return decide(features, scores, drawn, spec), {}
