@@ -147,6 +147,16 @@ def outcomes(
         yield day, _stamped(fresh.sort_by([("entity_id", "ascending"), ("for_day", "ascending")]), day)
 
 
+def newest(*keys: str, day: str = "day") -> str:
+    """The end of a SELECT over outcomes that keeps, of the rows of a key, what became known last (on one instant, of the later day)."""
+    return f"QUALIFY row_number() OVER (PARTITION BY {', '.join(keys)} ORDER BY known_at DESC, {day} DESC) = 1"
+
+
+def outcome_keys(workflow: Workflow) -> tuple[str, ...]:
+    """What an outcome answers: an entity, or an entity's day."""
+    return ("entity_id", "for_day") if workflow.outcomes.join == "entity_day" else ("entity_id",)
+
+
 def training_set(
     workflow: Workflow,
     lake: Lake,
@@ -167,14 +177,12 @@ def training_set(
     keys = ["day", *keys_of(rows.schema.names)]
     extra = ", ".join(f'o."{c}"' for c in answers.schema.names if c not in {"entity_id", "for_day", "known_at", "day"})
     joined = "f.entity_id = o.entity_id" + (" AND f.day = o.for_day" if workflow.outcomes.join == "entity_day" else "")
-    per = "entity_id" + (", for_day" if workflow.outcomes.join == "entity_day" else "")
     connection = duckdb_session.engine()
     try:
         connection.register("f", rows)
         connection.register("all_outcomes", answers)
         return connection.sql(
-            f"WITH o AS (SELECT * FROM all_outcomes WHERE known_at <= $cutoff QUALIFY row_number() OVER "
-            f"(PARTITION BY {per} ORDER BY known_at DESC, day DESC) = 1) "
+            f"WITH o AS (SELECT * FROM all_outcomes WHERE known_at <= $cutoff {newest(*outcome_keys(workflow))}) "
             f"SELECT f.*, {extra}, o.known_at AS outcome_known_at FROM f JOIN o ON {joined} "
             f"ORDER BY {', '.join('f.' + k for k in keys)}",
             params={"cutoff": workflow.cutoff_of(day)},
@@ -210,7 +218,9 @@ __all__ = [
     "chosen",
     "features",
     "keys_of",
+    "newest",
     "ordered",
+    "outcome_keys",
     "outcomes",
     "rows_where",
     "training_set",

@@ -23,6 +23,7 @@ from pipeline.lake import Lake
 from pipeline.workflow import FOLDER, Workflow, load
 from tests.support import postgres as postgres_server
 from tests.support import properties
+from tests.support.aliases import promote
 from tests.support.moving import readdressed
 
 HERE = Path(__file__).parent
@@ -276,7 +277,7 @@ def _two_versions(
     registry = moved(empty_registry_folder, folder)
     for one in (ads, queue):
         for days_ago in (4, 1):
-            registry.promote(one.register(registry, one.last - timedelta(days=days_ago)))
+            promote(registry, one.register(registry, one.last - timedelta(days=days_ago)))
     return folder
 
 

@@ -557,12 +557,14 @@ def test_python_in_the_docs_runs_on_a_lake(
 ) -> None:
     from models import serving
     from pipeline import point_in_time
+    from tests.support.aliases import promote
 
     bench = ads.copy(tmp_path / ".signalbox")
     bench.decide(registry, bench.last)
     rows, model = point_in_time.training_set(bench.workflow, bench.lake, bench.last), bench.fit(bench.last)
-    registry.promote(
-        bench.register(registry, bench.last, files=model.files(), served=serving.describe("response", model, rows))
+    promote(
+        registry,
+        bench.register(registry, bench.last, files=model.files(), served=serving.describe("response", model, rows)),
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SIGNALBOX_HOME", raising=False)

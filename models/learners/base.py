@@ -143,6 +143,10 @@ class Kind:
     """The score column that says most."""
     answer: str
     """The outcome column that the scores are held against."""
+    read_with: tuple[str, ...]
+    """Further outcome columns that ``read`` looks at, where there are such."""
+    blank: str | None
+    """The score column that is null where a row has no score and is judged by nobody; None: no row is without one."""
     read: Callable[[pa.Table], dict[str, np.ndarray]]
     """Scores with their outcomes, a row each, as figures: predicted, actual (NaN until known), and of an interval or a set of outcomes
     what it promised and whether it held."""
@@ -159,8 +163,8 @@ class Kind:
     comparison: Comparison | None = None
     space: Mapping[str, Range] | None = None
     """Fields of the settings that a hyper-parameter search moves."""
-    student: Callable[[Any, Any, pa.Table, Small], None] | None = None
-    """Make a copy of a teacher (first) small (second), by fitting its Boosters to what the teacher says of rows."""
+    student: Callable[[Any, Any, pa.Table, Small, int], None] | None = None
+    """Make a copy of a teacher (first) small (second), by fitting its Boosters to what the teacher says of rows, with so many threads."""
     absent: Mapping[str, str] = field(default_factory=dict)
     """What it cannot do → why: comparison, search, distillation, held-out baseline."""
 

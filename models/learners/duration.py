@@ -850,14 +850,14 @@ def read(rows: pa.Table) -> dict[str, np.ndarray]:
     return found
 
 
-def student(teacher: DurationLearner, small_one: DurationLearner, rows: pa.Table, small: Small) -> None:
+def student(teacher: DurationLearner, small_one: DurationLearner, rows: pa.Table, small: Small, threads: int) -> None:
     """Boosters of P(missed), time and effort that say what the teacher's say."""
     x = teacher.encoding.matrix(rows)
     small_one.miss = [small(x, teacher.p_miss(rows), "cross_entropy", None)]
     small_one.calibration = dict.fromkeys(teacher.calibration, (1.0, 0.0))  # what it learned from is calibrated
-    small_one.duration = small(x, predict(teacher.duration, x), "regression", None)
+    small_one.duration = small(x, predict(teacher.duration, x, threads=threads), "regression", None)
     if teacher.effort is not None:
-        small_one.effort = small(x, predict(teacher.effort, x), "regression", None)
+        small_one.effort = small(x, predict(teacher.effort, x, threads=threads), "regression", None)
 
 
 def _log_loss(p: Array, missed: Array) -> Array:
@@ -877,6 +877,8 @@ KIND = Kind(
     scores="probability",
     principal="p_miss",
     answer="missed",
+    read_with=(),
+    blank=None,
     read=read,
     features=(),
     outcomes=("missed",),

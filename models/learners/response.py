@@ -733,7 +733,7 @@ def read(rows: pa.Table) -> dict[str, np.ndarray[Any, Any]]:
     return found
 
 
-def student(teacher: ResponseLearner, small_one: ResponseLearner, rows: pa.Table, small: Small) -> None:
+def student(teacher: ResponseLearner, small_one: ResponseLearner, rows: pa.Table, small: Small, threads: int) -> None:
     """A Booster of the level that says what the teacher's says, at what is usually spent, as scoring asks, and at what was, as
     evaluation does."""
     spends = [_usual_spend(rows)]
@@ -741,7 +741,7 @@ def student(teacher: ResponseLearner, small_one: ResponseLearner, rows: pa.Table
         spends.append(_numbers(rows, "cost") / _multiplier(rows))
     x = np.concatenate([teacher.encoding.matrix(_with_shifts(rows, spend)) for spend in spends])
     level = np.concatenate([teacher.level(rows, spend) for spend in spends])
-    said_of = boosters.predict(teacher.booster, x, raw=True)
+    said_of = boosters.predict(teacher.booster, x, threads=threads, raw=True)
     told = level > 0
     if not told.any():
         raise ValueError(f"the teacher expects nothing of any of {rows.num_rows} rows: there is nothing to learn")
@@ -762,6 +762,8 @@ KIND = Kind(
     scores="amount",
     principal="level",
     answer="value",
+    read_with=("budget",),
+    blank="spends",
     read=read,
     features=(
         "budget_micros", "explore_multiplier_today", "delivered_7", "ratio_7", "campaign_ratio_28", "cost_1", "cost_7", "cost_28",

@@ -23,6 +23,7 @@ ROUNDING = 1e-12  # relative difference that is taken for floating-point roundin
 
 
 def money_text(micros: float) -> str:
+    """Micros as a person reads money: units with two decimals."""
     return f"{micros / MICROS:,.2f}"
 
 

@@ -98,8 +98,9 @@ class Policy(Protocol):
     settings: ClassVar[type[PolicySettings]]
     money: ClassVar[bool]
     """Whether what it decides is micros of money; else it is a level (a lower number is an earlier turn)."""
-    explores: ClassVar[bool]
-    """Whether randomised perturbations are logged of it, so that its value is measured on all days on which some were drawn."""
+    explored: ClassVar[str | None]
+    """The outcome column with the probability of a randomised perturbation: the value is measured on all days on which some were drawn.
+    None: nothing is explored."""
     whole_columns: ClassVar[Mapping[str, str]]
     """Fields that name a feature column of whole numbers → what they count, in words."""
     columns: ClassVar[tuple[str, ...]]

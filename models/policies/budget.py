@@ -500,7 +500,7 @@ class BudgetAllocation:
 
     settings = BudgetPolicy
     money = True
-    explores = True
+    explored = "explore_probability"
     whole_columns: ClassVar[Mapping[str, str]] = {
         "spend": "micros of money",
         "spend_age": "days",

@@ -345,7 +345,7 @@ class PriorityQueue:
 
     settings = PriorityPolicy
     money = False
-    explores = False
+    explored = None
     whole_columns: ClassVar[Mapping[str, str]] = {"priority": "priorities"}
     columns = ("team", "due", "cost_by", "capacity")
     absent: ClassVar[Mapping[str, str]] = {

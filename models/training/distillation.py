@@ -66,7 +66,7 @@ def distill(
     kind = next((one for one in catalog.KINDS.values() if isinstance(teacher, one.learner)), None)
     if kind is None or kind.student is None:
         raise TypeError(f"no student is known of a {type(teacher).__name__}")
-    kind.student(teacher, student, rows, small)
+    kind.student(teacher, student, rows, small, threads)
     return cast("Learner", student)
 
 

@@ -82,10 +82,11 @@ def shown(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
 def money_or_level(workflow: Any, value: int | None) -> str:
     """A value as people say it: money for a budget, the number for a priority."""
     from models import catalog
+    from models.policies.allocation import money_text
 
     if value is None:
         return "–"
-    return f"{value / 1e6:,.2f}" if catalog.policy(workflow.policy.kind).money else str(value)
+    return money_text(value) if catalog.policy(workflow.policy.kind).money else str(value)
 
 
 def who(name: str | None) -> str:

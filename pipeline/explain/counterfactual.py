@@ -479,7 +479,7 @@ def _limits(world: _World) -> Iterator[_Question]:
         change = lambda w, v, limit=limit: w.model_copy(update={"policy": limit.change(w.policy, v)})  # noqa: E731
         yield question(limit, f"policy.{limit.field}", change)
     explore = workflow.arms.explore
-    if arm == "explore" and explore is not None and world.kind.explores:
+    if arm == "explore" and explore is not None and world.kind.explored is not None:
 
         def stepped(w: Workflow, v: float) -> Workflow:
             arms = w.arms.model_copy(update={"explore": explore.model_copy(update={"step": v})})

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from data_checks import guardrails
-from models.policies.allocation import MICROS
+from models.policies.allocation import money_text
 from models.policies.base import MATERIAL
 
 FILES_SHOWN, ROWS_SHOWN = 3, 6
@@ -19,7 +19,7 @@ FILES_SHOWN, ROWS_SHOWN = 3, 6
 def lines(said: Mapping[str, Any]) -> Iterator[str]:
     """The chain as indented lines."""
     decision = said["decision"]
-    value = _money if decision["money"] else str
+    value = money_text if decision["money"] else str
     name = decision["entity_id"] if decision["entity_id"] is not None else "(name forgotten)"
 
     def indented(depth: int, link: Iterator[str]) -> Iterator[str]:
@@ -54,10 +54,6 @@ def lines(said: Mapping[str, Any]) -> Iterator[str]:
     if "gone" not in said.get("reverses", {"gone": ""}):
         yield "It reverses:"
         yield from ("  " + line for line in lines(said["reverses"]))
-
-
-def _money(micros: int) -> str:
-    return f"{micros / MICROS:,.2f}"
 
 
 def _shown(value: Any, words: Callable[[Any], str]) -> str:

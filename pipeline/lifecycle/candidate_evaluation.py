@@ -69,9 +69,10 @@ def held_out(workflow: Workflow, lake: Lake, day: date, rows: pa.Table) -> Held:
     mature = day - timedelta(days=training.maturity_days)
     late = (pc.field("day") > pc.scalar(split)) & (pc.field("day") <= pc.scalar(mature))
     mine = late
-    if catalog.policy(workflow.policy.kind).explores and "explore_probability" in rows.column_names:
+    logged = catalog.policy(workflow.policy.kind).explored
+    if logged in rows.column_names:
         since = pc.scalar(mature - timedelta(days=training.gate.value_days))
-        drawn = pc.unique(rows.filter(pc.is_valid(rows["explore_probability"]))["day"].combine_chunks())
+        drawn = pc.unique(rows.filter(pc.is_valid(rows[logged]))["day"].combine_chunks())
         mine = late | ((pc.field("day") > since) & (pc.field("day") <= pc.scalar(split)) & pc.field("day").isin(drawn))
     return Held(
         split,

@@ -70,25 +70,24 @@ def scored(workflow: Workflow, lake: Lake, day: date, without: Collection[date] 
         return _EMPTY
     by_day = workflow.outcomes.join == "entity_day"
     joined = "s.entity_id = o.entity_id" + (" AND s.day = o.for_day" if by_day else "")
-    per = "entity_id" + (", for_day" if by_day else "")
-    wanted = catalog.KINDS[workflow.model.kind].answer
-    extra = [f'o."{c}"' for c in answers.schema.names if c in {wanted, "budget"}]
+    kind = catalog.KINDS[workflow.model.kind]
+    extra = [f'o."{c}"' for c in answers.schema.names if c in (kind.answer, *kind.read_with)]
     connection = duckdb_session.engine()
     try:
         for name, table in (("scores", scores), ("scoring", scored_by), ("answers", answers)):
             connection.register(name, table)
         rows = connection.sql(
-            f"WITH o AS (SELECT * FROM answers WHERE known_at <= $cutoff QUALIFY row_number() OVER "
-            f"(PARTITION BY {per} ORDER BY known_at DESC, day DESC) = 1) "
+            f"WITH o AS (SELECT * FROM answers WHERE known_at <= $cutoff "
+            f"{point_in_time.newest(*point_in_time.outcome_keys(workflow))}) "
             f"SELECT s.*, g.model_version AS version, {', '.join(extra)} FROM scores s JOIN scoring g ON g.day = s.day "
             f"LEFT JOIN o ON {joined} ORDER BY {', '.join('s.' + k for k in keys)}",
             params={"cutoff": workflow.cutoff_of(day)},
         ).to_arrow_table()
     finally:
         connection.close()
-    if "spends" in rows.schema.names:  # a row without a score is judged by nobody
-        rows = rows.filter(pc.is_valid(rows["spends"]))
-    read = {name: pa.array(column) for name, column in catalog.KINDS[workflow.model.kind].read(rows).items()}
+    if kind.blank is not None:
+        rows = rows.filter(pc.is_valid(rows[kind.blank]))
+    read = {name: pa.array(column) for name, column in kind.read(rows).items()}
     # of these days alone: what was added since, for later days, changes nothing of what is told of this one
     rule = _rule_predicted(workflow, lake, [d for d in _settled(workflow, day) if d in days], rows, keys)
     read |= {} if rule is None else {performance.RULE: pa.array(rule)}
@@ -133,11 +132,12 @@ def _rule_predicted(
     held = pc.is_valid(place)
     beside = rows.filter(held)
     aligned = said.take(place.drop_null())
-    for name in (catalog.KINDS[workflow.model.kind].answer, "budget"):
+    kind = catalog.KINDS[workflow.model.kind]
+    for name in (kind.answer, *kind.read_with):
         if name in beside.schema.names and name not in aligned.schema.names:
             aligned = aligned.append_column(name, beside[name])
     found = np.full(rows.num_rows, np.nan)
-    found[np.asarray(held)] = catalog.KINDS[workflow.model.kind].read(aligned)["predicted"]
+    found[np.asarray(held)] = kind.read(aligned)["predicted"]
     return found
 
 

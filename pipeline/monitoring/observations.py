@@ -21,7 +21,7 @@ from common import duckdb_session
 from data_checks.regression import effects
 from models.booster import is_number
 from pipeline.lake import Lake
-from pipeline.point_in_time import StageSqlError
+from pipeline.point_in_time import StageSqlError, newest
 from pipeline.workflow import Regression, Workflow
 
 
@@ -85,14 +85,14 @@ def _summed_sql(workflow: Workflow, columns: Sequence[str]) -> str:
         told_once = f"""
             SELECT entity_id, for_day + 1 AS day, {read} FROM told AS t
             WHERE for_day BETWEEN $first - 1 AND $last - 1
-            QUALIFY row_number() OVER (PARTITION BY entity_id, for_day ORDER BY known_at DESC, t.day DESC) = 1"""
+            {newest("entity_id", "for_day", day="t.day")}"""
     else:
         told_once = f"""
             SELECT * FROM (
                 SELECT entity_id,
                     CAST(coalesce({settles}, min(known_at) OVER (PARTITION BY entity_id)) - $early AS DATE) AS day, {read}
                 FROM told AS t WHERE ({some})
-                QUALIFY row_number() OVER (PARTITION BY entity_id ORDER BY known_at DESC, t.day DESC) = 1
+                {newest("entity_id", day="t.day")}
             ) WHERE day BETWEEN $first AND $last"""
     summed = ", ".join(f'sum("{c}") AS "{c}"' for c in columns)
     # What a cohort switched off leaves no row: its units count with zero on every day of which there are rows. A team to
@@ -234,7 +234,7 @@ def entities(workflow: Workflow, lake: Lake, since: date, *, known: date, until:
         SELECT CAST(min(known_at) OVER (PARTITION BY entity_id) - $early AS DATE) AS day, entity_id AS unit, arm,
             {_epoch("decided_day")} AS epoch, false AS washout, CAST(1 AS BIGINT) AS n, {read}
         FROM told AS t WHERE decided_day >= $since AND decided_day < $until AND ({some})
-        QUALIFY row_number() OVER (PARTITION BY entity_id ORDER BY known_at DESC, t.day DESC) = 1
+        {newest("entity_id", day="t.day")}
         ORDER BY 1, 2"""
         early = timedelta(hours=workflow.deadline.hour, minutes=workflow.deadline.minute)
         given = {
@@ -262,7 +262,7 @@ def past_entities(workflow: Workflow, lake: Lake, first: date, last: date) -> pa
             connection.sql(
                 f"""SELECT t.day, entity_id AS unit, NULL::VARCHAR AS arm, NULL::VARCHAR AS epoch, false AS washout,
                 CAST(1 AS BIGINT) AS n, {read} FROM told AS t WHERE {some}
-            QUALIFY row_number() OVER (PARTITION BY entity_id, for_day ORDER BY known_at DESC, t.day DESC) = 1
+            {newest("entity_id", "for_day", day="t.day")}
             ORDER BY t.day, entity_id"""
             )
             .to_arrow_table()

@@ -29,6 +29,7 @@ from models.registry import (
     flat,
 )
 from pipeline import point_in_time
+from tests.support.aliases import promote, step_back
 
 NAME = "ad_budget"
 
@@ -245,7 +246,7 @@ def test_the_champion_comes_first_and_who_held_the_alias_before_it_second(regist
 
 
 def test_promoting_the_champion_again_keeps_who_was_before_it(registry: Registry, ads: Any) -> None:
-    registry.promote(registry.by_number(NAME, 2))
+    promote(registry, registry.by_number(NAME, 2))
     assert numbers(registry, ads.last) == [2, 1]
 
 
@@ -261,7 +262,7 @@ def test_moving_the_alias_back_does_not_let_a_later_version_look_ahead(
     registry: Registry, ads: Any, alias_of: int
 ) -> None:
     """Champion 1 with 2 before it, as after a rollback: a backfill of a day between them must not fall back to 2."""
-    registry.promote(registry.by_number(NAME, alias_of))
+    promote(registry, registry.by_number(NAME, alias_of))
     for days_ago in range(7):
         day = ads.last - timedelta(days=days_ago)
         assert all(v.trained_day <= day for v in registry.as_of(NAME, day)), day
@@ -271,7 +272,7 @@ def test_a_version_that_did_not_pass_counts_only_when_somebody_gives_it_the_alia
     refused_one = ads.register(registry, ads.last, passed=False, files=registry.load(registry.by_number(NAME, 1)))
     assert not registry.by_number(NAME, refused_one.number).passed
     assert numbers(registry, ads.last) == [2, 1]
-    registry.promote(refused_one)
+    promote(registry, refused_one)
     assert numbers(registry, ads.last) == [refused_one.number, 2]
     assert numbers(registry, ads.last - timedelta(days=1)) == [2, 1]
 
@@ -360,7 +361,7 @@ def test_a_version_that_did_harm_gives_way_and_never_comes_back_unasked(registry
     first, second = registry.versions(name)
     assert registry.as_of(name, day) == [second, first]
 
-    heir = registry.step_back(name, second.number, "spend over cap on 2026-03-20")
+    heir = step_back(registry, name, second.number, "spend over cap on 2026-03-20")
 
     assert heir is not None and heir.number == first.number
     assert [v.number for v in registry.as_of(name, day)] == [first.number]
@@ -368,18 +369,18 @@ def test_a_version_that_did_harm_gives_way_and_never_comes_back_unasked(registry
     blocked = registry.by_number(name, second.number)
     assert "spend over cap" in blocked.blocked
     with pytest.raises(ModelBlocked, match="version 2 was rolled back"):
-        registry.promote(blocked)
+        promote(registry, blocked)
     registry.client.set_registered_model_alias(name, "champion", str(second.number))  # by hand, past every rule
     assert [v.number for v in registry.as_of(name, day)] == [first.number]
-    assert registry.step_back(name, second.number, "again") == heir, "rerunnable"
+    assert step_back(registry, name, second.number, "again") == heir, "rerunnable"
 
     registry.lift(name, second.number)
-    assert registry.promote(registry.by_number(name, second.number))
+    assert promote(registry, registry.by_number(name, second.number))
     assert [v.number for v in registry.as_of(name, day)] == [second.number, first.number]
 
 
 def test_when_the_only_version_did_harm_the_rule_decides(registry: Registry) -> None:
     for number in (2, 1):
-        registry.step_back("ad_budget", number, "harm")
+        step_back(registry, "ad_budget", number, "harm")
     assert registry.as_of("ad_budget", date(2030, 1, 1)) == []
     assert registry.by_alias("ad_budget", "champion") is None

@@ -22,6 +22,7 @@ from pipeline import dispatch, point_in_time
 from pipeline.decisions import replay, tables
 from pipeline.workflow import Workflow
 from tests.conftest import Bench
+from tests.support.aliases import step_back
 from tests.support.fakes import Clock, FakeSystem
 
 
@@ -69,7 +70,7 @@ def test_the_same_batch_is_recorded_once_and_a_day_decided_again_counts_as_decid
 ) -> None:
     first = recorded(bench, registry, book)
     assert recorded(bench, registry, book).sequence == first.sequence
-    registry.step_back(bench.workflow.name, 2, "to decide otherwise")
+    step_back(registry, bench.workflow.name, 2, "to decide otherwise")
     second = recorded(bench, registry, book)
     assert second.batch_id != first.batch_id
     assert dispatch.batch_of(book, bench.workflow.name, bench.last).batch_id == second.batch_id
@@ -235,7 +236,7 @@ def test_a_delivered_day_that_is_decided_again_and_not_sent_keeps_its_outcomes(
     send(bench, book, row, downstream(book, row))
     before = dispatch.outcomes_of_decisions(bench.workflow, bench.lake, book, last)
     drawn = dispatch.randomised(book, bench.workflow.name, day)
-    registry.step_back(bench.workflow.name, 2, "to decide otherwise")
+    step_back(registry, bench.workflow.name, 2, "to decide otherwise")
     again = recorded(bench, registry, book, day)
     assert dispatch.batch_of(book, bench.workflow.name, day).batch_id == again.batch_id != row.batch_id
     assert before.num_rows and dispatch.outcomes_of_decisions(bench.workflow, bench.lake, book, last) == before
@@ -251,7 +252,7 @@ def test_a_days_spend_is_judged_as_a_whole_where_two_of_its_batches_acted(
         first = recorded(bench, registry, book, day)
         system = downstream(book, first)
         send(bench, book, first, system)
-        registry.step_back(bench.workflow.name, 2, "to decide otherwise")
+        step_back(registry, bench.workflow.name, 2, "to decide otherwise")
         second = recorded(bench, registry, book, day)
         send(bench, book, second, system, hour=7)
         outcomes = dispatch.outcomes_of_decisions(bench.workflow, bench.lake, book, last)

@@ -19,6 +19,7 @@ from models.registry import Registry
 from orchestration import runner
 from pipeline.lake import Lake
 from tests.conftest import Bench
+from tests.support.aliases import step_back
 from tests.support.offices import Account, Morning, checks, environment, metadata
 
 pytestmark = pytest.mark.system
@@ -126,7 +127,7 @@ def test_a_sent_day_is_decided_anew_when_somebody_asks_and_by_the_model_although
 ) -> None:
     assert run(morning, "decide", 4).success and run(morning, "deliver", 5).success
     first = morning.batch()
-    morning.registry.step_back(morning.workflow.name, 2, "to decide otherwise")
+    step_back(morning.registry, morning.workflow.name, 2, "to decide otherwise")
     assert run(morning, "decide", 9).success and morning.batch() == first
     result = run(morning, "decide", 9, again=True)
     assert result.success, runner.failed_steps(result)
@@ -148,7 +149,7 @@ def test_a_sent_day_is_decided_anew_when_somebody_asks_and_by_the_model_although
 def test_a_day_that_was_not_sent_is_decided_anew_freely(morning: Morning) -> None:
     assert run(morning, "decide", 4).success
     first = morning.batch()
-    morning.registry.step_back(morning.workflow.name, 2, "to decide otherwise")
+    step_back(morning.registry, morning.workflow.name, 2, "to decide otherwise")
     result = run(morning, "decide", 5)
     assert result.success and morning.batch().batch_id != first.batch_id
     assert checks(result)["same_again"] == ("passed", f"{morning.day}: decided by this run: nothing to compare with")

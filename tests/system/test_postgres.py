@@ -14,6 +14,7 @@ from delivery.sandbox.worlds import advertising
 from models.registry import CHAMPION, files_digest
 from orchestration import runner
 from pipeline.workflow import FOLDER, load
+from tests.support.aliases import promote
 from tests.support.postgres import PASSWORD, Server
 
 pytestmark = pytest.mark.system
@@ -82,7 +83,7 @@ def test_models_are_registered_and_read_back_from_postgres(
         for day in (date(2026, 4, 1), date(2026, 4, 8))
     ]  # fmt: skip
     for version in made:
-        registry.promote(version)
+        promote(registry, version)
 
     assert registry.by_alias("ad_budget", CHAMPION) == made[1]
     assert registry.as_of("ad_budget", date(2026, 4, 9)) == [made[1], made[0]]

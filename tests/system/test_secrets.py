@@ -41,6 +41,7 @@ from pipeline import dispatch
 from pipeline import workflow as workflows
 from pipeline.workflow import FOLDER, load
 from tests.conftest import Bench
+from tests.support.aliases import promote
 from tests.support.offices import Account, Morning, Queue, checks
 from tests.support.postgres import Server
 
@@ -349,7 +350,7 @@ def firm(
         monkeypatch.setenv(name, value)
     registry = resources()["registry"].registry
     for shared in (ads, queue):
-        registry.promote(shared.register(registry, shared.last - timedelta(days=3)))
+        promote(registry, shared.register(registry, shared.last - timedelta(days=3)))
     handler = logging.StreamHandler(said)
     # everything that anybody logs, but for httpcore: at its DEBUG it writes the headers of answers as they came
     levels = {None: logging.DEBUG, "httpcore": logging.INFO}
@@ -431,7 +432,7 @@ def test_a_full_run_leaves_no_secret_anywhere(
     failing_deliveries(firm, "desk", desk, "help desk token", "wrong help desk token")
     for morning, shared, said in ((ads, ads_, lenient | {"max_changed": 1}), (desk, queue, lenient)):
         registry, failed = morning.registry, morning.batch().batch_id
-        registry.promote(shared.register(registry, shared.last - timedelta(days=1)))
+        promote(registry, shared.register(registry, shared.last - timedelta(days=1)))
         firm.job(morning, "decide", workflow=morning.saying(guardrails=said))
         assert morning.batch().batch_id != failed
     assert (ads.batch().status, desk.batch().status) == ("HELD", "READY")

@@ -28,6 +28,7 @@ from pipeline.decisions import replay as replaying
 from pipeline.decisions.replay import ReplayImpossible, replay
 from pipeline.decisions.scoring import FeaturesMissing
 from pipeline.lake import Lake, TableMissing, content_digest
+from tests.support.aliases import promote
 from tests.support.properties import examples
 
 
@@ -360,7 +361,7 @@ def live_on(bench: Any, registry: Registry) -> None:
         bench.workflow.table("events"), events.slice(0, events.num_rows - events.num_rows // 3), [bench.last]
     )
     bench.build([bench.last, *later])
-    registry.promote(registry.by_number(bench.workflow.name, 1))
+    promote(registry, registry.by_number(bench.workflow.name, 1))
     other = replace(
         bench, workflow=bench.workflow.model_copy(update={"arms": bench.workflow.arms.model_copy(update={"epoch": 29})})
     )

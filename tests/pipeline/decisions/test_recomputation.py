@@ -17,6 +17,7 @@ from models.registry import Registry
 from pipeline import dispatch, provenance
 from pipeline.decisions import decide, recomputation, scoring
 from tests.conftest import Bench
+from tests.support.aliases import step_back
 from tests.support.fakes import Clock, FakeSystem
 from tests.support.ledgers import new_batch
 
@@ -150,7 +151,7 @@ def test_another_model_spec_and_code_are_named(
     bench: Bench, registry: Registry, book: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = recorded(bench, registry, book)
-    registry.step_back(bench.workflow.name, 2, "for the test")
+    step_back(registry, bench.workflow.name, 2, "for the test")
     other = replace(
         bench,
         workflow=bench.workflow.model_copy(
@@ -227,7 +228,7 @@ def test_the_batch_that_acted_is_compared_and_not_a_newer_one(bench: Bench, regi
     if made.status != "READY":
         pytest.skip("a held batch is not sent")
     dispatch.deliver(bench.workflow, book, system, status, run_id="r", clock=clock, sleep=clock.sleep)
-    registry.step_back(bench.workflow.name, 2, "to decide otherwise")
+    step_back(registry, bench.workflow.name, 2, "to decide otherwise")
     newer = recorded(bench, registry, book)
     found = recomputation.today(bench.workflow, book, bench.last, bench.morning(bench.last, 6))
     assert newer.batch_id != made.batch_id and found.state == "sent" and not found.decides

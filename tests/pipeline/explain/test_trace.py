@@ -26,6 +26,7 @@ from pipeline import ingest, point_in_time
 from pipeline.decisions import decide, scoring, tables
 from pipeline.explain import counterfactual, trace
 from pipeline.explain.trace import Explanation, explain
+from tests.support.aliases import step_back
 
 KEY = b"a key of the tests, not a secret"
 
@@ -550,7 +551,7 @@ def test_a_decision_that_was_never_sent_is_not_told_as_what_stands(
 ) -> None:
     rows = decided(small, registry, ledger)
     push(ledger, Shelf(rows), rows[0]["batch_id"])
-    registry.step_back("ad_budget", 2, "to decide otherwise")
+    step_back(registry, "ad_budget", 2, "to decide otherwise")
     later = decided(small, registry, ledger)
     sent = {r["entity_id"]: r for r in rows}
     for row in (next(r for r in later if r["changed"]), next(r for r in later if not r["changed"])):

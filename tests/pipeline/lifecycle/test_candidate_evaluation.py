@@ -22,6 +22,7 @@ from pipeline.decisions import scoring
 from pipeline.lifecycle import candidate_evaluation, promotion, state
 from pipeline.monitoring import labels
 from tests.conftest import Bench, moved
+from tests.support.aliases import promote
 from tests.support.ledgers import KEY
 
 
@@ -195,7 +196,7 @@ def test_tickets_are_judged_by_the_order_of_their_queue(queue: Bench, empty_regi
 
 
 def test_who_is_champion_is_what_the_ledger_says(ads: Bench, made: Versions, tmp_path: Path) -> None:
-    made.registry.promote(made.poisoned)  # an alias that somebody moved
+    promote(made.registry, made.poisoned)  # an alias that somebody moved
     with Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}", key=KEY, clock=lambda: ads.morning(ads.last)) as book:
         first = candidate_evaluation.champion_of(ads.workflow, made.registry, book, ads.last)
         assert first is not None and first.number == made.poisoned.number, "the ledger knows nobody yet"
@@ -281,7 +282,7 @@ def desk(ads: Bench, empty_registry: Registry, tmp_path: Path, monkeypatch: pyte
     )  # fmt: skip
     with Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}", key=KEY, clock=lambda: bench.morning(bench.last)) as book:
         book.promotion(bench.workflow.name, champion.number, "promoted", "run 1", {"digest": champion.digest})
-        empty_registry.promote(champion)
+        promote(empty_registry, champion)
         yield Desk(bench, empty_registry, book, champion, tmp_path)
 
 

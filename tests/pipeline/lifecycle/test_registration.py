@@ -24,6 +24,7 @@ from pipeline import point_in_time
 from pipeline.decisions import scoring
 from pipeline.lifecycle import candidate_evaluation, registration
 from tests.conftest import Bench, moved
+from tests.support.aliases import promote
 
 ROOT = Path(__file__).resolve().parents[3]
 NAMES = ("ad_budget", "ticket_priority")
@@ -54,7 +55,7 @@ def trained(bench: Bench, registry: Registry) -> Version:
         workflow, registry, fitted, learn, held, spec=spec, day=day, device="cpu", passed=True, facts={"device": "cpu"},
         card="# card", dataset=None,
     )  # fmt: skip
-    registry.promote(made)
+    promote(registry, made)
     return made
 
 

@@ -20,6 +20,7 @@ from pipeline.decisions import scoring
 from pipeline.lifecycle import candidate_evaluation, state, tuning
 from pipeline.workflow import Promotion, Training
 from tests.conftest import Bench
+from tests.support.aliases import promote
 
 
 def asking(bench: Bench, **changed: Any) -> Bench:
@@ -130,7 +131,7 @@ def recipe(bench: Bench, registry: Registry, day: date) -> Any:
         params={"recipe": json.dumps(scoring.learner_spec(bench.workflow))}, metrics={}, tags={}, plots={}, card="c",
         seed=1,
     )  # fmt: skip
-    registry.promote(made)
+    promote(registry, made)
     return made
 
 

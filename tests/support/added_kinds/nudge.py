@@ -29,7 +29,7 @@ class Nudge:
 
     settings = NudgePolicy
     money = True
-    explores = False
+    explored = None
     whole_columns: ClassVar[Mapping[str, str]] = {"column": "micros of money"}
     columns = ()
     absent: ClassVar[Mapping[str, str]] = {"off-policy value": "what a nudge would have brought nobody logged"}
