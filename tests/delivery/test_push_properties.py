@@ -202,6 +202,15 @@ class Machine(RuleBasedStateMachine):
         elif self.can.change_history and not waiting:
             for lost in fake.lost:
                 assert str(lost.before) in listed, f"{lost} is not reported in: {listed}"
+        decided = {
+            (b, str(r["entity_id"])): r["before"] for b in self.batches for r in self.ledger.decisions(b).to_pylist()
+        }
+        order_of = {w.idempotency_key: w.batch_id for w in fake.writes}
+        for one in fake.applied:
+            if one.before in self.people() and one not in fake.lost:
+                assert one.before == decided[order_of[one.key], one.target], (
+                    f"a person's value was read and overwritten: {one}"
+                )
         assert all(over <= 0 for _, over in fake.overs), fake.overs
         times = Counter(a.key for a in fake.applied)
         if self.can.conditional_write or self.can.idempotency_key:
