@@ -246,7 +246,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         "drift",
         deps=["features", "scores"],
         description=f"The features of the last {spec.window_days} days beside {against}, and the scores beside the same "
-        f"version's before; found when {spec.k} of {spec.m} days speak, or at once when it cannot wait.",
+        f"version's before; found when {spec.k} of {spec.m} days alert, or at once when it cannot wait.",
         kinds={"evidently"},
         checks={
             "stable": (False, "No drift has been found: neither of the features nor of the scores"),
@@ -397,5 +397,5 @@ def _said(text: str, own: bool, drifted: bool, spoke: Sequence[bool], unknown: s
     """The day in a few clauses: what it says, how many days say so, and what could not be known."""
     parts = [text]
     if own and not drifted:
-        parts.append(f"not yet found: {sum(spoke)} of the last {len(spoke)} days spoke")
+        parts.append(f"not yet found: {sum(spoke)} of the last {len(spoke)} days alerted")
     return "; ".join([*parts, *([unknown] if unknown else []), scores.text])

@@ -225,14 +225,14 @@ def _page(title: str, found: Findings, rows: tuple[int, int], said: Mapping[str,
         body.append((state, [word, name, *(entry[k] for k in rest), entry["reason"]]))
     lead = [
         f"{'DRIFTED' if found.spoke else 'Stable'}: {found.share:.0%} of the columns drifted; from {spec.share:.0%} the day "
-        f"speaks, and {spec.k} of {spec.m} days must speak before drift is found.",
+        f"alerts, and {spec.k} of {spec.m} days must alert before drift is found.",
         f"{rows[0]} rows beside {rows[1]} of the reference; a mean day has {found.volume:.2f} times its rows"
         + (", more than its days vary." if found.volume_drifted else "."),
     ]
     if found.weighted:
         lead.append(
             f"The drifted columns carry {found.importance_share:.0%} of the champion's gain; from "
-            f"{spec.importance_share:.0%} the day speaks."
+            f"{spec.importance_share:.0%} the day alerts."
         )
     if found.grave:
         lead.append(f"Cannot wait for a second day: {'; '.join(found.grave)}.")

@@ -33,7 +33,7 @@ LEAST_MOVED = 5
 GRAVE_LEVEL = 0.001
 GRAVE_SHARE = 0.5
 GRAVE_VOLUME = 3.0
-# The same for a volume that is judged by itself, and must speak on k of m days.
+# The same for a volume that is judged by itself, and must alert on k of m days.
 VOLUME_LEVEL = 0.01
 NAMESPACE = UUID("6f1c1f0e-6b8e-5a53-9f0e-2f5d1a0c7b11")
 METHODS = {"numeric": "wasserstein", "categorical": "jensenshannon"}
@@ -116,11 +116,11 @@ class DriftSpec(BaseModel):
         description="Times its floor, a change of the newest day alone need not wait for a second day (for shares half of all "
         "is enough); nor does a vanished category or column",
     )
-    share: float = Field(default=0.3, gt=0, le=1, description="Share of drifted columns from which the day speaks")
+    share: float = Field(default=0.3, gt=0, le=1, description="Share of drifted columns from which the day alerts")
     importance_share: float = Field(
-        default=0.2, gt=0, le=1, description="Share of the champion's gain in drifted columns from which the day speaks"
+        default=0.2, gt=0, le=1, description="Share of the champion's gain in drifted columns from which the day alerts"
     )
-    k: int = Field(default=2, gt=0, description="Days that must speak among the last m before drift is found")
+    k: int = Field(default=2, gt=0, description="Days that must alert among the last m before drift is found")
     m: int = Field(default=3, gt=0, description="See k")
     numeric: tuple[str, ...] | None = Field(
         default=None, description="Feature columns measured as numbers; null: those of the model"
@@ -137,7 +137,7 @@ class DriftSpec(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.k > self.m:
-            raise ValueError(f"k: {self.k} of {self.m} days can never speak; it must be at most m")
+            raise ValueError(f"k: {self.k} of {self.m} days can never alert; it must be at most m")
         days = (self.pinned_from, self.pinned_to)
         if self.reference == "pinned" and (None in days or str(days[0]) > str(days[1])):
             raise ValueError("reference: pinned needs pinned_from and pinned_to, in this order")
@@ -194,5 +194,5 @@ class DriftReport:
 
 
 def settled(spoke: Sequence[bool], grave: bool, spec: DriftSpec) -> bool:
-    """Whether drift is found: what cannot wait, or k of the last m days spoke (``spoke``: oldest first, the day's own last)."""
+    """Whether drift is found: what cannot wait, or k of the last m days alerted (``spoke``: oldest first, the day's own last)."""
     return grave or (bool(spoke) and spoke[-1] and sum(spoke[-spec.m :]) >= spec.k)

@@ -6,7 +6,7 @@ Belongs here: the plot and the page. Does not: the figures (``data_checks.perfor
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,16 @@ from data_checks.performance.estimation import windows
 from data_checks.performance.spec import ASSUMES, SCHEMA, Kind
 
 # --- for people -------------------------------------------------------------------------------------------------------
+
+
+_SHARES = frozenset({"brier", "accuracy", "roc_auc", "calibration_error", "coverage"})
+"""Metrics that lie between 0 and 1; every other is at least 0."""
+
+
+def within(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A figure with the ends of its interval held to what its metric can be; stored they stand as they were estimated."""
+    most = 1.0 if row["metric"] in _SHARES else float("inf")
+    return {**row, **{end: None if row[end] is None else min(max(row[end], 0.0), most) for end in ("low", "high")}}
 
 
 def newest(history: pa.Table) -> pa.Table:
@@ -46,7 +56,7 @@ def plot(history: pa.Table, metrics: Sequence[str] | None = None) -> Figure:
     axes = np.atleast_1d(figure.subplots(max(len(names), 1), 1, sharex=True))
     looks = (("estimated", True, "C1", "s", "estimated"), ("realised", False, "0.6", "o", "maturing"), ("realised", True, "C0", "o", "realised"))  # fmt: skip
     for axis, name in zip(axes, names, strict=False):
-        mine = [r for r in daily.to_pylist() if r["metric"] == name]
+        mine = [within(r) for r in daily.to_pylist() if r["metric"] == name]
         for kind, mature, colour, marker, label in looks:
             some = [r for r in mine if r["kind"] == kind and (kind == "estimated" or r["mature"] is mature)]
             if some:
@@ -77,7 +87,7 @@ def report(workflow: str, judged: pa.Table, history: pa.Table, kind: Kind) -> st
         plot(history).savefig(sink, format="svg", metadata={"Date": None, "Creator": None})
     text = sink.getvalue()
     picture = text[text.index("<svg") :]
-    rows = windows(judged).to_pylist()
+    rows = [within(row) for row in windows(judged).to_pylist()]
     shown = (
         "metric",
         "kind",

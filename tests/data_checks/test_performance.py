@@ -13,6 +13,7 @@ import pytest
 
 from data_checks import performance as perf
 from data_checks.performance import Array, PerformanceSpec, estimation, judge
+from data_checks.performance.page import within
 
 DAY = date(2026, 5, 1)
 SPEC = PerformanceSpec()
@@ -411,3 +412,17 @@ def test_the_page_says_what_is_assumed_and_is_the_same_twice() -> None:
     kept = perf.newest(history).to_pylist()
     assert len({(r["metric"], r["kind"], r["last"]) for r in kept}) == len(kept)
     assert max(r["day"] for r in kept) == DAY
+
+
+def test_no_page_draws_or_lists_a_figure_beyond_what_its_metric_can_be() -> None:
+    wide = {"metric": "accuracy", "value": 0.97, "low": -0.2, "high": 1.3}
+    assert within(wide) == {**wide, "low": 0.0, "high": 1.0} and wide["high"] == 1.3
+    assert within({"metric": "mae", "low": -3.0, "high": 40.0}) == {"metric": "mae", "low": 0.0, "high": 40.0}
+    assert within({"metric": "brier", "low": None, "high": None}) == {"metric": "brier", "low": None, "high": None}
+    history = judge(scored(), DAY, kind="probability", spec=SPEC, maturity_days=12)
+    low, high = history.schema.get_field_index("low"), history.schema.get_field_index("high")
+    beyond = history.set_column(low, "low", pa.array([-9.0] * len(history)))
+    beyond = beyond.set_column(high, "high", pa.array([9.0] * len(history)))
+    (axis, *_), shares = perf.plot(beyond, ["accuracy"]).axes, perf.report("tickets", beyond, beyond, "probability")
+    assert axis.dataLim.ymin >= 0 and axis.dataLim.ymax <= 1
+    assert ">-9<" not in shares
