@@ -4,7 +4,6 @@ Belongs here: the asset and its page. Does not: the figures (``pipeline.monitori
 """
 
 import base64
-import html
 from datetime import date, timedelta
 
 import dagster as dg
@@ -12,6 +11,7 @@ import pyarrow as pa
 
 from assets.common import days, stage
 from assets.resources import ClockResource, LakeResource, LedgerResource, ReportsResource, preview
+from common.page import Picture, Table, Text, page
 from pipeline.decisions import in_effect
 from pipeline.monitoring import loop_health as loop
 from pipeline.monitoring import verdicts
@@ -53,15 +53,17 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
             numbers = {name: value for name, value in one.figures.items() if value is not None}
             context.add_asset_metadata(numbers, partition_key=day.isoformat())
         last = span[-1]
-        image = base64.b64encode(loop.plot(found[last])).decode()
+        picture = loop.plot(found[last])
         recent = lake.lake.read(
             workflow.table("health"), days=[last - timedelta(days=n) for n in range(loop.WINDOW_DAYS)]
         ).sort_by("day")
-        _, url = reports.write(workflow.name, last, "health.html", _page(workflow, last, found[last], recent, image))
+        _, url = reports.write(workflow.name, last, "health.html", _page(workflow, last, found[last], recent, picture))
         return dg.MaterializeResult(
             metadata={
                 "says": dg.MetadataValue.md("\n".join(f"- {line.strip()}" for line in loop.lines(found[last]))),
-                "plot": dg.MetadataValue.md(f"![how the loop is doing](data:image/png;base64,{image})"),
+                "plot": dg.MetadataValue.md(
+                    f"![how the loop is doing](data:image/png;base64,{base64.b64encode(picture).decode()})"
+                ),
                 "page": dg.MetadataValue.url(url),
                 "newest days": preview(recent.slice(max(recent.num_rows - 8, 0))),
                 "document": dg.MetadataValue.json(found[last].as_dict()),
@@ -71,21 +73,15 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
     return health
 
 
-def _page(workflow: Workflow, day: date, found: loop.Health, recent: pa.Table, image: str) -> str:
-    title = html.escape(f"{workflow.name}: how the loop is doing, {day}")
-    said = "".join(f"<li>{html.escape(line.strip())}</li>" for line in loop.lines(found))
-    head = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in recent.schema.names)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{_cell(value)}</td>" for value in row.values()) + "</tr>" for row in recent.to_pylist()
+def _page(workflow: Workflow, day: date, found: loop.Health, recent: pa.Table, picture: bytes) -> str:
+    return page(
+        f"{workflow.name}: how the loop is doing, {day}",
+        Text([line.strip() for line in loop.lines(found)], bullets=True),
+        Picture("How the loop is doing", picture),
+        Table(
+            [name.replace("_", " ") for name in recent.schema.names],
+            [("", list(row.values())) for row in recent.to_pylist()],
+            title="The newest days",
+            digits=3,
+        ),
     )
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        "<style>body{font:14px sans-serif;margin:2em}table{border-collapse:collapse;font-size:11px}"
-        "td,th{border:1px solid #ccc;padding:.2em .4em;text-align:right}img{max-width:100%}</style></head><body>"
-        f'<h1>{title}</h1><ul>{said}</ul><img alt="How the loop is doing" src="data:image/png;base64,{image}">'
-        f"<table><tr>{head}</tr>{body}</table></body></html>"
-    )
-
-
-def _cell(value: object) -> str:
-    return "–" if value is None else html.escape(f"{value:.3g}" if isinstance(value, float) else str(value))

@@ -5,7 +5,6 @@ Belongs here: the asset, its plot and its page. Does not: what is compared (``pi
 """
 
 import base64
-import html
 import io
 from collections.abc import Sequence
 from datetime import date
@@ -18,6 +17,7 @@ import pyarrow.compute as pc
 
 from assets.common import days, folded, stage
 from assets.resources import ClockResource, LakeResource, LedgerResource, ReportsResource, preview
+from common.page import Picture, Table, Text, page
 from common.progress import each
 from data_checks.regression import guard
 from pipeline.monitoring import verdicts as guarding
@@ -113,14 +113,15 @@ def _shown(
 ) -> dict[str, Any]:
     """Verdicts, looks and the sequence for Dagster, and the same as a page."""
     power = power_sentences(workflow, lake.lake, day)
-    image = base64.b64encode(plot(found)).decode()
+    picture = plot(found)
     tables = [looks(one) for one in found]
     newest = pa.concat_tables([t.slice(max(t.num_rows - 10, 0)) for t in tables])
-    page = _page(workflow, day, found, newest, image, power)
-    _, url = reports.write(workflow.name, day, "regression.html", page)
+    _, url = reports.write(workflow.name, day, "regression.html", _page(workflow, day, found, newest, picture, power))
     return {
         "verdicts": dg.MetadataValue.md("\n".join(f"- {one.text}" for one in found)),
-        "sequence": dg.MetadataValue.md(f"![sequence of looks](data:image/png;base64,{image})"),
+        "sequence": dg.MetadataValue.md(
+            f"![sequence of looks](data:image/png;base64,{base64.b64encode(picture).decode()})"
+        ),
         "looks": preview(newest.drop_columns(["day", "verdict"]), 20),
         "power": " ".join(power),
         "page": dg.MetadataValue.url(url),
@@ -174,29 +175,24 @@ def plot(found: Sequence[guarding.Judged]) -> bytes:
 
 
 def _page(
-    workflow: Workflow, day: date, found: Sequence[guarding.Judged], newest: pa.Table, image: str, power: Sequence[str]
+    workflow: Workflow,
+    day: date,
+    found: Sequence[guarding.Judged],
+    newest: pa.Table,
+    picture: bytes,
+    power: Sequence[str],
 ) -> str:
     names = [c for c in newest.schema.names if c not in ("day", "verdict")]
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(_cell(row[name]))}</td>" for name in names) + "</tr>"
-        for row in newest.to_pylist()
+    return page(
+        f"{workflow.name}: regression guard, {day}",
+        Text([one.text for one in found], bullets=True),
+        Picture("The sequence of looks", picture),
+        Text(power),
+        Table(
+            names,
+            [("", [row[name] for name in names]) for row in newest.to_pylist()],
+            title="The newest looks",
+            note="Harm is positive, in the unit of its metric.",
+            digits=4,
+        ),
     )
-    verdicts = "".join(f"<li>{html.escape(one.text)}</li>" for one in found)
-    told = "".join(f"<p>{html.escape(text)}</p>" for text in power)
-    title = f"{workflow.name}: regression guard, {day}"
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        "<style>body{font:14px sans-serif;max-width:62em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
-        "td,th{border:1px solid #ccc;padding:.2em .5em;text-align:right}img{max-width:100%}</style></head><body>"
-        f"<h1>{html.escape(title)}</h1><ul>{verdicts}</ul>"
-        f'<img alt="The sequence of looks" src="data:image/png;base64,{image}">{told}'
-        f"<h2>The newest looks</h2><p>Harm is positive, in the unit of its metric.</p>"
-        f"<table><tr>{head}</tr>{body}</table></body></html>"
-    )
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from common.collector import without_collection
 from common.errors import SignalboxError
-from data_checks.common import page, shown
+from common.page import State, Table, Text, page, shown
 
 EXAMPLES = 10
 # What a contract may not set: this module does, or it has no meaning here.
@@ -396,7 +396,7 @@ def sentence(result: Mapping[str, Any]) -> str:
 
 
 def _page(name: str, rows: int, results: Sequence[Mapping[str, Any]]) -> str:
-    def state(result: Mapping[str, Any]) -> tuple[str, str]:
+    def state(result: Mapping[str, Any]) -> tuple[State, str]:
         if result["success"]:
             return "good", "met"
         return ("bad", "FAILED") if result["severity"] == "error" else ("warn", "warning")
@@ -405,12 +405,12 @@ def _page(name: str, rows: int, results: Sequence[Mapping[str, Any]]) -> str:
     ordered = sorted(results, key=lambda r: (r["success"], r["severity"] != "error"))
     return page(
         f"Contract: {name}",
-        [
+        Text([
             f"{rows} rows, {len(results)} expectations, {len(failed)} not met"
             f" ({sum(r['severity'] == 'error' for r in failed)} of them block what depends on this table).",
             "Judged by Great Expectations. Percentages are of the values that are not null.",
-        ],
-        ["", "column", "expectation", "arguments", "observed", "failing values", "%", "examples", "remark"],
+        ]),
+        Table(["", "column", "expectation", "arguments", "observed", "failing values", "%", "examples", "remark"],
         [
             (
                 state(r)[0],
@@ -418,5 +418,5 @@ def _page(name: str, rows: int, results: Sequence[Mapping[str, Any]]) -> str:
                  r["unexpected_percent"], r["examples"], r["reason"]],
             )
             for r in ordered
-        ],
+        ]),
     )  # fmt: skip

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from common.collector import without_collection
-from data_checks.common import page
+from common.page import State, Table, Text, page
 from data_checks.drift.calibration import (
     compress_counts,
     jensen_shannon,
@@ -217,8 +217,9 @@ def _page(title: str, found: Findings, rows: tuple[int, int], said: Mapping[str,
         "distance", "threshold", "chance", "method", "importance", "null_share_current", "null_share_reference",
         "new_categories", "vanished_categories", "rare_moved",
     )  # fmt: skip
-    body: list[tuple[str, list[Any]]] = []
+    body: list[tuple[State, list[Any]]] = []
     for name, entry in sorted(found.entries.items(), key=worst_first):
+        state: State = "good"
         state, word = ("good", "stable") if entry["judged"] else ("warn", "not measured")
         if entry["drifted"]:
             state, word = "bad", "drifted"
@@ -245,12 +246,7 @@ def _page(title: str, found: Findings, rows: tuple[int, int], said: Mapping[str,
         " The threshold is the floor or what resampled days of the reference pass by chance, whichever is larger, corrected"
         " over all columns. Plots are in the Evidently UI."
     )
-    return page(
-        title,
-        lead,
-        ["", "column", *(k.replace("_", " ") for k in rest), "remark"],
-        body,
-    )
+    return page(title, Text(lead), Table(["", "column", *(k.replace("_", " ") for k in rest), "remark"], body))
 
 
 def save(

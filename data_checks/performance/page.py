@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_checks.common import page
+from common.page import Picture, Table, Text, page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -102,13 +102,13 @@ def report(workflow: str, judged: pa.Table, history: pa.Table, kind: Kind) -> st
         "worse_low",
         "version",
     )
-    made = page(
+    none_yet = [] if rows else ["No window can be judged yet: too few mature days of the version that scores."]
+    return page(
         f"Performance of {workflow}",
-        [
-            ASSUMES[kind],
-            *([] if rows else ["No window can be judged yet: too few mature days of the version that scores."]),
-        ],
-        [*(s.replace("_", " ") for s in shown), "remark"],
-        [("warn" if (r["worse_low"] or 0) > 0 else "good", [*(r[s] for s in shown), r["text"]]) for r in rows],
+        Text([ASSUMES[kind], *none_yet]),
+        Picture("Each metric by the day scored", picture),
+        Table(
+            [*(s.replace("_", " ") for s in shown), "remark"],
+            [("warn" if (r["worse_low"] or 0) > 0 else "good", [*(r[s] for s in shown), r["text"]]) for r in rows],
+        ),
     )
-    return made.replace("<table>", f"{picture}\n<table>", 1)

@@ -6,7 +6,6 @@ Belongs here: the disagreement of two sets of scores through the same policy, it
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from common.page import Table, Text
+from common.page import page as html_page
 from models import catalog
 from pipeline import point_in_time
 from pipeline.decisions import decide, scoring, tables
@@ -203,33 +204,38 @@ def report(
     return row, found
 
 
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
-    "table{border-collapse:collapse;margin:.5rem 0 1.5rem}td,th{border-bottom:1px solid #ccc;padding:.25rem .75rem;text-align:right}"
-    "td:first-child,th:first-child{text-align:left}"
-)
-
-
 def page(workflow: Workflow, row: Mapping[str, Any], found: Disagreement) -> str:
     """The report for people, one HTML page without scripts."""
     who = f"Version {row['version']} ({row['stage']}) beside version {row['beside']}"
-    arms = [
-        (arm, n["entities"], n["different"], f"{n['different'] / n['entities']:.1%}") for arm, n in found.by_arm.items()
-    ]
-    parts = [
-        f"<h1>{html.escape(workflow.name)}, {row['day']}</h1><p>{who}: {html.escape(sentence(found))}.</p>",
-        "<p>Both are decided by the same policy, limits and arms; only the scores differ. Holdout and explore read no score.</p>",
-        _html("By arm", ("arm", "entities", "different", "share"), arms),
-        _html("By priority: champion → challenger", ("priorities", "entities"), list(found.by_level.items())),
-        _html("Scores: mean absolute difference", ("score", "difference"), [(k, f"{v:.6g}") for k, v in found.scores.items()]),
-        _html("Largest differences", ("entity", "arm", "before", "champion", "challenger"), [tuple(one.values()) for one in found.largest]),
-    ]  # fmt: skip
-    title = f"{html.escape(workflow.name)} shadow {row['day']}"
-    return f'<!doctype html><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>{"".join(parts)}'
-
-
-def _html(title: str, head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    if not rows:
-        return ""
-    cells = "".join("<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row) + "</tr>" for row in rows)
-    return f"<h2>{title}</h2><table><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr>{cells}</table>"
+    return html_page(
+        f"{workflow.name}: in the shadow, {row['day']}",
+        Text(
+            [
+                f"{who}: {sentence(found)}.",
+                "Both are decided by the same policy, limits and arms; only the scores differ. Holdout and explore read no score.",
+            ]
+        ),
+        Table(
+            ("arm", "entities", "different", "share"),
+            [
+                ("", (arm, n["entities"], n["different"], f"{n['different'] / n['entities']:.1%}"))
+                for arm, n in found.by_arm.items()
+            ],
+            title="By arm",
+        ),
+        Table(
+            ("priorities", "entities"),
+            [("", one) for one in found.by_level.items()],
+            title="By priority: champion → challenger",
+        ),
+        Table(
+            ("score", "difference"),
+            [("", one) for one in found.scores.items()],
+            title="Scores: mean absolute difference",
+        ),
+        Table(
+            ("entity", "arm", "before", "champion", "challenger"),
+            [("", tuple(one.values())) for one in found.largest],
+            title="Largest differences",
+        ),
+    )
