@@ -130,7 +130,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @dataclass(frozen=True)
-class Bench:
+class WorkflowHarness:
     """A workflow, its landing zone and lake below ``root``; ``days`` are landed and built, ``write`` exports a day."""
 
     workflow: Workflow
@@ -150,7 +150,7 @@ class Bench:
         """When ``day`` is usually decided: after its cut-off, before its deadline."""
         return datetime.combine(day + timedelta(days=1), time()) + timedelta(hours=hour)
 
-    def copy(self, to: Path) -> Bench:
+    def copy(self, to: Path) -> WorkflowHarness:
         return replace(self, root=Path(shutil.copytree(self.root, to)))
 
     def folder(self) -> Path:
@@ -197,7 +197,7 @@ class Bench:
         return self.lake.read(self.workflow.table("decisions"), days=[day]).sort_by("entity_id").to_pylist()
 
 
-def _bench(name: str, root: Path, days: int, write: Callable[[date, Path], Path]) -> Bench:
+def _bench(name: str, root: Path, days: int, write: Callable[[date, Path], Path]) -> WorkflowHarness:
     said = load(FOLDER / name)
     small = said.model_copy(
         update={
@@ -209,14 +209,14 @@ def _bench(name: str, root: Path, days: int, write: Callable[[date, Path], Path]
             "guardrails": said.guardrails.model_copy(update={"max_total_change": None}),
         }
     )
-    bench = Bench(small, root, [said.start + timedelta(days=n) for n in range(days)], write)
+    bench = WorkflowHarness(small, root, [said.start + timedelta(days=n) for n in range(days)], write)
     bench.land(bench.days)
     bench.build(bench.days)
     return bench
 
 
 @pytest.fixture(scope="session")
-def ads(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def ads(tmp_path_factory: pytest.TempPathFactory) -> WorkflowHarness:
     """``ad_budget``: 24 lines, 21 days. Shared: copy it before writing."""
     start = load(FOLDER / "ad_budget").start
     rows = advertising.history(advertising.World(7, "easy", 24, origin=start), start, 24)
@@ -229,7 +229,7 @@ def ads(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 @pytest.fixture(scope="session")
-def queue(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def queue(tmp_path_factory: pytest.TempPathFactory) -> WorkflowHarness:
     """``ticket_priority``: 4 teams, 12 days. Shared: copy it before writing."""
     start = load(FOLDER / "ticket_priority").start
     world = tickets.World(7, load=0.9, teams=4)
@@ -243,9 +243,9 @@ def queue(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 @pytest.fixture(params=["ads", "queue"])
-def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Bench:
+def bench(request: pytest.FixtureRequest, tmp_path: Path) -> WorkflowHarness:
     """Each shipped workflow in turn, to write to."""
-    shared: Bench = request.getfixturevalue(request.param)
+    shared: WorkflowHarness = request.getfixturevalue(request.param)
     return shared.copy(tmp_path / "bench")
 
 
@@ -271,7 +271,7 @@ def empty_registry_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def _two_versions(
-    tmp_path_factory: pytest.TempPathFactory, empty_registry_folder: Path, ads: Bench, queue: Bench
+    tmp_path_factory: pytest.TempPathFactory, empty_registry_folder: Path, ads: WorkflowHarness, queue: WorkflowHarness
 ) -> Path:
     folder = tmp_path_factory.mktemp("versions") / "registry"
     registry = moved(empty_registry_folder, folder)

@@ -15,7 +15,7 @@ from assets.resources import ClockResource, LakeResource, LedgerResource, Regist
 from delivery.ledger import Ledger
 from models.registry import Registry
 from pipeline.workflow import Workflow
-from tests.conftest import Bench
+from tests.conftest import WorkflowHarness
 from tests.support.ledgers import KEY
 
 
@@ -25,7 +25,7 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def book(tmp_path: Path, ads: Bench) -> Iterator[Ledger]:
+def book(tmp_path: Path, ads: WorkflowHarness) -> Iterator[Ledger]:
     with Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}", key=KEY, clock=lambda: ads.morning(ads.last)) as opened:
         yield opened
 
@@ -34,7 +34,9 @@ def saying(workflow: Workflow, **drift: object) -> Workflow:
     return workflow.model_copy(update={"drift": workflow.drift.model_copy(update=drift)})
 
 
-def test_a_reference_is_named_with_its_days_and_versions(ads: Bench, tmp_path: Path, registry: Registry) -> None:
+def test_a_reference_is_named_with_its_days_and_versions(
+    ads: WorkflowHarness, tmp_path: Path, registry: Registry
+) -> None:
     bench = ads.copy(tmp_path / "bench")
     champion = registry.as_of("ad_budget", bench.last)[0]
     trailing = stage.reference(bench.workflow, bench.lake, champion, bench.last, 3)
@@ -57,7 +59,7 @@ def test_a_reference_is_named_with_its_days_and_versions(ads: Bench, tmp_path: P
 
 
 def test_the_gain_of_the_champion_s_boosters_is_shared_among_its_features(
-    ads: Bench, registry: Registry, book: Ledger
+    ads: WorkflowHarness, registry: Registry, book: Ledger
 ) -> None:
     champion, gains, why = stage.importances(ads.workflow, registry, book, ads.last)
     assert champion is not None and gains is not None and not why
@@ -71,7 +73,7 @@ def test_the_gain_of_the_champion_s_boosters_is_shared_among_its_features(
 
 
 def test_an_alias_that_somebody_moved_changes_neither_importances_nor_the_reference(
-    ads: Bench, registry: Registry, book: Ledger
+    ads: WorkflowHarness, registry: Registry, book: Ledger
 ) -> None:
     for number in (1, 2):
         digest = registry.by_number("ad_budget", number).digest
@@ -87,7 +89,7 @@ def test_an_alias_that_somebody_moved_changes_neither_importances_nor_the_refere
     assert after[0] is not None and after[0].number == 1
 
 
-def _resources(bench: Bench, at: Path, registry: Registry) -> dict[str, Any]:
+def _resources(bench: WorkflowHarness, at: Path, registry: Registry) -> dict[str, Any]:
     return {
         "lake": LakeResource(root=str(bench.root / "lake")),
         "ledger": LedgerResource(url=f"sqlite:///{at / 'ledger.db'}"),
@@ -100,7 +102,7 @@ def _resources(bench: Bench, at: Path, registry: Registry) -> dict[str, Any]:
 
 
 def test_a_unit_change_is_found_on_its_day_and_recorded_with_its_reference(
-    ads: Bench, tmp_path: Path, registry: Registry
+    ads: WorkflowHarness, tmp_path: Path, registry: Registry
 ) -> None:
     bench = ads.copy(tmp_path / "bench")
     table, broken = "ad_budget/features", bench.last
@@ -129,9 +131,9 @@ def test_a_unit_change_is_found_on_its_day_and_recorded_with_its_reference(
 
 
 def test_a_short_reference_is_not_judged_and_only_the_rows_of_one_moment_are(
-    queue: Bench, ads: Bench, tmp_path: Path, registry: Registry
+    queue: WorkflowHarness, ads: WorkflowHarness, tmp_path: Path, registry: Registry
 ) -> None:
-    def judged(bench: Bench, workflow: Workflow) -> dict[str, object]:
+    def judged(bench: WorkflowHarness, workflow: Workflow) -> dict[str, object]:
         result = dg.materialize(
             [stage.build(workflow)],
             partition_key=str(bench.last),
@@ -164,7 +166,7 @@ def test_a_short_reference_is_not_judged_and_only_the_rows_of_one_moment_are(
     assert drifted == [False, True]
 
 
-def test_scores_are_judged_only_among_days_that_one_version_scored(ads: Bench, tmp_path: Path) -> None:
+def test_scores_are_judged_only_among_days_that_one_version_scored(ads: WorkflowHarness, tmp_path: Path) -> None:
     bench = ads.copy(tmp_path / "bench")
     days = bench.days[-12:]
     scoring = pa.table(

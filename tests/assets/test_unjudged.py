@@ -15,7 +15,7 @@ from assets.common import unjudged
 from data_checks import drift
 from models.registry import Registry
 from tests.assets.test_drift import _resources
-from tests.conftest import Bench
+from tests.conftest import WorkflowHarness
 from tests.support.ledgers import KEY
 
 DAY = date(2026, 5, 1)
@@ -73,7 +73,7 @@ def test_days_without_a_judgement_are_counted_from_the_first_that_could_have_one
 
 
 def test_a_desk_whose_tickets_stay_away_is_told_by_the_stage(
-    ads: Bench, tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+    ads: WorkflowHarness, tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last three days have a single line each: too few to be judged, and that is what is told."""
     monkeypatch.setenv("SIGNALBOX_LEDGER_KEY", KEY.decode())

@@ -31,7 +31,7 @@ from delivery.rollback import (
     undone,
 )  # fmt: skip
 from delivery.rollback.outcome import became
-from tests.support.desks import Desk, entities
+from tests.support.desks import PushHarness, entities
 from tests.support.fakes import DAY, START, Crash, Mortal, Process, dead_holder, record
 
 STEP = 1 if os.environ.get("SIGNALBOX_SOAK") else 17
@@ -39,16 +39,16 @@ STEP = 1 if os.environ.get("SIGNALBOX_SOAK") else 17
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    made = Desk(tmp_path, {"a": 100, "b": 200, "c": 300, "d": 400})
+def desk(tmp_path: Path) -> Iterator[PushHarness]:
+    made = PushHarness(tmp_path, {"a": 100, "b": 200, "c": 300, "d": 400})
     yield made
     made.ledger.close()
 
 
 @pytest.fixture
-def pooled(tmp_path: Path) -> Iterator[Desk]:
+def pooled(tmp_path: Path) -> Iterator[PushHarness]:
     """All of them share one pool of 1000."""
-    made = Desk(tmp_path, {"a": 100, "b": 200, "c": 300, "d": 400}, arms=dict.fromkeys("abcd", "champion"))
+    made = PushHarness(tmp_path, {"a": 100, "b": 200, "c": 300, "d": 400}, arms=dict.fromkeys("abcd", "champion"))
     yield made
     made.ledger.close()
 
@@ -61,7 +61,7 @@ def only(report: RollbackReport) -> Any:
 # --- one batch
 
 
-def test_what_stood_before_stands_again_proven_by_reading(desk: Desk) -> None:
+def test_what_stood_before_stands_again_proven_by_reading(desk: PushHarness) -> None:
     desk.sent("b1", {"a": 150, "b": 150})
     report = desk.back(Batch("b1"))
     assert report.complete and only(report).restored == 2
@@ -71,7 +71,7 @@ def test_what_stood_before_stands_again_proven_by_reading(desk: Desk) -> None:
     assert desk.ledger.verify().ok
 
 
-def test_a_second_rollback_says_so_and_does_nothing(desk: Desk) -> None:
+def test_a_second_rollback_says_so_and_does_nothing(desk: PushHarness) -> None:
     desk.sent("b1", {"a": 150})
     desk.back(Batch("b1"))
     desk.world.person("a", 150)
@@ -82,7 +82,7 @@ def test_a_second_rollback_says_so_and_does_nothing(desk: Desk) -> None:
     assert desk.values()["a"] == 150
 
 
-def test_a_persons_change_is_left_and_reported(desk: Desk) -> None:
+def test_a_persons_change_is_left_and_reported(desk: PushHarness) -> None:
     desk.sent("b1", {"a": 150, "b": 250})
     desk.world.person("a", 777)
     one = only(desk.back(Batch("b1")))
@@ -90,7 +90,7 @@ def test_a_persons_change_is_left_and_reported(desk: Desk) -> None:
     assert desk.values() == desk.start | {"a": 777}
 
 
-def test_a_persons_change_while_it_is_rolled_back_is_left(desk: Desk) -> None:
+def test_a_persons_change_while_it_is_rolled_back_is_left(desk: PushHarness) -> None:
     desk.sent("b1", {"a": 150, "b": 250})
 
     def meanwhile(key: str) -> None:
@@ -103,7 +103,7 @@ def test_a_persons_change_while_it_is_rolled_back_is_left(desk: Desk) -> None:
     assert desk.values() == desk.start | {"a": 777}
 
 
-def test_what_cannot_be_undone_is_listed(desk: Desk) -> None:
+def test_what_cannot_be_undone_is_listed(desk: PushHarness) -> None:
     desk.sent("b1", {"a": 150, "c": 350})
     desk.world.end("a", "closed")
     one = only(desk.back(Batch("b1")))
@@ -112,7 +112,7 @@ def test_what_cannot_be_undone_is_listed(desk: Desk) -> None:
     assert desk.world.value("c") == 300
 
 
-def test_what_is_missing_for_a_while_stays_open_and_comes_back_with_the_next_run(desk: Desk) -> None:
+def test_what_is_missing_for_a_while_stays_open_and_comes_back_with_the_next_run(desk: PushHarness) -> None:
     """A token without rights, a wrong base path: what a batch had proven to be there is not gone for good."""
     desk.sent("b0", {"c": 350})
     desk.sent("b1", {"a": 150, "b": 250, "d": 450})
@@ -128,7 +128,7 @@ def test_what_is_missing_for_a_while_stays_open_and_comes_back_with_the_next_run
 
 
 @pytest.mark.parametrize("kind", ["one by one", "bulk"])
-def test_a_rollback_of_which_nothing_is_there_says_that_it_is_the_address(desk: Desk, kind: str) -> None:
+def test_a_rollback_of_which_nothing_is_there_says_that_it_is_the_address(desk: PushHarness, kind: str) -> None:
     desk.world.can = Capabilities(conditional_write=True, bulk_read=10 if kind == "bulk" else 1)
     desk.sent("b1", {"a": 150, "b": 250})
     for key in desk.start:
@@ -141,7 +141,7 @@ def test_a_rollback_of_which_nothing_is_there_says_that_it_is_the_address(desk: 
 
 
 @pytest.mark.parametrize("landed", [True, False])
-def test_what_was_in_flight_and_cannot_be_found_is_not_given_up(desk: Desk, landed: bool) -> None:
+def test_what_was_in_flight_and_cannot_be_found_is_not_given_up(desk: PushHarness, landed: bool) -> None:
     name = desk.batch("b1", {"a": 150})
     desk.push_dies(name, 1, landed=landed)
     desk.world.end("a", "missing")
@@ -151,7 +151,7 @@ def test_what_was_in_flight_and_cannot_be_found_is_not_given_up(desk: Desk, land
     assert report.complete and desk.values() == desk.start
 
 
-def test_an_erased_name_is_listed_and_the_rest_comes_back(desk: Desk) -> None:
+def test_an_erased_name_is_listed_and_the_rest_comes_back(desk: PushHarness) -> None:
     desk.sent("b1", {"a": 150, "b": 250})
     desk.ledger.forget("a")
     one = only(desk.back(Batch("b1")))
@@ -161,7 +161,7 @@ def test_an_erased_name_is_listed_and_the_rest_comes_back(desk: Desk) -> None:
 
 
 def test_an_overwritten_change_goes_back_to_what_the_person_had(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, {"a": 100, "b": 200}, Capabilities(change_history=True, bulk_read=10))
+    desk = PushHarness(tmp_path, {"a": 100, "b": 200}, Capabilities(change_history=True, bulk_read=10))
     desk.world.before_write = lambda key: desk.world.person("a", 777) if key == "a" else None
     assert desk.push(desk.batch("b1", {"a": 150, "b": 250})).counts == {"OVERWRITTEN": 1, "ACKED": 1}
     desk.well()
@@ -174,7 +174,7 @@ def test_an_overwritten_change_goes_back_to_what_the_person_had(tmp_path: Path) 
 def test_what_the_system_made_of_ours_goes_back_where_its_history_proves_it(
     tmp_path: Path, history: bool, expected: int
 ) -> None:
-    desk = Desk(tmp_path, {"a": 100}, Capabilities(change_history=history))
+    desk = PushHarness(tmp_path, {"a": 100}, Capabilities(change_history=history))
     desk.fault("apply", "a", "clamp")
     assert desk.push(desk.batch("b1", {"a": 150})).counts == {"REJECTED": 1}
     desk.well()
@@ -183,7 +183,7 @@ def test_what_the_system_made_of_ours_goes_back_where_its_history_proves_it(
     assert entities(one.conflicts) == ([] if history else ["a"]), "left, and said"
 
 
-def test_what_the_system_never_took_is_not_touched(desk: Desk) -> None:
+def test_what_the_system_never_took_is_not_touched(desk: PushHarness) -> None:
     desk.fault("apply", "a", "refuse")
     desk.push(desk.batch("b1", {"a": 150, "b": 250}))
     desk.world.person("a", 150)  # the same value, by a person: not ours to take back
@@ -192,7 +192,7 @@ def test_what_the_system_never_took_is_not_touched(desk: Desk) -> None:
     assert desk.values() == desk.start | {"a": 150}
 
 
-def test_a_value_that_stood_there_already_was_not_ours_to_take_back(desk: Desk) -> None:
+def test_a_value_that_stood_there_already_was_not_ours_to_take_back(desk: PushHarness) -> None:
     name = desk.batch("b1", {"a": 150, "b": 250})
     desk.world.person("a", 150)
     assert desk.push(name).counts == {"ACKED": 2}
@@ -204,7 +204,7 @@ def test_a_value_that_stood_there_already_was_not_ours_to_take_back(desk: Desk) 
 # --- batches that are not all delivered
 
 
-def test_a_batch_that_was_never_sent_is_never_sent(desk: Desk) -> None:
+def test_a_batch_that_was_never_sent_is_never_sent(desk: PushHarness) -> None:
     for status in ("READY", "HELD"):
         name = desk.batch(status, {"a": 150}, status=status)
         one = only(desk.back(Batch(name)))
@@ -213,7 +213,7 @@ def test_a_batch_that_was_never_sent_is_never_sent(desk: Desk) -> None:
     assert desk.values() == desk.start and not desk.world.writes
 
 
-def test_a_partly_delivered_batch_comes_back_and_never_goes_on(desk: Desk) -> None:
+def test_a_partly_delivered_batch_comes_back_and_never_goes_on(desk: PushHarness) -> None:
     name = desk.batch("b1", {"a": 150, "b": 250, "c": 350, "d": 450})
     desk.push_dies(name, 2)
     assert 0 < len(desk.world.applied) < 4
@@ -225,7 +225,7 @@ def test_a_partly_delivered_batch_comes_back_and_never_goes_on(desk: Desk) -> No
 
 
 @pytest.mark.parametrize("at_write", [1, 2, 3, 4])
-def test_what_was_in_flight_when_a_push_died_is_found_by_reading(desk: Desk, at_write: int) -> None:
+def test_what_was_in_flight_when_a_push_died_is_found_by_reading(desk: PushHarness, at_write: int) -> None:
     name = desk.batch("b1", {"a": 150, "b": 250, "c": 350, "d": 450})
     desk.push_dies(name, at_write)
     assert desk.ledger.deliveries(name, ["IN_FLIGHT"])
@@ -236,7 +236,7 @@ def test_what_was_in_flight_when_a_push_died_is_found_by_reading(desk: Desk, at_
 
 def test_what_left_late_in_its_wave_is_not_taken_for_never_sent(tmp_path: Path) -> None:
     """The ledger knows when a wave began; its last write left later, and a stale reading does not show it yet."""
-    desk = Desk(tmp_path, {"a": 100, "b": 200}, Capabilities(stale_reads_s=2.0))
+    desk = PushHarness(tmp_path, {"a": 100, "b": 200}, Capabilities(stale_reads_s=2.0))
     name = desk.batch("b1", {"a": 150, "b": 250})
     desk.world.before_write = lambda key: desk.clock.sleep(3)
     desk.push_dies(name, 1)
@@ -244,7 +244,7 @@ def test_what_left_late_in_its_wave_is_not_taken_for_never_sent(tmp_path: Path) 
     assert report.complete and desk.values() == desk.start
 
 
-def test_an_entity_that_cannot_be_read_does_not_keep_the_others_from_coming_back(desk: Desk) -> None:
+def test_an_entity_that_cannot_be_read_does_not_keep_the_others_from_coming_back(desk: PushHarness) -> None:
     desk.world.can = Capabilities(conditional_write=True)
     name = desk.batch("b1", {"a": 150, "b": 250, "c": 350})
     desk.push_dies(name, 2)
@@ -258,7 +258,7 @@ def test_an_entity_that_cannot_be_read_does_not_keep_the_others_from_coming_back
     assert desk.values() == desk.start
 
 
-def test_a_refused_batch_has_nothing_to_roll_back(desk: Desk) -> None:
+def test_a_refused_batch_has_nothing_to_roll_back(desk: PushHarness) -> None:
     desk.batch("b1", {"a": 150}, status="REFUSED")
     with pytest.raises(RollbackError, match="refused by its guardrails"):
         desk.back(Batch("b1"))
@@ -266,7 +266,7 @@ def test_a_refused_batch_has_nothing_to_roll_back(desk: Desk) -> None:
         desk.back(Since(DAY))
 
 
-def test_a_rollback_is_not_rolled_back_but_decided_again(desk: Desk) -> None:
+def test_a_rollback_is_not_rolled_back_but_decided_again(desk: PushHarness) -> None:
     desk.sent("b1", {"a": 150}, day=0)
     desk.back(Batch("b1"))
     with pytest.raises(RollbackError, match="decide 2026-03-01 of ad_budget again"):
@@ -277,7 +277,7 @@ def test_a_rollback_is_not_rolled_back_but_decided_again(desk: Desk) -> None:
     assert desk.values() == desk.start
 
 
-def test_the_same_decided_again_is_sent_and_taken_back_again(desk: Desk) -> None:
+def test_the_same_decided_again_is_sent_and_taken_back_again(desk: PushHarness) -> None:
     for again in range(3):
         desk.batch("b1", {"a": 150, "b": 250}, day=0)
         assert desk.push("b1").complete and desk.values() == desk.start | {"a": 150, "b": 250}, again
@@ -291,7 +291,7 @@ def test_the_same_decided_again_is_sent_and_taken_back_again(desk: Desk) -> None
     assert desk.ledger.verify().ok
 
 
-def test_a_generation_that_stands_is_named_where_the_first_one_is_taken_back(desk: Desk) -> None:
+def test_a_generation_that_stands_is_named_where_the_first_one_is_taken_back(desk: PushHarness) -> None:
     desk.sent("b1", {"a": 150}, day=0)
     desk.back(Batch("b1"))
     desk.batch("b1", {"a": 150}, day=0)
@@ -300,7 +300,7 @@ def test_a_generation_that_stands_is_named_where_the_first_one_is_taken_back(des
     assert only(report).already and report.newer == ("b1.2",) and desk.values()["a"] == 150
 
 
-def test_a_batch_whose_rows_were_removed_is_refused_by_name(desk: Desk) -> None:
+def test_a_batch_whose_rows_were_removed_is_refused_by_name(desk: PushHarness) -> None:
     desk.sent("b1", {"a": 150})
     desk.clock.sleep(86_400 * 50)
     assert desk.ledger.retention(30) == ["b1"]
@@ -311,7 +311,7 @@ def test_a_batch_whose_rows_were_removed_is_refused_by_name(desk: Desk) -> None:
 @pytest.mark.parametrize("which", [Since(DAY), Since(DAY, "ad_budget"), Model("ad_budget", 1)])
 @pytest.mark.parametrize("trigger", ["person", "guard"])
 def test_of_a_version_older_than_the_retention_the_young_batches_come_back(
-    desk: Desk, which: Any, trigger: Any
+    desk: PushHarness, which: Any, trigger: Any
 ) -> None:
     desk.sent("b1", {"a": 150})
     desk.sent("b2", {"b": 250}, day=40)
@@ -326,7 +326,7 @@ def test_of_a_version_older_than_the_retention_the_young_batches_come_back(
     assert again.complete and all(one.already for one in again.batches) and again.retired == ("b1",)
 
 
-def test_where_the_retention_removed_everything_it_is_listed_and_nothing_waits(desk: Desk) -> None:
+def test_where_the_retention_removed_everything_it_is_listed_and_nothing_waits(desk: PushHarness) -> None:
     desk.sent("b1", {"a": 150})
     desk.ledger.rollback_asked("b1", actor="anna", reason="harm", trigger="person")
     desk.clock.sleep(86_400 * 50)
@@ -336,7 +336,7 @@ def test_where_the_retention_removed_everything_it_is_listed_and_nothing_waits(d
     assert desk.ledger.rollbacks("b1")[-1].action == "closed", "nothing waits for it any more"
 
 
-def test_an_unknown_batch_and_a_missing_reason_are_refused(desk: Desk) -> None:
+def test_an_unknown_batch_and_a_missing_reason_are_refused(desk: PushHarness) -> None:
     with pytest.raises(ledgers.Unknown, match="nothing-like-it"):
         desk.back(Batch("nothing-like-it"))
     desk.sent("b1", {"a": 150})
@@ -345,7 +345,7 @@ def test_an_unknown_batch_and_a_missing_reason_are_refused(desk: Desk) -> None:
     assert desk.values()["a"] == 150
 
 
-def test_while_stopped_a_person_may_roll_back_and_a_guard_may_not(desk: Desk) -> None:
+def test_while_stopped_a_person_may_roll_back_and_a_guard_may_not(desk: PushHarness) -> None:
     desk.sent("b1", {"a": 150})
     desk.ledger.switch("ad_budget", True, "anna", "look first")
     with pytest.raises(Stopped):
@@ -355,7 +355,7 @@ def test_while_stopped_a_person_may_roll_back_and_a_guard_may_not(desk: Desk) ->
     assert desk.values() == desk.start
 
 
-def test_a_system_that_the_workflow_was_moved_away_from_is_not_taken_for_the_new_one(desk: Desk) -> None:
+def test_a_system_that_the_workflow_was_moved_away_from_is_not_taken_for_the_new_one(desk: PushHarness) -> None:
     desk.sent("b1", {"a": 150})
     desk.world.system = "fake:another-account"
     with pytest.raises(
@@ -368,7 +368,7 @@ def test_a_system_that_the_workflow_was_moved_away_from_is_not_taken_for_the_new
 
 
 @pytest.mark.parametrize("theirs", [150, 777])
-def test_what_another_workflow_has_set_since_is_a_conflict(desk: Desk, theirs: int) -> None:
+def test_what_another_workflow_has_set_since_is_a_conflict(desk: PushHarness, theirs: int) -> None:
     """Also where it is the same value: that workflow decided it, and it stands for its sake."""
     desk.sent("b1", {"a": 150, "b": 250})
     record(
@@ -387,11 +387,11 @@ def test_what_another_workflow_has_set_since_is_a_conflict(desk: Desk, theirs: i
 # --- asked, and closed
 
 
-def actions(desk: Desk, batch_id: str) -> list[str]:
+def actions(desk: PushHarness, batch_id: str) -> list[str]:
     return [one.action for one in desk.ledger.rollbacks(batch_id)]
 
 
-def test_all_of_them_are_asked_for_before_anything_else_is_done(desk: Desk) -> None:
+def test_all_of_them_are_asked_for_before_anything_else_is_done(desk: PushHarness) -> None:
     for n in range(3):
         desk.sent(f"b{n}", {"a": 150 + n})
 
@@ -406,12 +406,12 @@ def test_all_of_them_are_asked_for_before_anything_else_is_done(desk: Desk) -> N
     assert [actions(desk, f"b{n}") for n in range(3)] == [["asked", "complete"]] * 3, "asked once, not with each run"
 
 
-def closed(desk: Desk, which: Any, **how: Any) -> RollbackReport:
+def closed(desk: PushHarness, which: Any, **how: Any) -> RollbackReport:
     asked = {"actor": "Robin Berg", "reason": "the line was deleted"} | how
     return close(desk.ledger, lambda workflow: "fake", which, holder=dead_holder(), **asked)
 
 
-def test_a_person_closes_a_rollback_that_cannot_come_to_its_end(desk: Desk) -> None:
+def test_a_person_closes_a_rollback_that_cannot_come_to_its_end(desk: PushHarness) -> None:
     desk.sent("b1", {"a": 150, "b": 250})
     desk.world.end("a", "missing")
     desk.back(Batch("b1"))
@@ -437,7 +437,7 @@ def test_a_person_closes_a_rollback_that_cannot_come_to_its_end(desk: Desk) -> N
     assert desk.push(desk.batch("b2", {"c": 333})).complete
 
 
-def test_a_batch_that_cannot_be_resolved_is_closed_with_its_rollback(desk: Desk) -> None:
+def test_a_batch_that_cannot_be_resolved_is_closed_with_its_rollback(desk: PushHarness) -> None:
     name = desk.batch("b1", {"a": 150, "b": 250, "c": 350})
     desk.push_dies(name, 2)
     for key in desk.start:
@@ -455,7 +455,7 @@ def test_a_batch_that_cannot_be_resolved_is_closed_with_its_rollback(desk: Desk)
 
 
 @pytest.mark.parametrize("sent", [True, False])
-def test_a_rollback_that_was_only_asked_for_can_be_closed(desk: Desk, sent: bool) -> None:
+def test_a_rollback_that_was_only_asked_for_can_be_closed(desk: PushHarness, sent: bool) -> None:
     desk.sent("b1", {"a": 150}) if sent else desk.batch("b1", {"a": 150})
     with pytest.raises(RollbackError, match="no rollback of b1 is asked for"):
         closed(desk, Batch("b1"))
@@ -471,7 +471,7 @@ def test_a_rollback_that_was_only_asked_for_can_be_closed(desk: Desk, sent: bool
         assert actions(desk, "b1") == ["asked", "closed", "asked", "complete"]
 
 
-def test_a_close_waits_for_a_push_that_is_under_way_and_wants_a_reason(desk: Desk) -> None:
+def test_a_close_waits_for_a_push_that_is_under_way_and_wants_a_reason(desk: PushHarness) -> None:
     desk.sent("b1", {"a": 150})
     desk.ledger.rollback_asked("b1", actor="anna", reason="harm", trigger="person")
     with pytest.raises(RollbackError, match="--reason"):
@@ -483,7 +483,7 @@ def test_a_close_waits_for_a_push_that_is_under_way_and_wants_a_reason(desk: Des
     assert closed(desk, Batch("rollback-b1") if desk.ledger.batches(kind="rollback") else Batch("b1")).complete
 
 
-def test_several_are_closed_at_once(desk: Desk) -> None:
+def test_several_are_closed_at_once(desk: PushHarness) -> None:
     for n in range(3):
         desk.sent(f"b{n}", {"a": 150 + n})
     desk.world.end("a", "missing")
@@ -495,7 +495,7 @@ def test_several_are_closed_at_once(desk: Desk) -> None:
 # --- several batches
 
 
-def test_several_batches_come_back_newest_first(desk: Desk) -> None:
+def test_several_batches_come_back_newest_first(desk: PushHarness) -> None:
     desk.sent("b1", {"a": 150, "b": 250})
     desk.sent("b2", {"a": 160, "c": 360})
     desk.sent("b3", {"a": 170, "d": 470})
@@ -509,7 +509,7 @@ def test_several_batches_come_back_newest_first(desk: Desk) -> None:
     assert desk.values() == desk.start
 
 
-def test_a_model_versions_batches_come_back_and_the_newer_one_stays(desk: Desk) -> None:
+def test_a_model_versions_batches_come_back_and_the_newer_one_stays(desk: PushHarness) -> None:
     desk.sent("b1", {"a": 150}, version=1)
     desk.sent("b2", {"a": 160, "b": 260}, version=2)
     desk.sent("b3", {"b": 270}, version=3)
@@ -521,7 +521,7 @@ def test_a_model_versions_batches_come_back_and_the_newer_one_stays(desk: Desk) 
         desk.back(Model("ad_budget", 9))
 
 
-def test_an_older_batchs_value_that_was_left_to_a_newer_one_comes_back_with_that_one(desk: Desk) -> None:
+def test_an_older_batchs_value_that_was_left_to_a_newer_one_comes_back_with_that_one(desk: PushHarness) -> None:
     """Rolled back in the wrong order: nothing of the harmful batch may come up again from below."""
     desk.sent("b1", {"a": 150})
     desk.sent("b2", {"a": 160})
@@ -531,7 +531,7 @@ def test_an_older_batchs_value_that_was_left_to_a_newer_one_comes_back_with_that
     assert desk.values() == desk.start
 
 
-def test_a_newer_batch_that_was_pushed_between_two_runs_of_a_rollback_is_left(desk: Desk) -> None:
+def test_a_newer_batch_that_was_pushed_between_two_runs_of_a_rollback_is_left(desk: PushHarness) -> None:
     desk.sent("b1", {"a": 150, "b": 250})
     desk.world.fault = lambda op, key: "crash_before" if op == "apply" else ""
     with pytest.raises(Crash):
@@ -555,7 +555,7 @@ def test_a_newer_batch_that_was_pushed_between_two_runs_of_a_rollback_is_left(de
 
 
 @pytest.mark.parametrize("landed", [True, False])
-def test_a_newer_batchs_write_of_which_nothing_is_known_is_never_written_over(desk: Desk, landed: bool) -> None:
+def test_a_newer_batchs_write_of_which_nothing_is_known_is_never_written_over(desk: PushHarness, landed: bool) -> None:
     desk.sent("b1", {"a": 150, "b": 250})
     desk.batch("b2", {"a": 500})
     desk.push_dies("b2", 1, landed=landed)
@@ -566,7 +566,7 @@ def test_a_newer_batchs_write_of_which_nothing_is_known_is_never_written_over(de
     assert desk.values() == desk.start, "nor does what was rolled back come up again from below"
 
 
-def test_an_older_batch_waits_until_the_newer_one_is_back(desk: Desk) -> None:
+def test_an_older_batch_waits_until_the_newer_one_is_back(desk: PushHarness) -> None:
     desk.sent("b1", {"a": 150})
     desk.sent("b2", {"b": 250})
     desk.fault("read", "b", "unavailable")
@@ -582,7 +582,7 @@ def test_its_cost_does_not_grow_with_the_number_of_newer_batches(tmp_path: Path)
     """Calls of the ledger for one batch, and rows of newer batches that are carried into the process: none."""
     calls: dict[int, Counter[str]] = {}
     for newer in (2, 12):
-        desk = Desk(tmp_path / str(newer), {"a": 100, "b": 200, "c": 300})
+        desk = PushHarness(tmp_path / str(newer), {"a": 100, "b": 200, "c": 300})
         desk.sent("b0", {"a": 150, "b": 250})
         for n in range(newer):
             desk.sent(f"n{n}", {"a": 160 + n, "c": 310 + n})
@@ -609,7 +609,7 @@ class Counting:
 # --- fields that a write empties, or changes besides
 
 
-def empties(desk: Desk, key: str, *, ours: bool = True) -> None:
+def empties(desk: PushHarness, key: str, *, ours: bool = True) -> None:
     """The system takes the value of this entity, says yes, and holds none afterwards."""
     well = desk.world._apply
 
@@ -624,7 +624,7 @@ def empties(desk: Desk, key: str, *, ours: bool = True) -> None:
 
 @pytest.mark.parametrize("history", [True, False])
 def test_a_field_that_our_own_write_emptied_is_filled_again_or_listed(tmp_path: Path, history: bool) -> None:
-    desk = Desk(tmp_path, {"a": 100, "b": 200}, Capabilities(change_history=history))
+    desk = PushHarness(tmp_path, {"a": 100, "b": 200}, Capabilities(change_history=history))
     whole = desk.world._apply
     empties(desk, "a")
     assert desk.push(desk.batch("b1", {"a": 150, "b": 250})).counts == {"REJECTED": 1, "ACKED": 1}
@@ -638,14 +638,14 @@ def test_a_field_that_our_own_write_emptied_is_filled_again_or_listed(tmp_path: 
     desk.ledger.close()
 
 
-def test_a_value_that_cannot_be_read_any_more_is_listed(desk: Desk) -> None:
+def test_a_value_that_cannot_be_read_any_more_is_listed(desk: PushHarness) -> None:
     desk.sent("b1", {"a": 150, "b": 250})
     desk.world.person("a", None)
     one = only(desk.back(Batch("b1")))
     assert one.complete and entities(one.conflicts) == ["a"] and one.restored == 1
 
 
-def test_where_no_value_stood_before_it_is_listed(desk: Desk) -> None:
+def test_where_no_value_stood_before_it_is_listed(desk: PushHarness) -> None:
     desk.world.person("a", None)
     record(desk.ledger, [{"entity": "a", "before": None, "after": 150}], "b1", as_of=desk.clock())
     assert desk.push("b1").counts == {"ACKED": 1}
@@ -655,7 +655,7 @@ def test_where_no_value_stood_before_it_is_listed(desk: Desk) -> None:
     )
 
 
-def test_what_a_write_changed_besides_is_named_and_not_restored(desk: Desk) -> None:
+def test_what_a_write_changed_besides_is_named_and_not_restored(desk: PushHarness) -> None:
     plain, team = desk.world._reading, {"a": "sales", "b": "sales"}
     apply = desk.world._apply
     desk.world._reading = lambda key: replace(plain(key), watched={"team": team.get(key, "")})  # type: ignore[method-assign]
@@ -674,7 +674,7 @@ def test_what_a_write_changed_besides_is_named_and_not_restored(desk: Desk) -> N
 # --- tried first
 
 
-def test_a_dry_run_shows_what_each_batch_would_bring_back_and_writes_nothing(desk: Desk) -> None:
+def test_a_dry_run_shows_what_each_batch_would_bring_back_and_writes_nothing(desk: PushHarness) -> None:
     desk.sent("b1", {"a": 150, "b": 250, "c": 350})
     desk.sent("b2", {"a": 160, "d": 450})
     desk.batch("b3", {"a": 170})
@@ -697,7 +697,7 @@ def test_a_dry_run_shows_what_each_batch_would_bring_back_and_writes_nothing(des
     assert [(r.entity, r.action) for r in after[2].rows] == [("c", "PENDING")], "what is left of one that is under way"
 
 
-def test_a_dry_run_of_a_system_that_cannot_be_read_says_so(desk: Desk) -> None:
+def test_a_dry_run_of_a_system_that_cannot_be_read_says_so(desk: PushHarness) -> None:
     desk.sent("b1", {"a": 150})
     desk.fault("read", "a", "unavailable")
     with pytest.raises(PushError, match="fake cannot be read"):
@@ -707,13 +707,13 @@ def test_a_dry_run_of_a_system_that_cannot_be_read_says_so(desk: Desk) -> None:
 # --- money
 
 
-def test_the_total_stays_within_the_pool_at_every_instant(pooled: Desk) -> None:
+def test_the_total_stays_within_the_pool_at_every_instant(pooled: PushHarness) -> None:
     pooled.sent("b1", {"a": 10, "b": 20, "c": 30, "d": 940})
     assert pooled.back(Batch("b1")).complete
     assert pooled.values() == pooled.start and not pooled.over
 
 
-def test_where_a_decrease_cannot_come_back_the_increases_get_only_what_is_free(pooled: Desk) -> None:
+def test_where_a_decrease_cannot_come_back_the_increases_get_only_what_is_free(pooled: PushHarness) -> None:
     pooled.sent("b1", {"a": 10, "b": 20, "c": 30, "d": 900})
     pooled.world.end("d", "closed")  # holds 900 of 1000, for good
     one = only(pooled.back(Batch("b1")))
@@ -723,7 +723,7 @@ def test_where_a_decrease_cannot_come_back_the_increases_get_only_what_is_free(p
     assert one.restored + len(one.partly) + len(one.left) == 3, "and everything that is short is said"
 
 
-def test_an_erased_entity_still_counts_in_the_total(pooled: Desk) -> None:
+def test_an_erased_entity_still_counts_in_the_total(pooled: PushHarness) -> None:
     pooled.sent("b1", {"a": 10, "b": 20, "c": 30, "d": 940})
     pooled.ledger.forget("d")
     one = only(pooled.back(Batch("b1")))
@@ -736,7 +736,7 @@ def test_an_erased_entity_still_counts_in_the_total(pooled: Desk) -> None:
 
 def test_killed_at_any_call_it_ends_the_same(tmp_path: Path) -> None:
     """Before and after calls of the ledger and of the system, from the first to the last of them, a step apart."""
-    first = Desk(tmp_path / "start", {"a": 100, "b": 200, "c": 300}, arms=dict.fromkeys("abc", "champion"))
+    first = PushHarness(tmp_path / "start", {"a": 100, "b": 200, "c": 300}, arms=dict.fromkeys("abc", "champion"))
     first.sent("b1", {"a": 50, "b": 250})
     first.push_dies(first.batch("b2", {"a": 20, "b": 255, "c": 325}), 2)
     first.ledger.close()

@@ -18,7 +18,7 @@ from delivery.connectors.base import Capabilities
 from delivery.ledger import BatchRow
 from delivery.push import PushError
 from delivery.rollback import Batch, Since
-from tests.support.desks import Desk, opened
+from tests.support.desks import PushHarness, opened
 from tests.support.fakes import DAY, Clock, Fault
 from tests.support.properties import examples
 
@@ -52,7 +52,7 @@ def moved(now: dict[str, int], shares: list[int]) -> dict[str, int]:
     return after
 
 
-def expected(desk: Desk, key: str, taken_back: set[str]) -> int | None:
+def expected(desk: PushHarness, key: str, taken_back: set[str]) -> int | None:
     """The last value that somebody else than the batches taken back (and their rollbacks) set."""
     for entity, value, who in reversed(desk.world.log):
         if entity == key and who not in taken_back and not who.startswith("rollback-"):
@@ -107,7 +107,7 @@ def test_every_value_is_right_or_listed(
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(empty, folder, dirs_exist_ok=True)
-        desk = Desk(Path(folder), START, can, arms=ARMS)
+        desk = PushHarness(Path(folder), START, can, arms=ARMS)
         try:
             lived(desk, steps, faults)
             rolled_back(desk, which, since, between, missing or [], kills, faults)
@@ -115,7 +115,7 @@ def test_every_value_is_right_or_listed(
             desk.ledger.close()
 
 
-def at_times(desk: Desk, faults: list[Fault]) -> None:
+def at_times(desk: PushHarness, faults: list[Fault]) -> None:
     """Calls go wrong in turn, fourteen of them; then nothing does."""
     turn = itertools.chain(itertools.islice(itertools.cycle(faults), 14), itertools.repeat(""))
 
@@ -126,12 +126,12 @@ def at_times(desk: Desk, faults: list[Fault]) -> None:
     desk.world.fault = fault
 
 
-def known(desk: Desk) -> None:
+def known(desk: PushHarness) -> None:
     """A person's change comes to be seen: within the time in which reads are stale nobody can know of it."""
     desk.world.clock.sleep(desk.world.can.stale_reads_s)
 
 
-def lived(desk: Desk, steps: list[tuple[str, Any, Any]], faults: list[Fault]) -> None:
+def lived(desk: PushHarness, steps: list[tuple[str, Any, Any]], faults: list[Fault]) -> None:
     """Batches pushed (some killed on the way and never taken up again) and people who change values in between."""
     for n, (kind, what, how) in enumerate(steps):
         if kind == "person":
@@ -149,7 +149,7 @@ def lived(desk: Desk, steps: list[tuple[str, Any, Any]], faults: list[Fault]) ->
 
 
 def rolled_back(
-    desk: Desk,
+    desk: PushHarness,
     which: list[int],
     since: bool,
     between: str | None,
@@ -205,7 +205,7 @@ def rolled_back(
 
 def test_a_newer_decision_waits_for_a_rollback_that_is_not_complete(empty: Path, tmp_path: Path) -> None:
     shutil.copytree(empty, tmp_path, dirs_exist_ok=True)
-    desk = Desk(tmp_path, START, arms=ARMS)
+    desk = PushHarness(tmp_path, START, arms=ARMS)
     desk.sent("b1", moved(desk.values(), [9, 4, 3, 2, 1]))
     desk.fault("read", "a", "unavailable")
     assert not desk.back(Batch("b1")).complete

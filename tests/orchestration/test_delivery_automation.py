@@ -18,7 +18,7 @@ from orchestration import assembly
 from orchestration.automation import RETRY_MINUTES, delivery_requests, guard_requests, open_rollbacks, unattended
 from pipeline import dispatch
 from pipeline.workflow import FOLDER, Workflow, load
-from tests.support.desks import KEY, Desk
+from tests.support.desks import KEY, PushHarness
 from tests.support.fakes import DAY, START
 
 NAME = "ad_budget"
@@ -45,13 +45,13 @@ def careful(workflow: Workflow) -> Workflow:
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    made = Desk(tmp_path, ENTITIES)
+def desk(tmp_path: Path) -> Iterator[PushHarness]:
+    made = PushHarness(tmp_path, ENTITIES)
     yield made
     made.ledger.close()
 
 
-def asked(workflow: Workflow, desk: Desk, now: datetime | None = None) -> dict[str, str]:
+def asked(workflow: Workflow, desk: PushHarness, now: datetime | None = None) -> dict[str, str]:
     """What would be pushed now, by run key: the partition."""
     requests = delivery_requests(workflow, desk.ledger, now or desk.clock())
     found = {str(r.run_key): str(r.partition_key) for r in requests}
@@ -59,7 +59,7 @@ def asked(workflow: Workflow, desk: Desk, now: datetime | None = None) -> dict[s
     return found
 
 
-def approve(desk: Desk, batch_id: str, name: str, **how: Any) -> None:
+def approve(desk: PushHarness, batch_id: str, name: str, **how: Any) -> None:
     if name not in {a.name for a in desk.ledger.approvers()}:
         approvals.enrol(desk.ledger, name, SECRET)
     approvals.approve(desk.ledger, batch_id, name, SECRET, "as planned", **how)
@@ -68,7 +68,7 @@ def approve(desk: Desk, batch_id: str, name: str, **how: Any) -> None:
 # --- sending ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_within_its_limits_is_asked_for_once_under_one_key(workflow: Workflow, desk: Desk) -> None:
+def test_a_batch_within_its_limits_is_asked_for_once_under_one_key(workflow: Workflow, desk: PushHarness) -> None:
     assert asked(workflow, desk) == {}
     desk.batch("b1", HIGHER, day=0)
     (request,) = delivery_requests(workflow, desk.ledger, desk.clock())
@@ -78,22 +78,22 @@ def test_a_batch_within_its_limits_is_asked_for_once_under_one_key(workflow: Wor
     assert asked(workflow, desk) == {request.run_key: DAY.isoformat()}
 
 
-def test_a_batch_that_changes_nothing_is_not_asked_for(workflow: Workflow, desk: Desk) -> None:
+def test_a_batch_that_changes_nothing_is_not_asked_for(workflow: Workflow, desk: PushHarness) -> None:
     desk.batch("b1", ENTITIES, day=0)
     assert asked(workflow, desk) == {}
 
 
-def test_another_workflows_batch_is_not_asked_for(desk: Desk) -> None:
+def test_another_workflows_batch_is_not_asked_for(desk: PushHarness) -> None:
     desk.batch("b1", HIGHER, day=0)
     assert asked(load(FOLDER / "ticket_priority"), desk) == {}
 
 
-def test_a_refused_batch_is_never_asked_for(workflow: Workflow, desk: Desk) -> None:
+def test_a_refused_batch_is_never_asked_for(workflow: Workflow, desk: PushHarness) -> None:
     desk.batch("b1", HIGHER, day=0, status="REFUSED")
     assert asked(workflow, desk) == {}
 
 
-def test_a_held_batch_is_asked_for_from_its_approval_until_that_expires(workflow: Workflow, desk: Desk) -> None:
+def test_a_held_batch_is_asked_for_from_its_approval_until_that_expires(workflow: Workflow, desk: PushHarness) -> None:
     desk.batch("b1", HIGHER, day=0, status="HELD")
     assert asked(workflow, desk) == {}
     approve(desk, "b1", "robin", valid_for=timedelta(hours=3))
@@ -105,7 +105,7 @@ def test_a_held_batch_is_asked_for_from_its_approval_until_that_expires(workflow
     assert asked(workflow, desk, given + timedelta(hours=3)) == {}
 
 
-def test_an_approval_of_somebody_who_was_revoked_starts_nothing(workflow: Workflow, desk: Desk) -> None:
+def test_an_approval_of_somebody_who_was_revoked_starts_nothing(workflow: Workflow, desk: PushHarness) -> None:
     desk.batch("b1", HIGHER, day=0, status="HELD")
     approve(desk, "b1", "robin")
     assert asked(workflow, desk)
@@ -113,7 +113,7 @@ def test_an_approval_of_somebody_who_was_revoked_starts_nothing(workflow: Workfl
     assert asked(workflow, desk) == {}
 
 
-def test_where_two_must_look_one_is_not_enough(careful: Workflow, desk: Desk) -> None:
+def test_where_two_must_look_one_is_not_enough(careful: Workflow, desk: PushHarness) -> None:
     desk.batch("b1", HIGHER, day=0, status="HELD")
     approve(desk, "b1", "robin", four_eyes=True)
     assert asked(careful, desk) == {}
@@ -121,21 +121,21 @@ def test_where_two_must_look_one_is_not_enough(careful: Workflow, desk: Desk) ->
     assert len(asked(careful, desk)) == 1
 
 
-def test_a_batch_of_another_content_does_not_inherit_the_approval(workflow: Workflow, desk: Desk) -> None:
+def test_a_batch_of_another_content_does_not_inherit_the_approval(workflow: Workflow, desk: PushHarness) -> None:
     desk.batch("b1", HIGHER, day=0, status="HELD")
     approve(desk, "b1", "robin")
     desk.batch("b2", dict.fromkeys(ENTITIES, 130), day=0, status="HELD")
     assert asked(workflow, desk) == {}, "the day was decided again: the later batch counts, and nobody looked at it"
 
 
-def test_of_a_day_decided_twice_only_the_later_batch_is_asked_for(workflow: Workflow, desk: Desk) -> None:
+def test_of_a_day_decided_twice_only_the_later_batch_is_asked_for(workflow: Workflow, desk: PushHarness) -> None:
     desk.batch("b1", HIGHER, day=0)
     desk.batch("b2", dict.fromkeys(ENTITIES, 130), day=0)
     (key,) = asked(workflow, desk)
     assert key.startswith("b2:")
 
 
-def test_a_complete_batch_is_asked_for_no_more(workflow: Workflow, desk: Desk) -> None:
+def test_a_complete_batch_is_asked_for_no_more(workflow: Workflow, desk: PushHarness) -> None:
     desk.batch("b1", HIGHER, day=0)
     assert desk.push("b1").complete
     assert asked(workflow, desk) == {}
@@ -143,14 +143,14 @@ def test_a_complete_batch_is_asked_for_no_more(workflow: Workflow, desk: Desk) -
 
 @pytest.mark.parametrize(("before_the_end", "goes"), [(timedelta(microseconds=1), True), (timedelta(0), False)])
 def test_a_batch_is_asked_for_until_its_day_is_over(
-    workflow: Workflow, desk: Desk, before_the_end: timedelta, goes: bool
+    workflow: Workflow, desk: PushHarness, before_the_end: timedelta, goes: bool
 ) -> None:
     desk.batch("b1", HIGHER, day=0)
     assert bool(asked(workflow, desk, OVER - before_the_end)) is goes
 
 
 def test_an_unfinished_push_is_asked_for_again_under_another_key_and_a_tick_in_between_is_not(
-    workflow: Workflow, desk: Desk
+    workflow: Workflow, desk: PushHarness
 ) -> None:
     desk.batch("b1", HIGHER, day=0)
     (first,) = asked(workflow, desk)
@@ -166,14 +166,16 @@ def test_an_unfinished_push_is_asked_for_again_under_another_key_and_a_tick_in_b
     assert desk.push("b1").complete and asked(workflow, desk) == {}
 
 
-def test_a_run_that_failed_before_its_push_began_is_asked_for_again_later(workflow: Workflow, desk: Desk) -> None:
+def test_a_run_that_failed_before_its_push_began_is_asked_for_again_later(
+    workflow: Workflow, desk: PushHarness
+) -> None:
     """A token that is missing, say: nothing stands in the ledger, and Dagster remembers the key."""
     desk.batch("b1", HIGHER, day=0)
     keys = [asked(workflow, desk, START + timedelta(minutes=n)).keys() for n in (1, 1.5, RETRY_MINUTES + 1)]
     assert keys[0] == keys[1] != keys[2]
 
 
-def test_a_push_that_died_is_asked_for_again_under_another_key(workflow: Workflow, desk: Desk) -> None:
+def test_a_push_that_died_is_asked_for_again_under_another_key(workflow: Workflow, desk: PushHarness) -> None:
     desk.batch("b1", HIGHER, day=0)
     (first,) = asked(workflow, desk)
     desk.push_dies("b1", 1)
@@ -181,7 +183,7 @@ def test_a_push_that_died_is_asked_for_again_under_another_key(workflow: Workflo
     assert first != second
 
 
-def test_what_was_taken_back_is_not_sent_again(workflow: Workflow, desk: Desk) -> None:
+def test_what_was_taken_back_is_not_sent_again(workflow: Workflow, desk: PushHarness) -> None:
     from delivery.rollback import Batch
 
     desk.batch("b1", HIGHER, day=0)
@@ -197,7 +199,7 @@ def test_what_was_taken_back_is_not_sent_again(workflow: Workflow, desk: Desk) -
 
 
 def test_a_guard_that_spoke_asks_for_the_rollback_of_its_batch_until_that_is_complete(
-    workflow: Workflow, desk: Desk
+    workflow: Workflow, desk: PushHarness
 ) -> None:
     from delivery.rollback import Batch
 
@@ -218,7 +220,7 @@ def test_a_guard_that_spoke_asks_for_the_rollback_of_its_batch_until_that_is_com
 
 
 def test_a_rollback_of_a_guard_that_broke_off_is_asked_for_again_under_another_key(
-    workflow: Workflow, desk: Desk
+    workflow: Workflow, desk: PushHarness
 ) -> None:
     """Dagster never runs the same key twice, and nobody else finishes what a guard began."""
     from delivery.rollback import Batch
@@ -233,7 +235,7 @@ def test_a_rollback_of_a_guard_that_broke_off_is_asked_for_again_under_another_k
     assert first.run_key == soon.run_key != later.run_key, "a tick every 30 seconds is not a run every 30 seconds"
 
 
-def restarts(workflow: Workflow, desk: Desk, begin: datetime, hours: float) -> list[tuple[int, dict[str, Any]]]:
+def restarts(workflow: Workflow, desk: PushHarness, begin: datetime, hours: float) -> list[tuple[int, dict[str, Any]]]:
     """After how many minutes which rollback would be begun, by a tick a minute: Dagster runs each key once."""
     keys: dict[str, tuple[int, dict[str, Any]]] = {}
     for minute in range(round(hours * 60)):
@@ -244,7 +246,7 @@ def restarts(workflow: Workflow, desk: Desk, begin: datetime, hours: float) -> l
 
 
 def test_a_persons_rollback_that_broke_off_is_taken_up_again_first_soon_then_once_an_hour(
-    workflow: Workflow, desk: Desk
+    workflow: Workflow, desk: PushHarness
 ) -> None:
     from delivery.rollback import Batch
 
@@ -262,7 +264,9 @@ def test_a_persons_rollback_that_broke_off_is_taken_up_again_first_soon_then_onc
     assert restarts(workflow, desk, begin, 6) == [] and desk.values() == ENTITIES
 
 
-def test_a_guards_rollback_that_does_not_come_to_its_end_is_begun_once_an_hour(workflow: Workflow, desk: Desk) -> None:
+def test_a_guards_rollback_that_does_not_come_to_its_end_is_begun_once_an_hour(
+    workflow: Workflow, desk: PushHarness
+) -> None:
     from delivery.rollback import Batch
 
     desk.sent("b1", HIGHER, day=0)
@@ -275,7 +279,9 @@ def test_a_guards_rollback_that_does_not_come_to_its_end_is_begun_once_an_hour(w
     assert len(found) <= 6 + 24, "not every ten minutes for ever: what is left may need a person"
 
 
-def test_of_several_rollbacks_that_broke_off_the_newest_batch_comes_first(workflow: Workflow, desk: Desk) -> None:
+def test_of_several_rollbacks_that_broke_off_the_newest_batch_comes_first(
+    workflow: Workflow, desk: PushHarness
+) -> None:
     for n, name in enumerate(("b1", "b2")):
         desk.sent(name, dict.fromkeys(ENTITIES, 120 + n))
     for name in ("b1", "b2"):
@@ -285,7 +291,7 @@ def test_of_several_rollbacks_that_broke_off_the_newest_batch_comes_first(workfl
     assert {config["batch"] for _, config in restarts(workflow, desk, desk.clock(), 3)} == {"b1"}
 
 
-def test_a_rollback_that_a_person_closed_is_not_taken_up_again(workflow: Workflow, desk: Desk) -> None:
+def test_a_rollback_that_a_person_closed_is_not_taken_up_again(workflow: Workflow, desk: PushHarness) -> None:
     desk.sent("b1", HIGHER, day=0)
     dispatch.note_findings(desk.ledger, desk.ledger.batch("b1"), [REJECTED])
     desk.ledger.rollback_asked("b1", actor="guard", reason="harm", trigger="guard")
@@ -298,7 +304,7 @@ def test_a_rollback_that_a_person_closed_is_not_taken_up_again(workflow: Workflo
         assert open_rollbacks(workflow, desk.ledger) == {}
 
 
-def test_an_open_rollback_holds_up_every_push_of_its_workflow(workflow: Workflow, desk: Desk) -> None:
+def test_an_open_rollback_holds_up_every_push_of_its_workflow(workflow: Workflow, desk: PushHarness) -> None:
     desk.sent("b1", HIGHER, day=0)
     desk.batch("b2", dict.fromkeys(ENTITIES, 130), day=0)
     assert asked(workflow, desk)
@@ -309,7 +315,7 @@ def test_an_open_rollback_holds_up_every_push_of_its_workflow(workflow: Workflow
     assert open_rollbacks(workflow, desk.ledger) == {}
 
 
-def test_the_request_fits_the_job_that_it_starts(workflow: Workflow, desk: Desk) -> None:
+def test_the_request_fits_the_job_that_it_starts(workflow: Workflow, desk: PushHarness) -> None:
     desk.sent("b1", HIGHER, day=0)
     dispatch.note_findings(desk.ledger, desk.ledger.batch("b1"), [REJECTED])
     (request,) = guard_requests(workflow, desk.ledger, desk.clock())
@@ -333,7 +339,7 @@ def test_both_sensors_are_declared_start_what_they_say_and_are_off(workflow: Wor
 
 
 def test_the_sensors_tick_on_what_stands_in_the_ledger(
-    workflow: Workflow, desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workflow: Workflow, desk: PushHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SIGNALBOX_HOME", str(tmp_path))  # the desk's ledger lies where the default one does
     monkeypatch.setenv("SIGNALBOX_LEDGER_KEY", KEY.decode())
@@ -366,7 +372,7 @@ def test_the_sensors_tick_on_what_stands_in_the_ledger(
         assert "wait for the rollback of b1" in said(tick(push))
 
 
-def test_the_push_sensor_asks_for_nothing_that_a_guard_wants_back(workflow: Workflow, desk: Desk) -> None:
+def test_the_push_sensor_asks_for_nothing_that_a_guard_wants_back(workflow: Workflow, desk: PushHarness) -> None:
     """Otherwise one sensor sends what the other takes back, in turns."""
     desk.batch("b1", HIGHER, day=0)
     desk.fault("apply", "line-3", "unknown_lost")

@@ -25,10 +25,10 @@ from pipeline.lifecycle import promotion
 from pipeline.monitoring import power
 from pipeline.monitoring import verdicts as guarding
 from pipeline.workflow import FOLDER, Workflow, load
-from tests.conftest import Bench
-from tests.support.desks import KEY, Desk
+from tests.conftest import WorkflowHarness
+from tests.support.desks import KEY, PushHarness
 from tests.support.fakes import DAY, START
-from tests.support.offices import Account, Morning, environment
+from tests.support.offices import Account, MorningHarness, environment
 
 NAME = "ad_budget"
 ENTITIES = {f"line-{n}": 100 for n in range(6)}
@@ -46,14 +46,14 @@ def workflow() -> Workflow:
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    made = Desk(tmp_path, ENTITIES)
+def desk(tmp_path: Path) -> Iterator[PushHarness]:
+    made = PushHarness(tmp_path, ENTITIES)
     yield made
     made.ledger.close()
 
 
 def verdict(
-    desk: Desk, version: int | None, said: str = "ROLLBACK", *, since: date = DAY, n: int = 3, **more: Any
+    desk: PushHarness, version: int | None, said: str = "ROLLBACK", *, since: date = DAY, n: int = 3, **more: Any
 ) -> int:
     body = {
         "workflow": NAME, "comparison": "champion vs holdout", "version": version, "since": since.isoformat(),
@@ -63,11 +63,11 @@ def verdict(
     return desk.ledger.note(guarding.VERDICT, body | more)
 
 
-def promoted(desk: Desk, version: int, action: str = "promoted") -> None:
+def promoted(desk: PushHarness, version: int, action: str = "promoted") -> None:
     desk.ledger.promotion(NAME, version, action, "kim", {})
 
 
-def asked(workflow: Workflow, desk: Desk, later: timedelta = timedelta(0)) -> dict[str, dict[str, Any]]:
+def asked(workflow: Workflow, desk: PushHarness, later: timedelta = timedelta(0)) -> dict[str, dict[str, Any]]:
     """The rollbacks that would be started, by run key: their configuration."""
     requests = guard_requests(workflow, desk.ledger, desk.clock() + later)
     found = {str(r.run_key): r.run_config["ops"][f"{NAME}_take_back"]["config"] for r in requests}
@@ -75,7 +75,7 @@ def asked(workflow: Workflow, desk: Desk, later: timedelta = timedelta(0)) -> di
     return found
 
 
-def test_only_a_verdict_that_says_rollback_asks_for_one(workflow: Workflow, desk: Desk) -> None:
+def test_only_a_verdict_that_says_rollback_asks_for_one(workflow: Workflow, desk: PushHarness) -> None:
     promoted(desk, 1)
     desk.sent("b1", HIGHER)
     for said in ("PROMOTE", "CONTINUE", "INCONCLUSIVE", "NO_DATA"):
@@ -89,7 +89,9 @@ def test_only_a_verdict_that_says_rollback_asks_for_one(workflow: Workflow, desk
     assert asked(load(FOLDER / "ticket_priority"), desk) == {}
 
 
-def test_it_is_asked_for_under_one_key_and_again_later_while_it_is_not_complete(workflow: Workflow, desk: Desk) -> None:
+def test_it_is_asked_for_under_one_key_and_again_later_while_it_is_not_complete(
+    workflow: Workflow, desk: PushHarness
+) -> None:
     promoted(desk, 1)
     desk.sent("b1", HIGHER)
     verdict(desk, 1)
@@ -98,7 +100,9 @@ def test_it_is_asked_for_under_one_key_and_again_later_while_it_is_not_complete(
     assert first == soon != later, "a tick every 30 seconds is not a run every 30 seconds"
 
 
-def test_it_is_asked_for_until_version_and_batches_are_back_and_then_no_more(workflow: Workflow, desk: Desk) -> None:
+def test_it_is_asked_for_until_version_and_batches_are_back_and_then_no_more(
+    workflow: Workflow, desk: PushHarness
+) -> None:
     promoted(desk, 7)
     promoted(desk, 1)
     desk.sent("b1", HIGHER)
@@ -118,7 +122,7 @@ def test_it_is_asked_for_until_version_and_batches_are_back_and_then_no_more(wor
     assert [c["model"] for c in asked(workflow, desk).values()] == [1]
 
 
-def test_a_version_that_acts_no_more_is_left(workflow: Workflow, desk: Desk) -> None:
+def test_a_version_that_acts_no_more_is_left(workflow: Workflow, desk: PushHarness) -> None:
     promoted(desk, 1)
     desk.sent("b1", HIGHER)
     verdict(desk, 1)
@@ -126,7 +130,9 @@ def test_a_version_that_acts_no_more_is_left(workflow: Workflow, desk: Desk) -> 
     assert asked(workflow, desk) == {}
 
 
-def test_where_the_rule_does_harm_its_batches_are_asked_back_since_it_began(workflow: Workflow, desk: Desk) -> None:
+def test_where_the_rule_does_harm_its_batches_are_asked_back_since_it_began(
+    workflow: Workflow, desk: PushHarness
+) -> None:
     desk.sent("b1", HIGHER)
     verdict(desk, None)
     assert asked(workflow, desk) == {}, "a model decided that batch"
@@ -139,7 +145,7 @@ def test_where_the_rule_does_harm_its_batches_are_asked_back_since_it_began(work
     assert config["since"] == DAY.isoformat() and "model" not in config and ":rule:" in key
 
 
-def test_nothing_that_stands_under_a_rollback_is_pushed(workflow: Workflow, desk: Desk) -> None:
+def test_nothing_that_stands_under_a_rollback_is_pushed(workflow: Workflow, desk: PushHarness) -> None:
     """Otherwise one sensor sends what the other takes back, in turns."""
     promoted(desk, 1)
     desk.batch("b1", HIGHER)
@@ -149,7 +155,7 @@ def test_nothing_that_stands_under_a_rollback_is_pushed(workflow: Workflow, desk
 
 
 def test_the_sensor_ticks_on_a_verdict_and_its_request_fits_the_job(
-    workflow: Workflow, desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workflow: Workflow, desk: PushHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SIGNALBOX_HOME", str(tmp_path))  # the desk's ledger lies where the default one does
     monkeypatch.setenv("SIGNALBOX_LEDGER_KEY", KEY.decode())
@@ -174,12 +180,14 @@ def test_the_sensor_ticks_on_a_verdict_and_its_request_fits_the_job(
 
 
 @pytest.fixture
-def morning(ads: Bench, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Morning]:
+def morning(
+    ads: WorkflowHarness, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[MorningHarness]:
     """``ad_budget`` with every line a unit of its own, decided and delivered by version 2 on the bench's last day."""
     bench = ads.copy(tmp_path / "bench")
     said = bench.workflow
     assert said.regression is not None
-    bench = Bench(
+    bench = WorkflowHarness(
         said.model_copy(update={
             "arms": said.arms.model_copy(update={"unit": "entity_id", "shares": {"holdout": 0.5, "champion": 0.5}}),
             "guardrails": said.guardrails.model_copy(update=LENIENT),
@@ -192,7 +200,7 @@ def morning(ads: Bench, registry: Registry, tmp_path: Path, monkeypatch: pytest.
     for variable, value in environment(bench, registry, tmp_path / "home", account).items():
         monkeypatch.setenv(variable, value)
     with dg.DagsterInstance.ephemeral() as instance:
-        made = Morning(bench, registry, account, instance)
+        made = MorningHarness(bench, registry, account, instance)
         with made.ledger(3) as book:  # the ledger takes over who holds the aliases
             promotion.reconcile(bench.workflow, registry, book, bench.lake, bench.morning(bench.last, 3))
         assert made.run("decide", hour=4).success and made.run("deliver").success
@@ -200,7 +208,7 @@ def morning(ads: Bench, registry: Registry, tmp_path: Path, monkeypatch: pytest.
     account.close()
 
 
-def goes_on(morning: Morning, days: int, champion_earns: float) -> date:
+def goes_on(morning: MorningHarness, days: int, champion_earns: float) -> date:
     """The following days go as the week before them did, but for what the champion's lines earn. Returns the last day."""
     lake, name, last = morning.bench.lake, morning.workflow.table("outcomes"), morning.day
     arm = morning.decided("arm")
@@ -222,7 +230,7 @@ def goes_on(morning: Morning, days: int, champion_earns: float) -> date:
     return day
 
 
-def review(morning: Morning, day: date) -> dg.ExecuteInProcessResult:
+def review(morning: MorningHarness, day: date) -> dg.ExecuteInProcessResult:
     """The asset [ad_budget, regression] for a day, at 04:00 of the morning after it."""
     now = morning.bench.morning(day).isoformat()
     definitions = assembly.build([morning.workflow], now)
@@ -237,7 +245,9 @@ def review(morning: Morning, day: date) -> dg.ExecuteInProcessResult:
     )
 
 
-def test_a_harm_that_shows_in_the_outcomes_takes_back_batches_and_model_once(morning: Morning, tmp_path: Path) -> None:
+def test_a_harm_that_shows_in_the_outcomes_takes_back_batches_and_model_once(
+    morning: MorningHarness, tmp_path: Path
+) -> None:
     before, after = morning.decided("before"), morning.decided("after")
     assert morning.stands() == after != before
     day = goes_on(morning, 8, champion_earns=0.3)
@@ -283,7 +293,7 @@ def test_a_harm_that_shows_in_the_outcomes_takes_back_batches_and_model_once(mor
     assert runner.check_rows(after_that)[0]["result"] == "passed", "version 2 acts no more, and version 1 not yet again"
 
 
-def test_without_a_harm_the_same_days_pass_and_nothing_is_asked(morning: Morning) -> None:
+def test_without_a_harm_the_same_days_pass_and_nothing_is_asked(morning: MorningHarness) -> None:
     day = goes_on(morning, 8, champion_earns=1.0)
     for _ in range(2):
         result = review(morning, day)
@@ -310,13 +320,13 @@ def test_without_a_harm_the_same_days_pass_and_nothing_is_asked(morning: Morning
 
 
 @pytest.fixture
-def office(ads: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+def office(ads: WorkflowHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WorkflowHarness:
     monkeypatch.setenv("SIGNALBOX_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("SIGNALBOX_LAKE", str(ads.root / "lake"))
     return ads
 
 
-def test_power_says_how_soon_a_harm_would_be_found_with_this_holdout(office: Bench) -> None:
+def test_power_says_how_soon_a_harm_would_be_found_with_this_holdout(office: WorkflowHarness) -> None:
     told = CliRunner().invoke(command.app, ["power", NAME, "--harm", "0.05", "--runs", "20"])
     assert told.exit_code == 0, (told.output, told.exception)
     assert "with 20% as holdout (3 units in all), a harm of 5.0% is found in" in " ".join(told.output.split())
@@ -340,6 +350,6 @@ def test_without_history_power_says_what_is_missing(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("harm", ["0", "1", "-0.1"])
-def test_a_harm_that_is_no_share_is_refused_in_words(office: Bench, harm: str) -> None:
+def test_a_harm_that_is_no_share_is_refused_in_words(office: WorkflowHarness, harm: str) -> None:
     found = CliRunner().invoke(command.app, ["power", NAME, "--harm", harm])
     assert found.exit_code == 2 and "between 0 and 1" in " ".join(found.output.split())

@@ -24,7 +24,7 @@ from delivery.sandbox.worlds import advertising
 from models.registry import Registry
 from orchestration.cli import command
 from pipeline import dispatch
-from tests.conftest import Bench
+from tests.conftest import WorkflowHarness
 
 SECRET = "marked secret, nobody else's"
 TOKEN = "marked-token-0123456789"
@@ -34,7 +34,7 @@ TOKEN = "marked-token-0123456789"
 class Office:
     """A state folder with a decided day, and the account that its budgets stand in."""
 
-    bench: Bench
+    bench: WorkflowHarness
     registry: Registry
     account: advertising_api.AdvertisingSandbox
     home: Path
@@ -65,7 +65,9 @@ class Office:
 
 
 @pytest.fixture
-def office(ads: Bench, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Office]:
+def office(
+    ads: WorkflowHarness, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Office]:
     bench = ads.copy(tmp_path / "bench")
     world = advertising.World(7, "easy", 24, origin=bench.workflow.start)
     rows = advertising.history(world, bench.workflow.start, len(bench.days))

@@ -23,13 +23,13 @@ from models.registry import CHAMPION, Registry
 from orchestration import alias_log, assembly, runner
 from pipeline.lifecycle import candidate_evaluation, promotion, state
 from pipeline.workflow import Promotion
-from tests.conftest import Bench
+from tests.conftest import WorkflowHarness
 
 NAME = "ad_budget"
 
 
 @pytest.fixture
-def bench(ads: Bench, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+def bench(ads: WorkflowHarness, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WorkflowHarness:
     """``ad_budget`` with a day of shadow, in a state folder of its own."""
     found = ads.copy(tmp_path / "bench")
     for name, value in {
@@ -43,7 +43,7 @@ def bench(ads: Bench, registry: Registry, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.fixture
-def book(bench: Bench, registry: Registry) -> Iterator[Ledger]:
+def book(bench: WorkflowHarness, registry: Registry) -> Iterator[Ledger]:
     """The state folder's ledger; version 2 is champion."""
     found: Ledger = resources()["ledger"].open(lambda: bench.morning(bench.days[-2], 1))
     found.promotion(NAME, 2, "promoted", "run", {"digest": registry.by_number(NAME, 2).digest})
@@ -56,7 +56,7 @@ def stands(registry: Registry) -> dict[str, int]:
 
 
 def test_a_moved_alias_starts_one_run_that_answers_it(
-    bench: Bench, registry: Registry, book: Ledger, monkeypatch: pytest.MonkeyPatch
+    bench: WorkflowHarness, registry: Registry, book: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = bench.morning(bench.last).isoformat()
     built, given = assembly.build([bench.workflow], now=now).get_repository_def(), resources(now)
@@ -103,7 +103,7 @@ def test_a_moved_alias_starts_one_run_that_answers_it(
 
 
 def test_a_challenger_spends_its_day_in_the_shadow_and_is_champion_the_morning_after(
-    bench: Bench, registry: Registry, book: Ledger, tmp_path: Path
+    bench: WorkflowHarness, registry: Registry, book: Ledger, tmp_path: Path
 ) -> None:
     book.promotion(NAME, 1, "shadow", "run", {"digest": registry.by_number(NAME, 1).digest})
     registry.follow(NAME, {CHAMPION: 1})  # somebody moves the alias: it decides nothing

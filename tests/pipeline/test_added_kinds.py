@@ -10,14 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import Bench
+from tests.conftest import WorkflowHarness
 
 ROOT = Path(__file__).parents[2]
 ADDED = ROOT / "tests" / "support" / "added_kinds"
 ROOMS = ("common", "data_checks", "delivery", "models", "pipeline", "assets", "orchestration", "tests", "workflows")
 
 
-def test_a_module_and_a_line_each_are_all_that_a_new_kind_takes(ads: Bench, tmp_path: Path) -> None:
+def test_a_module_and_a_line_each_are_all_that_a_new_kind_takes(ads: WorkflowHarness, tmp_path: Path) -> None:
     product = tmp_path / "product"
     for room in ROOMS:
         shutil.copytree(ROOT / room, product / room, ignore=shutil.ignore_patterns("__pycache__", "data"))

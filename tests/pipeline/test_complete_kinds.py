@@ -23,7 +23,7 @@ from pipeline.explain import counterfactual
 from pipeline.lifecycle import candidate_evaluation, shadow, tuning
 from pipeline.monitoring import labels
 from pipeline.workflow import ModelSpec, PolicySpec
-from tests.conftest import Bench
+from tests.conftest import WorkflowHarness
 
 MODELS: Mapping[str, Callable[[Kind], bool]] = {
     "comparison": lambda kind: kind.comparison is not None,
@@ -55,7 +55,9 @@ def test_every_ability_of_a_kind_of_model_is_there_or_declared_absent_with_a_rea
         assert all(len(why) > 20 for why in kind.absent.values())
 
 
-def test_a_policy_declares_absent_with_a_reason_only_what_there_is(ads: Bench, queue: Bench) -> None:
+def test_a_policy_declares_absent_with_a_reason_only_what_there_is(
+    ads: WorkflowHarness, queue: WorkflowHarness
+) -> None:
     for name, policy in catalog.POLICIES.items():
         assert set(policy.absent) <= POLICIES, f"{name}: no such ability"
         assert all(len(why) > 20 for why in policy.absent.values())
@@ -82,7 +84,7 @@ def test_every_space_searches_fields_that_the_kind_has() -> None:
 
 
 @pytest.fixture
-def absent(monkeypatch: pytest.MonkeyPatch, bench: Bench) -> Any:
+def absent(monkeypatch: pytest.MonkeyPatch, bench: WorkflowHarness) -> Any:
     """Take an ability from the bench's kind of model or policy, with a reason."""
 
     def take(ability: str, part: str | None = None, *, policy: bool = False) -> None:
@@ -101,7 +103,7 @@ def absent(monkeypatch: pytest.MonkeyPatch, bench: Bench) -> Any:
     return take
 
 
-def test_the_gate_says_why_a_kind_has_no_comparison(bench: Bench, absent: Any) -> None:
+def test_the_gate_says_why_a_kind_has_no_comparison(bench: WorkflowHarness, absent: Any) -> None:
     absent("comparison", "comparison")
     spec = bench.workflow
     terms = evaluate.Terms(spec.model.kind, gate.GateSpec(), spec.policy, (), ())
@@ -111,7 +113,7 @@ def test_the_gate_says_why_a_kind_has_no_comparison(bench: Bench, absent: Any) -
     assert not verdict.passed and "of this comparison nobody has thought" in verdict.reasons[0]
 
 
-def test_a_search_says_why_a_kind_has_no_space(bench: Bench, absent: Any, tmp_path: Path) -> None:
+def test_a_search_says_why_a_kind_has_no_space(bench: WorkflowHarness, absent: Any, tmp_path: Path) -> None:
     absent("search", "space")
     with pytest.raises(KeyError, match="of this search nobody has thought"):
         search.search(
@@ -120,7 +122,7 @@ def test_a_search_says_why_a_kind_has_no_space(bench: Bench, absent: Any, tmp_pa
         )  # fmt: skip
 
 
-def test_a_training_says_why_a_kind_has_no_student(bench: Bench, absent: Any) -> None:
+def test_a_training_says_why_a_kind_has_no_student(bench: WorkflowHarness, absent: Any) -> None:
     absent("distillation", "student")
     asked = bench.workflow.training.model_copy(update={"distill": distillation.Distill()})
     workflow = bench.workflow.model_copy(update={"training": asked})
@@ -131,21 +133,21 @@ def test_a_training_says_why_a_kind_has_no_student(bench: Bench, absent: Any) ->
     assert said == "No student was trained: of this distillation nobody has thought."
 
 
-def test_the_gate_is_told_why_a_policy_has_no_value(bench: Bench, absent: Any) -> None:
+def test_the_gate_is_told_why_a_policy_has_no_value(bench: WorkflowHarness, absent: Any) -> None:
     absent("off-policy value", policy=True)
     nothing: Any = None
     found = off_policy.value(pa.table({}), nothing, nothing, bench.workflow.policy, draws=2000, seed=1, confidence=0.9)
     assert found == "not measured: of this off-policy value nobody has thought"
 
 
-def test_an_explanation_says_why_nothing_was_searched(bench: Bench, absent: Any) -> None:
+def test_an_explanation_says_why_nothing_was_searched(bench: WorkflowHarness, absent: Any) -> None:
     absent("counterfactual", policy=True)
     nothing = pa.table({})
     inputs = counterfactual.Inputs({}, bench.workflow, bench.last, nothing, nothing, nothing, "champion", None)
     assert "of this counterfactual nobody has thought" in counterfactual.search(inputs, None).says[0]
 
 
-def test_a_shadow_says_why_it_is_not_compared(bench: Bench, absent: Any) -> None:
+def test_a_shadow_says_why_it_is_not_compared(bench: WorkflowHarness, absent: Any) -> None:
     absent("shadow", policy=True)
 
     class Scored:
@@ -164,13 +166,15 @@ def test_a_shadow_says_why_it_is_not_compared(bench: Bench, absent: Any) -> None
     assert told[0]["text"] == "version 2 could not be compared: of this shadow nobody has thought"
 
 
-def test_the_performance_says_why_the_gate_gives_no_baseline(ads: Bench, queue: Bench) -> None:
+def test_the_performance_says_why_the_gate_gives_no_baseline(ads: WorkflowHarness, queue: WorkflowHarness) -> None:
     assert "what was really spent" in labels.no_gate_baseline(ads.workflow)
     assert labels.no_gate_baseline(queue.workflow) == ""
     assert performance.Kind is not None and labels.kind_of(ads.workflow) == "amount"
 
 
-def test_the_gate_says_what_it_cannot_measure_of_priorities_and_of_a_metric_over_all_rows(queue: Bench) -> None:
+def test_the_gate_says_what_it_cannot_measure_of_priorities_and_of_a_metric_over_all_rows(
+    queue: WorkflowHarness,
+) -> None:
     workflow, lake, day = queue.workflow, queue.lake, queue.last
     short = workflow.training.model_copy(update={"holdout_days": 3, "maturity_days": 2})
     workflow = workflow.model_copy(update={"training": short})

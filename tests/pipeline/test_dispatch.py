@@ -21,13 +21,13 @@ from models.registry import Registry
 from pipeline import dispatch, point_in_time
 from pipeline.decisions import replay, tables
 from pipeline.workflow import Workflow
-from tests.conftest import Bench
+from tests.conftest import WorkflowHarness
 from tests.support.aliases import step_back
 from tests.support.fakes import Clock, FakeSystem
 
 
 @pytest.fixture
-def book(tmp_path: Path, bench: Bench) -> Any:
+def book(tmp_path: Path, bench: WorkflowHarness) -> Any:
     with Ledger.open(
         f"sqlite:///{tmp_path / 'ledger.db'}", key=b"k" * 32, clock=lambda: bench.morning(bench.last, 5)
     ) as ledger:
@@ -35,7 +35,7 @@ def book(tmp_path: Path, bench: Bench) -> Any:
 
 
 def recorded(
-    bench: Bench, registry: Registry, book: Ledger, day: Any = None, workflow: Workflow | None = None
+    bench: WorkflowHarness, registry: Registry, book: Ledger, day: Any = None, workflow: Workflow | None = None
 ) -> BatchRow:
     day = day or bench.last
     said = replace(bench, workflow=workflow) if workflow else bench
@@ -48,14 +48,16 @@ def downstream(book: Ledger, row: BatchRow, clock: Clock | None = None) -> FakeS
     return FakeSystem({d["entity_id"]: d["before"] for d in decided}, clock=clock)
 
 
-def send(bench: Bench, book: Ledger, row: BatchRow, system: FakeSystem, hour: int = 5) -> dispatch.Delivered:
+def send(bench: WorkflowHarness, book: Ledger, row: BatchRow, system: FakeSystem, hour: int = 5) -> dispatch.Delivered:
     system.clock = Clock(bench.morning(row.day, hour))
     return dispatch.deliver(
         bench.workflow, book, system, row, run_id="run-2", clock=system.clock, sleep=system.clock.sleep
     )
 
 
-def test_a_decision_is_made_again_from_the_ledgers_record_alone(bench: Bench, registry: Registry, book: Ledger) -> None:
+def test_a_decision_is_made_again_from_the_ledgers_record_alone(
+    bench: WorkflowHarness, registry: Registry, book: Ledger
+) -> None:
     row = recorded(bench, registry, book)
     for decided in random.Random(1).sample(bench.decided(bench.last), 3):
         found = book.decision(decided["decision_id"])
@@ -66,7 +68,7 @@ def test_a_decision_is_made_again_from_the_ledgers_record_alone(bench: Bench, re
 
 
 def test_the_same_batch_is_recorded_once_and_a_day_decided_again_counts_as_decided_last(
-    bench: Bench, registry: Registry, book: Ledger
+    bench: WorkflowHarness, registry: Registry, book: Ledger
 ) -> None:
     first = recorded(bench, registry, book)
     assert recorded(bench, registry, book).sequence == first.sequence
@@ -80,7 +82,7 @@ def test_the_same_batch_is_recorded_once_and_a_day_decided_again_counts_as_decid
 
 
 def test_each_arm_of_money_has_its_own_pool_and_priorities_have_none(
-    bench: Bench, registry: Registry, book: Ledger
+    bench: WorkflowHarness, registry: Registry, book: Ledger
 ) -> None:
     row = recorded(bench, registry, book)
     decided = bench.decided(bench.last)
@@ -94,7 +96,7 @@ def test_each_arm_of_money_has_its_own_pool_and_priorities_have_none(
 
 
 def test_a_delivered_batch_stands_downstream_and_untouched_entities_are_not_sent(
-    bench: Bench, registry: Registry, book: Ledger
+    bench: WorkflowHarness, registry: Registry, book: Ledger
 ) -> None:
     row = recorded(bench, registry, book)
     system = downstream(book, row)
@@ -107,7 +109,7 @@ def test_a_delivered_batch_stands_downstream_and_untouched_entities_are_not_sent
 
 
 def test_a_push_of_which_nothing_was_acknowledged_fails_its_check_with_a_sentence(
-    bench: Bench, registry: Registry, book: Ledger
+    bench: WorkflowHarness, registry: Registry, book: Ledger
 ) -> None:
     row = recorded(bench, registry, book)
     system = downstream(book, row)
@@ -122,7 +124,7 @@ def test_a_push_of_which_nothing_was_acknowledged_fails_its_check_with_a_sentenc
     assert well.report is None or well.report.why or stage._checks(bench.workflow, other.day, well)[0].passed
 
 
-def test_which_batches_may_go(bench: Bench, registry: Registry, book: Ledger) -> None:
+def test_which_batches_may_go(bench: WorkflowHarness, registry: Registry, book: Ledger) -> None:
     row = recorded(bench, registry, book)
     morning = bench.morning(bench.last, 5)
     may_go = lambda now: [b.batch_id for b in dispatch.open_batches(book, bench.workflow, now)]  # noqa: E731
@@ -132,7 +134,9 @@ def test_which_batches_may_go(bench: Bench, registry: Registry, book: Ledger) ->
     assert may_go(morning) == [] and dispatch.pushes(book, row) == 1
 
 
-def test_a_held_batch_is_not_sent_and_says_what_it_waits_for(bench: Bench, registry: Registry, book: Ledger) -> None:
+def test_a_held_batch_is_not_sent_and_says_what_it_waits_for(
+    bench: WorkflowHarness, registry: Registry, book: Ledger
+) -> None:
     tight = bench.workflow.model_copy(
         update={"guardrails": bench.workflow.guardrails.model_copy(update={"max_changed": 0})}
     )
@@ -143,7 +147,9 @@ def test_a_held_batch_is_not_sent_and_says_what_it_waits_for(bench: Bench, regis
     assert done.report is None and "signalbox approve" in done.said and not system.applied
 
 
-def test_a_batch_whose_day_is_over_is_not_sent_unasked(bench: Bench, registry: Registry, book: Ledger) -> None:
+def test_a_batch_whose_day_is_over_is_not_sent_unasked(
+    bench: WorkflowHarness, registry: Registry, book: Ledger
+) -> None:
     row = recorded(bench, registry, book)
     system = downstream(book, row)
     clock = Clock(datetime.combine(bench.last + timedelta(days=2), time(0)))
@@ -155,7 +161,7 @@ def test_a_batch_whose_day_is_over_is_not_sent_unasked(bench: Bench, registry: R
 
 
 def test_a_guard_speaks_once_and_its_batch_is_condemned_until_it_is_taken_back(
-    bench: Bench, registry: Registry, book: Ledger
+    bench: WorkflowHarness, registry: Registry, book: Ledger
 ) -> None:
     row = recorded(bench, registry, book)
     finding = Finding("max_rejected_share", 0.2, 0.5, True, "10 of 20 tried deliveries were rejected")
@@ -170,13 +176,17 @@ def test_a_guard_speaks_once_and_its_batch_is_condemned_until_it_is_taken_back(
     assert dispatch.condemned(book, bench.workflow) == []
 
 
-def test_what_a_look_only_finding_asks_for_is_no_rollback(bench: Bench, registry: Registry, book: Ledger) -> None:
+def test_what_a_look_only_finding_asks_for_is_no_rollback(
+    bench: WorkflowHarness, registry: Registry, book: Ledger
+) -> None:
     row = recorded(bench, registry, book)
     dispatch.note_findings(book, row, [Finding("max_unknown_share", 0.1, 0.5, False, "half of them are unknown")])
     assert dispatch.condemned(book, bench.workflow) == []
 
 
-def test_outcomes_stand_beside_the_decisions_that_they_answer(bench: Bench, registry: Registry, book: Ledger) -> None:
+def test_outcomes_stand_beside_the_decisions_that_they_answer(
+    bench: WorkflowHarness, registry: Registry, book: Ledger
+) -> None:
     *_, day, last = bench.days
     row = recorded(bench, registry, book, day)
     send(bench, book, row, downstream(book, row))
@@ -196,7 +206,9 @@ def test_outcomes_stand_beside_the_decisions_that_they_answer(bench: Bench, regi
     assert dispatch.outcomes_of_decisions(bench.workflow, bench.lake, book, bench.days[0]).num_rows == 0
 
 
-def test_what_exploring_drew_is_told_only_where_it_stands(ads: Bench, registry: Registry, tmp_path: Path) -> None:
+def test_what_exploring_drew_is_told_only_where_it_stands(
+    ads: WorkflowHarness, registry: Registry, tmp_path: Path
+) -> None:
     bench = ads.copy(tmp_path / "bench")
     with Ledger.open(f"sqlite:///{tmp_path / 'l.db'}", key=b"k" * 32, clock=lambda: bench.morning(bench.last)) as book:
         row = recorded(bench, registry, book)
@@ -213,7 +225,7 @@ def test_what_exploring_drew_is_told_only_where_it_stands(ads: Bench, registry: 
         assert all(stands[e] == (explored[e]["perturbation"], explored[e]["perturbation_probability"]) for e in stands)
 
 
-def test_an_arm_that_spends_over_its_pool_is_found(ads: Bench, registry: Registry, tmp_path: Path) -> None:
+def test_an_arm_that_spends_over_its_pool_is_found(ads: WorkflowHarness, registry: Registry, tmp_path: Path) -> None:
     bench = ads.copy(tmp_path / "bench")
     *_, day, last = bench.days
     with Ledger.open(f"sqlite:///{tmp_path / 'l.db'}", key=b"k" * 32, clock=lambda: bench.morning(bench.last)) as book:
@@ -229,7 +241,7 @@ def test_an_arm_that_spends_over_its_pool_is_found(ads: Bench, registry: Registr
 
 
 def test_a_delivered_day_that_is_decided_again_and_not_sent_keeps_its_outcomes(
-    bench: Bench, registry: Registry, book: Ledger
+    bench: WorkflowHarness, registry: Registry, book: Ledger
 ) -> None:
     *_, day, last = bench.days
     row = recorded(bench, registry, book, day)
@@ -244,7 +256,7 @@ def test_a_delivered_day_that_is_decided_again_and_not_sent_keeps_its_outcomes(
 
 
 def test_a_days_spend_is_judged_as_a_whole_where_two_of_its_batches_acted(
-    ads: Bench, registry: Registry, tmp_path: Path
+    ads: WorkflowHarness, registry: Registry, tmp_path: Path
 ) -> None:
     bench = ads.copy(tmp_path / "bench")
     *_, day, last = bench.days
@@ -265,7 +277,9 @@ def test_a_days_spend_is_judged_as_a_whole_where_two_of_its_batches_acted(
         assert {f.arm for f in found[second.batch_id]} == {d["arm"] for d in bench.decided(day)}
 
 
-def test_an_address_from_the_environment_replaces_the_workflows(ads: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_from_the_environment_replaces_the_workflows(
+    ads: WorkflowHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SIGNALBOX_ADS_TOKEN", "marked-secret-token")
     monkeypatch.setenv("SIGNALBOX_ADS_ENDPOINT", "http://127.0.0.1:9")
     connector = dispatch.connect(ads.workflow, datetime.now)
@@ -278,7 +292,7 @@ def test_an_address_from_the_environment_replaces_the_workflows(ads: Bench, monk
 
 
 def test_an_address_from_the_environment_replaces_a_databases_url(
-    ads: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ads: WorkflowHarness, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The variable that holds it is another one; its password stands nowhere else."""
     table = SqlTableSettings(kind="sql_table", url_env="CRM_URL", table="lines", key="id", value="budget")
@@ -298,13 +312,15 @@ def test_an_address_from_the_environment_replaces_a_databases_url(
     ("asked", "says"),
     [({}, "name one of"), ({"batch": "x", "model": 1}, "given: a batch, model"), ({"model": 1}, "name the workflow")],
 )
-def test_a_rollback_is_asked_for_one_thing(bench: Bench, book: Ledger, asked: dict[str, Any], says: str) -> None:
+def test_a_rollback_is_asked_for_one_thing(
+    bench: WorkflowHarness, book: Ledger, asked: dict[str, Any], says: str
+) -> None:
     wanted: dict[str, Any] = {"batch": None, "workflow": None, "since": None, "model": None} | asked
     with pytest.raises(RollbackError, match=says):
         dispatch.selection(book, **wanted)
 
 
-def test_features_do_not_see_what_delivery_wrote(bench: Bench, registry: Registry, book: Ledger) -> None:
+def test_features_do_not_see_what_delivery_wrote(bench: WorkflowHarness, registry: Registry, book: Ledger) -> None:
     before = [t for _, t in point_in_time.features(bench.workflow, bench.lake, [bench.last])]
     row = recorded(bench, registry, book)
     send(bench, book, row, downstream(book, row))

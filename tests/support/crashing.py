@@ -638,7 +638,7 @@ class Lost(AssertionError):
     """What must hold after every crash does not."""
 
 
-class Crashes:
+class CrashHarness:
     """Pushes and rollbacks over one downstream system and one ledger, ended over and over at drawn instants."""
 
     def __init__(self, prepared: Prepared, downstream: Downstream, ledger_url: str, seed: int) -> None:
@@ -964,7 +964,7 @@ def soak(kills: int, seed: int) -> int:
         os.environ["PGPASSWORD"] = postgres.PASSWORD
         prepared = stack.enter_context(Prepared())
         found = stack.enter_context(systems(folder, server.database))
-        all_of = [(name, Crashes(prepared, made, url, seed + n)) for n, (name, made, url) in enumerate(found)]
+        all_of = [(name, CrashHarness(prepared, made, url, seed + n)) for n, (name, made, url) in enumerate(found)]
         began = time.monotonic()
         while sum(len(one.tally.kills) for _, one in all_of) < kills:
             for name, one in all_of:

@@ -58,7 +58,7 @@ class World(FakeSystem):
         return answer
 
 
-class Desk:
+class PushHarness:
     """Values that stood at the start, and whatever is done to them. ``pooled``: all entities share one arm's money."""
 
     def __init__(
@@ -164,10 +164,10 @@ class Desk:
             return
         raise AssertionError(f"{name} has fewer than {after_write} writes")
 
-    def copy(self, folder: Path) -> Desk:
+    def copy(self, folder: Path) -> PushHarness:
         """The same desk as it stands, with a ledger of its own; this one must be closed."""
         shutil.copytree(self.folder, folder)
-        other = Desk(folder, self.start, self.world.can, arms=self.arms)
+        other = PushHarness(folder, self.start, self.world.can, arms=self.arms)
         other.clock.sleep(self.clock.monotonic() - other.clock.monotonic())
         other.day = self.day
         other.world.targets = {k: replace(t, past=list(t.past)) for k, t in self.world.targets.items()}

@@ -23,13 +23,13 @@ from models.registry import Registry
 from orchestration import runner
 from pipeline import dispatch
 from pipeline.workflow import Workflow
-from tests.conftest import Bench
+from tests.conftest import WorkflowHarness
 
 
 class Account:
     """The advertising account in which the budgets of a bench's last export stand."""
 
-    def __init__(self, folder: Path, bench: Bench, token: str) -> None:
+    def __init__(self, folder: Path, bench: WorkflowHarness, token: str) -> None:
         start, days = bench.workflow.start, len(bench.days)
         world = advertising.World(7, "easy", 24, origin=start)
         self.now: datetime | None = bench.morning(bench.last, 5)
@@ -79,7 +79,7 @@ class Account:
 class Queue:
     """The help desk in which the tickets of a bench's last day stand."""
 
-    def __init__(self, folder: Path, bench: Bench, token: str, templates: Path) -> None:
+    def __init__(self, folder: Path, bench: WorkflowHarness, token: str, templates: Path) -> None:
         world = tickets.World(7, load=0.9, teams=4)
         for day in bench.days:
             world.advance(day)
@@ -123,10 +123,10 @@ class Queue:
 
 
 @dataclass
-class Morning:
+class MorningHarness:
     """A state folder, a landed and built day of a workflow, and the system that its decisions go to."""
 
-    bench: Bench
+    bench: WorkflowHarness
     registry: Registry
     system: Any
     instance: dg.DagsterInstance
@@ -184,7 +184,7 @@ class Morning:
         return {entity: values[entity] for entity in self.decided("before")}
 
 
-def environment(bench: Bench, registry: Registry, home: Path, system: Any) -> dict[str, str]:
+def environment(bench: WorkflowHarness, registry: Registry, home: Path, system: Any) -> dict[str, str]:
     """The variables under which every command and every run works on this folder."""
     return {
         "SIGNALBOX_HOME": str(home),

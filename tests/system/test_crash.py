@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.crashing import SETTINGS, Ads, Crashes, Desk, Prepared, Tables, Tally
+from tests.support.crashing import SETTINGS, Ads, CrashHarness, Desk, Prepared, Tables, Tally
 from tests.support.postgres import Server
 
 pytestmark = pytest.mark.system
@@ -83,7 +83,7 @@ def test_a_killed_push_and_a_killed_rollback_end_as_intended(
     database: str,
 ) -> None:
     downstream: Any = request.getfixturevalue(system)
-    crashes = Crashes(prepared, downstream, url(database, f"crash_{system}"), SEED + len(tallies))
+    crashes = CrashHarness(prepared, downstream, url(database, f"crash_{system}"), SEED + len(tallies))
     while (left := LEAST // 4 - len(crashes.tally.kills)) > 0:
         crashes.round(max(1, left - 4), 3)
         crashes.abandoned(1)
@@ -101,7 +101,7 @@ def test_what_lies_between_batches_ends_as_intended(
 ) -> None:
     """A day sent in part and decided anew, another workflow on the same system, a rollback between days, all through kills."""
     with closing(Tables(url("sqlite", "tables-between")) if system == "table" else Ads(tmp_path / "ads")) as made:
-        crashes = Crashes(prepared, made, url("sqlite", f"ledger-between-{system}"), SEED)
+        crashes = CrashHarness(prepared, made, url("sqlite", f"ledger-between-{system}"), SEED)
         crashes.between(2, 2)
         tallies.append((f"between batches, {system}", crashes.tally))
         assert len(crashes.tally.kills) >= 5
@@ -112,7 +112,7 @@ def test_where_writes_have_a_condition_each_is_applied_exactly_once(
     prepared: Prepared, url: Callable[[str, str], str], tallies: list[tuple[str, Tally]], database: str
 ) -> None:
     with closing(Tables(url(database, "crash_table"))) as table:
-        crashes = Crashes(prepared, table, url(database, "crash_table_ledger"), SEED + len(tallies))
+        crashes = CrashHarness(prepared, table, url(database, "crash_table_ledger"), SEED + len(tallies))
         crashes.round(4, 2)
         crashes.abandoned(1)
     assert crashes.tally.repeated == 0
@@ -133,7 +133,7 @@ def test_a_write_that_lands_after_its_sender_died_is_repeated_equal_and_every_re
     prepared: Prepared, own_ads: Ads, url: Callable[[str, str], str]
 ) -> None:
     ads = own_ads
-    crashes = Crashes(prepared, ads, url("sqlite", "late"), SEED)
+    crashes = CrashHarness(prepared, ads, url("sqlite", "late"), SEED)
     batch_id, rows = crashes.record()
     base = len(ads.applied())
     job = crashes.job("push", batch_id)
@@ -160,7 +160,7 @@ def test_a_write_on_its_way_when_its_sender_died_is_waited_for_however_long_ago_
     prepared: Prepared, own_ads: Ads, url: Callable[[str, str], str]
 ) -> None:
     ads = own_ads
-    crashes = Crashes(prepared, ads, url("sqlite", "on_its_way"), SEED)
+    crashes = CrashHarness(prepared, ads, url("sqlite", "on_its_way"), SEED)
     batch_id, rows = crashes.record()
     settings = {**SETTINGS, "concurrency": 1, "wave": 100, "rate_per_s": 4.0, "late_s": 2.0}
     job = crashes.job("push", batch_id) | {"settings": settings}

@@ -21,8 +21,8 @@ from orchestration import assembly, automation, runner
 from pipeline import dispatch
 from pipeline.lake import Lake
 from pipeline.workflow import FOLDER, load
-from tests.conftest import Bench
-from tests.support.offices import Account, Morning, Queue, checks, environment, metadata
+from tests.conftest import WorkflowHarness
+from tests.support.offices import Account, MorningHarness, Queue, checks, environment, metadata
 
 pytestmark = pytest.mark.system
 SECRET = "nobody else's secret"
@@ -33,7 +33,7 @@ IMPATIENT = {"patience_s": 0.5, "backoff_s": (0.05, 0.1), "late_s": 0.2}
 
 
 @pytest.fixture(scope="module")
-def desk(queue: Bench, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Queue]:
+def desk(queue: WorkflowHarness, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Queue]:
     """One help desk for the module: each test finds its priorities as they were."""
     templates = tmp_path_factory.getbasetemp() / "helpdesk-templates"
     running = Queue(tmp_path_factory.mktemp("desk"), queue, TOKEN, templates)
@@ -44,14 +44,14 @@ def desk(queue: Bench, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Que
 @pytest.fixture
 def mornings(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> Iterator[Callable[[str], Morning]]:
+) -> Iterator[Callable[[str], MorningHarness]]:
     """The morning of a workflow, by the name of its bench."""
     (tmp_path / "home").mkdir()
     with dg.DagsterInstance.ephemeral() as instance:
         accounts = []
 
-        def make(name: str) -> Morning:
-            shared: Bench = request.getfixturevalue(name)
+        def make(name: str) -> MorningHarness:
+            shared: WorkflowHarness = request.getfixturevalue(name)
             bench, system = shared.copy(tmp_path / "bench"), None
             if name == "ads":
                 system = Account(tmp_path / "account", bench, TOKEN)
@@ -61,7 +61,7 @@ def mornings(
                 system.as_it_was()
             for variable, value in environment(bench, registry, tmp_path / "home", system).items():
                 monkeypatch.setenv(variable, value)
-            return Morning(bench, registry, system, instance)
+            return MorningHarness(bench, registry, system, instance)
 
         yield make
         for account in accounts:
@@ -69,17 +69,17 @@ def mornings(
 
 
 @pytest.fixture(params=["ads", "queue"])
-def morning(request: pytest.FixtureRequest, mornings: Callable[[str], Morning]) -> Morning:
+def morning(request: pytest.FixtureRequest, mornings: Callable[[str], MorningHarness]) -> MorningHarness:
     """Each shipped workflow in turn."""
     return mornings(request.param)
 
 
 @pytest.fixture
-def ads_morning(mornings: Callable[[str], Morning]) -> Morning:
+def ads_morning(mornings: Callable[[str], MorningHarness]) -> MorningHarness:
     return mornings("ads")
 
 
-def decided(morning: Morning, **guardrails: Any) -> dg.ExecuteInProcessResult:
+def decided(morning: MorningHarness, **guardrails: Any) -> dg.ExecuteInProcessResult:
     result = morning.run("decide", morning.saying(guardrails=LENIENT | guardrails), hour=4)
     # a batch over its limits fails its blocking check, and with it the run
     assert result.success == (morning.batch().status != "REFUSED"), runner.failed_steps(result)
@@ -91,7 +91,7 @@ def step_error(result: dg.ExecuteInProcessResult) -> str:
     return " ".join(runner.failed_steps(result))
 
 
-def test_a_ready_batch_is_delivered_and_its_asset_says_so(morning: Morning) -> None:
+def test_a_ready_batch_is_delivered_and_its_asset_says_so(morning: MorningHarness) -> None:
     decided(morning)
     before, intended, standing = morning.decided("before"), morning.decided("after"), morning.system.values()
     changed = {entity for entity in intended if intended[entity] != before[entity]}
@@ -125,7 +125,7 @@ def test_a_ready_batch_is_delivered_and_its_asset_says_so(morning: Morning) -> N
     assert again.success and checks(again)["reconciled"][0] == "passed" and morning.system.applied() == applied
 
 
-def test_a_held_batch_waits_for_an_approval_and_then_the_same_job_sends_it(morning: Morning) -> None:
+def test_a_held_batch_waits_for_an_approval_and_then_the_same_job_sends_it(morning: MorningHarness) -> None:
     said = checks(decided(morning, max_changed=1))
     assert said["guardrails"][0] == "WARN" and morning.batch().status == "HELD"
     before, batch = morning.decided("before"), morning.batch()
@@ -150,7 +150,7 @@ def test_a_held_batch_waits_for_an_approval_and_then_the_same_job_sends_it(morni
     assert "waits" not in metadata(approved, "delivery") and morning.stands() == morning.decided("after")
 
 
-def test_a_system_that_is_down_fails_the_day_in_words_and_the_next_run_completes_it(morning: Morning) -> None:
+def test_a_system_that_is_down_fails_the_day_in_words_and_the_next_run_completes_it(morning: MorningHarness) -> None:
     decided(morning)
     impatient = morning.saying(push=IMPATIENT)
     before = morning.decided("before")
@@ -173,7 +173,7 @@ def test_a_system_that_is_down_fails_the_day_in_words_and_the_next_run_completes
 
 
 def test_a_system_that_goes_down_between_a_write_and_its_answer_is_taken_up_where_it_was(
-    ads_morning: Morning, monkeypatch: pytest.MonkeyPatch
+    ads_morning: MorningHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     morning, sandbox = ads_morning, ads_morning.system.sandbox
     decided(morning)
@@ -200,7 +200,7 @@ def test_a_system_that_goes_down_between_a_write_and_its_answer_is_taken_up_wher
     assert morning.system.applied() == len(changed), "a value that stood was sent again"
 
 
-def test_rejections_over_the_limit_ask_for_a_rollback_which_restores_what_stood(ads_morning: Morning) -> None:
+def test_rejections_over_the_limit_ask_for_a_rollback_which_restores_what_stood(ads_morning: MorningHarness) -> None:
     morning = ads_morning
     guarded = morning.saying(guards={"min_deliveries": 5})
     decided(morning)
@@ -227,7 +227,7 @@ def test_rejections_over_the_limit_ask_for_a_rollback_which_restores_what_stood(
 
 
 def test_overrides_over_the_limit_ask_for_a_rollback_which_leaves_peoples_values(
-    mornings: Callable[[str], Morning],
+    mornings: Callable[[str], MorningHarness],
 ) -> None:
     morning = mornings("queue")
     guarded = morning.saying(guards={"min_deliveries": 5})
@@ -248,7 +248,7 @@ def test_overrides_over_the_limit_ask_for_a_rollback_which_leaves_peoples_values
     assert morning.stands() == before | theirs
 
 
-def _take_back(morning: Morning) -> None:
+def _take_back(morning: MorningHarness) -> None:
     """Execute what the guard's sensor would ask for; it asks once and no more when it is done."""
     batch, now = morning.batch(), morning.bench.morning(morning.day, 6)
     with morning.ledger(6) as book:
@@ -265,7 +265,7 @@ def _take_back(morning: Morning) -> None:
     assert again == [], "what was taken back would be sent again"
 
 
-def test_of_several_days_in_one_run_only_the_newest_is_sent(morning: Morning) -> None:
+def test_of_several_days_in_one_run_only_the_newest_is_sent(morning: MorningHarness) -> None:
     older = morning.day - timedelta(days=1)
     both = morning.run("decide", morning.saying(guardrails=LENIENT), first=older)
     assert both.success, runner.failed_steps(both)
@@ -289,7 +289,7 @@ def test_of_several_days_in_one_run_only_the_newest_is_sent(morning: Morning) ->
     assert again.success and morning.system.applied() == applied and morning.system.values() == stands
 
 
-def test_a_day_that_is_over_is_not_sent_and_the_run_says_how_it_could_be(ads_morning: Morning) -> None:
+def test_a_day_that_is_over_is_not_sent_and_the_run_says_how_it_could_be(ads_morning: MorningHarness) -> None:
     day = ads_morning.day
     assert ads_morning.run("decide", ads_morning.saying(guardrails=LENIENT)).success
     said = step_error(ads_morning.run("deliver", hour=24 + 5))
@@ -297,7 +297,7 @@ def test_a_day_that_is_over_is_not_sent_and_the_run_says_how_it_could_be(ads_mor
     assert ads_morning.system.applied() == 0
 
 
-def test_a_backfill_is_no_fault_and_is_never_sent(ads_morning: Morning) -> None:
+def test_a_backfill_is_no_fault_and_is_never_sent(ads_morning: MorningHarness) -> None:
     older = ads_morning.day - timedelta(days=1)
     assert ads_morning.run("decide", ads_morning.saying(guardrails=LENIENT), day=older).success
     result = ads_morning.run("deliver", day=older)
@@ -305,7 +305,7 @@ def test_a_backfill_is_no_fault_and_is_never_sent(ads_morning: Morning) -> None:
     assert ads_morning.system.applied() == 0
 
 
-def test_what_the_next_day_brings_stands_beside_the_decisions_that_it_answers(morning: Morning) -> None:
+def test_what_the_next_day_brings_stands_beside_the_decisions_that_it_answers(morning: MorningHarness) -> None:
     decided(morning)
     assert morning.run("deliver").success
     after, ids, batch = morning.decided("after"), morning.decided("decision_id"), morning.batch()
@@ -336,7 +336,7 @@ def test_what_the_next_day_brings_stands_beside_the_decisions_that_it_answers(mo
         assert 0 < spent <= sum(after.values()) / 1e6 * 1.01, "more was spent than the budgets that stood"
 
 
-def test_outcomes_answer_the_decision_that_stood_also_when_their_day_is_run_again(morning: Morning) -> None:
+def test_outcomes_answer_the_decision_that_stood_also_when_their_day_is_run_again(morning: MorningHarness) -> None:
     """By then that day has a batch of its own, made after its outcomes were known."""
     decided(morning)
     assert morning.run("deliver").success
@@ -353,7 +353,7 @@ def test_outcomes_answer_the_decision_that_stood_also_when_their_day_is_run_agai
     assert answered[0] == answered[1]
 
 
-def test_of_two_runs_at_once_one_sends(morning: Morning) -> None:
+def test_of_two_runs_at_once_one_sends(morning: MorningHarness) -> None:
     decided(morning)
     changed = [d for d in morning.bench.decided(morning.day) if d["changed"]]
     morning.system.slow(2.0)  # the first write waits, with the lease in the first run's hands
@@ -361,7 +361,7 @@ def test_of_two_runs_at_once_one_sends(morning: Morning) -> None:
 
     def first() -> None:
         with dg.DagsterInstance.ephemeral() as own:
-            results["first"] = Morning(morning.bench, morning.registry, morning.system, own).run("deliver")
+            results["first"] = MorningHarness(morning.bench, morning.registry, morning.system, own).run("deliver")
 
     thread = threading.Thread(target=first)
     thread.start()
@@ -382,7 +382,7 @@ def _until(true: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.01)
 
 
-def test_a_stopped_workflow_fails_the_run_in_words_and_goes_on_when_it_may(ads_morning: Morning) -> None:
+def test_a_stopped_workflow_fails_the_run_in_words_and_goes_on_when_it_may(ads_morning: MorningHarness) -> None:
     morning = ads_morning
     decided(morning)
     with morning.ledger() as book:
@@ -395,7 +395,7 @@ def test_a_stopped_workflow_fails_the_run_in_words_and_goes_on_when_it_may(ads_m
     assert checks(morning.run("deliver"))["reconciled"][0] == "passed"
 
 
-def test_a_day_without_a_batch_fails_the_run_in_words(ads_morning: Morning) -> None:
+def test_a_day_without_a_batch_fails_the_run_in_words(ads_morning: MorningHarness) -> None:
     said = step_error(ads_morning.run("deliver"))
     assert "no batch of" in said and "materialise [ad_budget, decisions]" in said
 

@@ -18,9 +18,9 @@ from delivery.ledger import Ledger
 from models.registry import Registry
 from orchestration import runner
 from pipeline.lake import Lake
-from tests.conftest import Bench
+from tests.conftest import WorkflowHarness
 from tests.support.aliases import step_back
-from tests.support.offices import Account, Morning, checks, environment, metadata
+from tests.support.offices import Account, MorningHarness, checks, environment, metadata
 
 pytestmark = pytest.mark.system
 LENIENT = {"max_total_change": None, "max_share_changed": None}
@@ -29,19 +29,27 @@ KEPT = ("scores", "scoring", "shadow", "shadow_scores", "standing", "arms", "spe
 
 
 @pytest.fixture
-def morning(ads: Bench, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Morning]:
+def morning(
+    ads: WorkflowHarness, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[MorningHarness]:
     (tmp_path / "home").mkdir()
     bench = ads.copy(tmp_path / "bench")
     account = Account(tmp_path / "account", bench, "marked-token-0123456789")
     for variable, value in environment(bench, registry, tmp_path / "home", account).items():
         monkeypatch.setenv(variable, value)
     with dg.DagsterInstance.ephemeral() as instance:
-        yield Morning(bench, registry, account, instance)
+        yield MorningHarness(bench, registry, account, instance)
     account.close()
 
 
 def run(
-    morning: Morning, job: str, hour: int, *, day: date | None = None, first: date | None = None, again: bool = False
+    morning: MorningHarness,
+    job: str,
+    hour: int,
+    *,
+    day: date | None = None,
+    first: date | None = None,
+    again: bool = False,
 ) -> dg.ExecuteInProcessResult:
     """A run at so many hours after the end of the bench's last day."""
     last, now = day or morning.day, (morning.bench.morning(morning.day, 0) + timedelta(hours=hour)).isoformat()
@@ -51,7 +59,7 @@ def run(
     )  # fmt: skip
 
 
-def written(morning: Morning) -> dict[str, str]:
+def written(morning: MorningHarness) -> dict[str, str]:
     """Every file of the tables that a fact never writes, and every row of the ledger, as digests."""
     root = Path(morning.bench.lake.root, morning.workflow.name)
     found = {
@@ -74,7 +82,7 @@ def ledger_file() -> str:
     return str(home() / "ledger.db")
 
 
-def restated(morning: Morning) -> None:
+def restated(morning: MorningHarness) -> None:
     """Upstream sends the last day's file again, with other figures."""
     table = morning.workflow.table("events")
     rows = morning.bench.lake.read(table, days=[morning.day])
@@ -83,7 +91,7 @@ def restated(morning: Morning) -> None:
 
 @pytest.mark.parametrize("hour", [9, 30])
 @pytest.mark.parametrize("how", ["decide", "daily", "range", "restated"])
-def test_a_delivered_day_run_again_stays_as_it_was(morning: Morning, hour: int, how: str) -> None:
+def test_a_delivered_day_run_again_stays_as_it_was(morning: MorningHarness, hour: int, how: str) -> None:
     assert run(morning, "decide", 4).success and run(morning, "deliver", 5).success
     batch, stands, before = morning.batch(), morning.system.values(), written(morning)
     assert batch.acted
@@ -123,7 +131,7 @@ def metadata_of(result: dg.ExecuteInProcessResult) -> dict[str, Any]:
 
 
 def test_a_sent_day_is_decided_anew_when_somebody_asks_and_by_the_model_although_the_deadline_is_over(
-    morning: Morning,
+    morning: MorningHarness,
 ) -> None:
     assert run(morning, "decide", 4).success and run(morning, "deliver", 5).success
     first = morning.batch()
@@ -146,7 +154,7 @@ def test_a_sent_day_is_decided_anew_when_somebody_asks_and_by_the_model_although
     assert told["batch"] == first.batch_id, "what acted is compared, not what was only decided"
 
 
-def test_a_day_that_was_not_sent_is_decided_anew_freely(morning: Morning) -> None:
+def test_a_day_that_was_not_sent_is_decided_anew_freely(morning: MorningHarness) -> None:
     assert run(morning, "decide", 4).success
     first = morning.batch()
     step_back(morning.registry, morning.workflow.name, 2, "to decide otherwise")
@@ -155,7 +163,7 @@ def test_a_day_that_was_not_sent_is_decided_anew_freely(morning: Morning) -> Non
     assert checks(result)["same_again"] == ("passed", f"{morning.day}: decided by this run: nothing to compare with")
 
 
-def test_a_past_day_that_was_never_decided_is_a_backfill_once(morning: Morning) -> None:
+def test_a_past_day_that_was_never_decided_is_a_backfill_once(morning: MorningHarness) -> None:
     older = morning.day - timedelta(days=3)
     result = run(morning, "decide", 4, day=older)
     assert result.success, runner.failed_steps(result)
@@ -175,7 +183,7 @@ def test_a_past_day_that_was_never_decided_is_a_backfill_once(morning: Morning) 
 
 @pytest.mark.parametrize("where", ["ledger", "decisions", "batches", "scores", "scoring"])
 def test_a_run_killed_at_any_write_leaves_a_day_that_the_next_run_completes(
-    morning: Morning, monkeypatch: pytest.MonkeyPatch, where: str
+    morning: MorningHarness, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     class Killed(BaseException):
         pass

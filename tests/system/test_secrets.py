@@ -40,9 +40,9 @@ from orchestration.cli import command
 from pipeline import dispatch
 from pipeline import workflow as workflows
 from pipeline.workflow import FOLDER, load
-from tests.conftest import Bench
+from tests.conftest import WorkflowHarness
 from tests.support.aliases import promote
-from tests.support.offices import Account, Morning, Queue, checks
+from tests.support.offices import Account, MorningHarness, Queue, checks
 from tests.support.postgres import Server
 
 pytestmark = pytest.mark.system
@@ -268,8 +268,8 @@ class Firm:
     """Everything of the run; ``said`` is what was printed, raised and logged."""
 
     home: Path
-    ads: Morning
-    desk: Morning
+    ads: MorningHarness
+    desk: MorningHarness
     gates: dict[str, Gate]
     patch: pytest.MonkeyPatch
     said: io.StringIO
@@ -295,7 +295,7 @@ class Firm:
         assert (done.returncode != 0) is fails, text
         return text
 
-    def job(self, morning: Morning, job: str, days_ago: int = 0, **how: Any) -> dg.ExecuteInProcessResult:
+    def job(self, morning: MorningHarness, job: str, days_ago: int = 0, **how: Any) -> dg.ExecuteInProcessResult:
         """A run at DAGSTER_HOME, on the morning after its day."""
         day = morning.day - timedelta(days=days_ago)
         now = morning.bench.morning(day, 5)
@@ -310,7 +310,7 @@ class Firm:
 
 @pytest.fixture
 def firm(
-    ads: Bench, queue: Bench, postgres: Server, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
+    ads: WorkflowHarness, queue: WorkflowHarness, postgres: Server, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Firm]:  # fmt: skip
     home, said = tmp_path / "home", io.StringIO()
@@ -330,7 +330,7 @@ def firm(
     shutil.copytree(queue.root / "lake", home / "lake", dirs_exist_ok=True)
     for bench in (ads, queue):
         shutil.copytree(bench.root / "landing", home / "landing", dirs_exist_ok=True)
-    benches = [Bench(load(own / b.workflow.name), home, b.days, b.write) for b in (ads, queue)]
+    benches = [WorkflowHarness(load(own / b.workflow.name), home, b.days, b.write) for b in (ads, queue)]
     account = Account(home / "sandbox" / "advertising", ads, MARKS["ads token"])
     templates = tmp_path_factory.getbasetemp() / "helpdesk-templates"
     desk = Queue(home / "sandbox" / "helpdesk", queue, MARKS["help desk token"], templates)
@@ -359,7 +359,7 @@ def firm(
     for logger, level in levels.items():
         logging.getLogger(logger).setLevel(level)
     mornings = [
-        Morning(b, registry, s, None)
+        MorningHarness(b, registry, s, None)
         for b, s in zip(benches, (account, desk), strict=True)  # type: ignore[arg-type]
     ]
     yield Firm(home, mornings[0], mornings[1], gates, monkeypatch, said)
@@ -382,7 +382,7 @@ def words_in_ledger(batch_id: str) -> str:
         return " ".join(f"{d.state} {d.says}" for d in book.deliveries(batch_id))
 
 
-def failing_deliveries(firm: Firm, name: str, morning: Morning, token: str, wrong: str) -> None:
+def failing_deliveries(firm: Firm, name: str, morning: MorningHarness, token: str, wrong: str) -> None:
     """Through Dagster: a wrong token, nobody there, and a server that tells in its errors what it was sent."""
     gate, variable = firm.gates[name], next(k for k in morning.system.environment if k.endswith("_TOKEN"))
     with firm.patch.context() as patch:
@@ -414,7 +414,7 @@ def failing_deliveries(firm: Firm, name: str, morning: Morning, token: str, wron
 
 
 def test_a_full_run_leaves_no_secret_anywhere(
-    firm: Firm, ads: Bench, queue: Bench, capfd: pytest.CaptureFixture[str]
+    firm: Firm, ads: WorkflowHarness, queue: WorkflowHarness, capfd: pytest.CaptureFixture[str]
 ) -> None:
     ads_, ads, desk = ads, firm.ads, firm.desk  # type: ignore[assignment]
     for variable, nowhere in (

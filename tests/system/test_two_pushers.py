@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from delivery.ledger import FINAL, Ledger
-from tests.support.crashing import PATIENCE_S, Ads, Crashes, Life, Prepared, Row
+from tests.support.crashing import PATIENCE_S, Ads, CrashHarness, Life, Prepared, Row
 from tests.support.ledgers import KEY
 from tests.support.postgres import Server
 
@@ -34,10 +34,12 @@ def ads(tmp_path: Path) -> Iterator[Ads]:
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
-def crashes(request: pytest.FixtureRequest, prepared: Prepared, ads: Ads, postgres: Server, tmp_path: Path) -> Crashes:
+def crashes(
+    request: pytest.FixtureRequest, prepared: Prepared, ads: Ads, postgres: Server, tmp_path: Path
+) -> CrashHarness:
     name = f"pushers_{zlib.crc32(request.node.name.encode())}"
     url = postgres.database(name) if request.param == "postgres" else f"sqlite:///{tmp_path / 'ledger.db'}"
-    return Crashes(prepared, ads, url, SEED)
+    return CrashHarness(prepared, ads, url, SEED)
 
 
 def at_once(prepared: Prepared, jobs: list[dict[str, Any]]) -> list[Life]:
@@ -60,7 +62,7 @@ def wait_for(holds: Any) -> None:
 
 
 def test_two_at_once_on_one_batch_one_wins_and_nothing_is_sent_twice(
-    prepared: Prepared, crashes: Crashes, ads: Ads
+    prepared: Prepared, crashes: CrashHarness, ads: Ads
 ) -> None:
     for _ in range(5):
         batch_id, rows = crashes.record()
@@ -84,7 +86,7 @@ def test_two_at_once_on_one_batch_one_wins_and_nothing_is_sent_twice(
 
 @pytest.mark.parametrize("first", ["both", "older", "newer"])
 def test_two_at_once_on_two_batches_the_newer_stands_and_nothing_is_sent_twice(
-    prepared: Prepared, crashes: Crashes, ads: Ads, first: str
+    prepared: Prepared, crashes: CrashHarness, ads: Ads, first: str
 ) -> None:
     older, old_rows = crashes.record()
     newer, new_rows = crashes.record()
@@ -120,7 +122,7 @@ def test_two_at_once_on_two_batches_the_newer_stands_and_nothing_is_sent_twice(
 
 
 def test_a_newer_batch_ends_an_older_one_whose_process_was_killed_in_the_middle(
-    prepared: Prepared, crashes: Crashes, ads: Ads
+    prepared: Prepared, crashes: CrashHarness, ads: Ads
 ) -> None:
     older, old_rows = crashes.record()
     newer, new_rows = crashes.record()
@@ -143,7 +145,7 @@ def test_a_newer_batch_ends_an_older_one_whose_process_was_killed_in_the_middle(
 
 
 def test_a_clock_that_jumps_by_a_day_sends_nothing_twice_and_robs_nobody(
-    prepared: Prepared, crashes: Crashes, ads: Ads
+    prepared: Prepared, crashes: CrashHarness, ads: Ads
 ) -> None:
     batch_id, rows = crashes.record()
     job = crashes.job("push", batch_id) | {"clock": {"days": [0, 1, -1], "every": 3}}

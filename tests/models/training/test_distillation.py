@@ -12,13 +12,13 @@ from models import catalog
 from models.training import distillation
 from pipeline import point_in_time
 from pipeline.decisions import scoring
-from tests.conftest import Bench
+from tests.conftest import WorkflowHarness
 
 HOW: dict[str, Any] = {"seed": 5, "device": "cpu", "threads": 1}
 SMALL = {"rounds": 30, "leaves": 15}
 
 
-def world(shared: Bench) -> tuple[pa.Table, Any, dict[str, Any]]:
+def world(shared: WorkflowHarness) -> tuple[pa.Table, Any, dict[str, Any]]:
     """Rows with outcomes, a teacher of 120 trees, and its recipe."""
     workflow = shared.workflow.model_copy(update={"model": shared.workflow.model.model_copy(update={"rounds": 120})})
     rows = point_in_time.training_set(workflow, shared.lake, shared.last)

@@ -16,7 +16,7 @@ from delivery.ledger import BatchRow, Ledger
 from models.registry import Registry
 from pipeline import dispatch, provenance
 from pipeline.decisions import decide, recomputation, scoring
-from tests.conftest import Bench
+from tests.conftest import WorkflowHarness
 from tests.support.aliases import step_back
 from tests.support.fakes import Clock, FakeSystem
 from tests.support.ledgers import new_batch
@@ -75,13 +75,13 @@ def test_a_fact_is_decided_anew_only_while_its_effect_lasts_and_only_when_asked(
 
 
 @pytest.fixture
-def book(bench: Bench, tmp_path: Path) -> Iterator[Ledger]:
+def book(bench: WorkflowHarness, tmp_path: Path) -> Iterator[Ledger]:
     clock = lambda: bench.morning(bench.last, 5)  # noqa: E731
     with Ledger.open(f"sqlite:///{tmp_path}/ledger.db", key=b"k" * 32, clock=clock) as opened:
         yield opened
 
 
-def recorded(bench: Bench, registry: Registry, book: Ledger, now: datetime | None = None) -> BatchRow:
+def recorded(bench: WorkflowHarness, registry: Registry, book: Ledger, now: datetime | None = None) -> BatchRow:
     now = now or bench.morning(bench.last)
     scored = scoring.score_day(bench.workflow, bench.lake, registry, bench.last, now=now, ledger=book)
     scoring.write_scores(bench.workflow, bench.lake, bench.last, scored)
@@ -91,7 +91,7 @@ def recorded(bench: Bench, registry: Registry, book: Ledger, now: datetime | Non
     return made
 
 
-def compared(bench: Bench, registry: Registry, book: Ledger, made: BatchRow) -> recomputation.Compared:
+def compared(bench: WorkflowHarness, registry: Registry, book: Ledger, made: BatchRow) -> recomputation.Compared:
     before = {t: bench.lake.version(bench.workflow.table(t)) for t in TABLES}
     found = recomputation.compare(bench.workflow, bench.lake, registry, book, made)
     after = {t: bench.lake.version(bench.workflow.table(t)) for t in TABLES}
@@ -104,7 +104,7 @@ TABLES = ("scores", "scoring", "shadow_scores", "standing", "arms", "specs", "de
 
 @pytest.mark.parametrize("hour", [4, 7, 60])
 def test_a_day_recomputed_from_the_same_is_the_same_whatever_its_hour(
-    bench: Bench, registry: Registry, book: Ledger, hour: int
+    bench: WorkflowHarness, registry: Registry, book: Ledger, hour: int
 ) -> None:
     """On time, after the deadline (by the rule), and as a backfill."""
     now = bench.morning(bench.last, 0) + timedelta(hours=hour)
@@ -115,7 +115,7 @@ def test_a_day_recomputed_from_the_same_is_the_same_whatever_its_hour(
     assert f"all {made.rows} decisions are the same" in found.says
 
 
-def restate(bench: Bench, entity: str, column: str) -> None:
+def restate(bench: WorkflowHarness, entity: str, column: str) -> None:
     """Other figures of one entity in the features of the last day."""
     table = bench.workflow.table("features")
     rows = bench.lake.read(table, days=[bench.last])
@@ -124,7 +124,7 @@ def restate(bench: Bench, entity: str, column: str) -> None:
     bench.lake.replace_days(table, rows.set_column(rows.schema.get_field_index(column), column, moved), [bench.last])
 
 
-def numeric(bench: Bench) -> str:
+def numeric(bench: WorkflowHarness) -> str:
     schema = bench.lake.read(bench.workflow.table("features"), days=[bench.last]).schema
     wanted = "revenue_7" if bench.workflow.name == "ad_budget" else "hours_to_due"
     names = [n for n in bench.workflow.features.numeric if pa.types.is_floating(schema.field(n).type)]
@@ -132,7 +132,7 @@ def numeric(bench: Bench) -> str:
 
 
 def test_restated_features_are_named_as_the_cause_of_what_differs(
-    bench: Bench, registry: Registry, book: Ledger
+    bench: WorkflowHarness, registry: Registry, book: Ledger
 ) -> None:
     made = recorded(bench, registry, book)
     changed = [d for d in bench.decided(bench.last) if d["changed"]]
@@ -148,7 +148,7 @@ def test_restated_features_are_named_as_the_cause_of_what_differs(
 
 
 def test_another_model_spec_and_code_are_named(
-    bench: Bench, registry: Registry, book: Ledger, monkeypatch: pytest.MonkeyPatch
+    bench: WorkflowHarness, registry: Registry, book: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = recorded(bench, registry, book)
     step_back(registry, bench.workflow.name, 2, "for the test")
@@ -169,7 +169,9 @@ def test_another_model_spec_and_code_are_named(
     )
 
 
-def test_a_rule_that_is_fitted_to_other_outcomes_says_so(bench: Bench, empty_registry: Registry, book: Ledger) -> None:
+def test_a_rule_that_is_fitted_to_other_outcomes_says_so(
+    bench: WorkflowHarness, empty_registry: Registry, book: Ledger
+) -> None:
     made = recorded(bench, empty_registry, book)
     assert made.step == "rule"
     table = bench.workflow.table("outcomes")
@@ -184,7 +186,7 @@ def test_a_rule_that_is_fitted_to_other_outcomes_says_so(bench: Bench, empty_reg
 
 
 def test_a_difference_without_a_cause_is_said_to_be_one(
-    bench: Bench, registry: Registry, book: Ledger, monkeypatch: pytest.MonkeyPatch
+    bench: WorkflowHarness, registry: Registry, book: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, honest = recorded(bench, registry, book), decide.decide
 
@@ -202,7 +204,7 @@ def test_a_difference_without_a_cause_is_said_to_be_one(
     assert found.first["differs_in"][0].as_py() == "expected_gain"
 
 
-def test_what_cannot_be_recomputed_says_why(bench: Bench, registry: Registry, book: Ledger) -> None:
+def test_what_cannot_be_recomputed_says_why(bench: WorkflowHarness, registry: Registry, book: Ledger) -> None:
     made = recorded(bench, registry, book)
     table = bench.workflow.table("features")
     bench.lake.replace_days(table, bench.lake.read(table, days=[bench.last]).slice(0, 0), [bench.last])
@@ -212,14 +214,18 @@ def test_what_cannot_be_recomputed_says_why(bench: Bench, registry: Registry, bo
     assert "retention" in retired.says and not retired.equal
 
 
-def test_forgotten_names_are_left_out_of_the_comparison(bench: Bench, registry: Registry, book: Ledger) -> None:
+def test_forgotten_names_are_left_out_of_the_comparison(
+    bench: WorkflowHarness, registry: Registry, book: Ledger
+) -> None:
     made = recorded(bench, registry, book)
     book.forget(bench.decided(bench.last)[0]["entity_id"])
     found = compared(bench, registry, book, made)
     assert found.equal, found.says
 
 
-def test_the_batch_that_acted_is_compared_and_not_a_newer_one(bench: Bench, registry: Registry, book: Ledger) -> None:
+def test_the_batch_that_acted_is_compared_and_not_a_newer_one(
+    bench: WorkflowHarness, registry: Registry, book: Ledger
+) -> None:
     made = recorded(bench, registry, book)
     values = {d["entity_id"]: d["before"] for d in book.decisions(made.batch_id).to_pylist()}
     clock = Clock(bench.morning(bench.last, 5))

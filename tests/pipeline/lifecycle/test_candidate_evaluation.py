@@ -21,7 +21,7 @@ from pipeline import point_in_time
 from pipeline.decisions import scoring
 from pipeline.lifecycle import candidate_evaluation, promotion, state
 from pipeline.monitoring import labels
-from tests.conftest import Bench, moved
+from tests.conftest import WorkflowHarness, moved
 from tests.support.aliases import promote
 from tests.support.ledgers import KEY
 
@@ -35,14 +35,14 @@ def flipped(files: dict[str, bytes]) -> dict[str, bytes]:
     return {**files, "meta.json": json.dumps(meta, sort_keys=True).encode()}
 
 
-def register(bench: Bench, registry: Registry, day: date, files: Any = None, params: Any = None) -> Version:
+def register(bench: WorkflowHarness, registry: Registry, day: date, files: Any = None, params: Any = None) -> Version:
     return registry.register(
         bench.workflow.name, files or bench.fit(day).files(), trained_day=day, passed=False, params=params or {},
         metrics={}, tags={}, plots={}, card="card", seed=1,
     )  # fmt: skip
 
 
-def loose(bench: Bench, **changed: Any) -> Bench:
+def loose(bench: WorkflowHarness, **changed: Any) -> WorkflowHarness:
     """The workflow with another gate or margin."""
     training = bench.workflow.training
     spec = {k: v for k, v in changed.items() if k in gate.GateSpec.model_fields}
@@ -62,7 +62,7 @@ class Versions:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, empty_registry_folder: Path, ads: Bench) -> Versions:
+def made(tmp_path_factory: pytest.TempPathFactory, empty_registry_folder: Path, ads: WorkflowHarness) -> Versions:
     registry = moved(empty_registry_folder, tmp_path_factory.mktemp("gating") / "registry")
     recipe = {"recipe": json.dumps(scoring.learner_spec(ads.workflow))}
     files = ads.fit(ads.last).files()
@@ -75,7 +75,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, empty_registry_folder: Path, 
 
 
 def judge(
-    bench: Bench, made: Versions, version: Version, against: Version | None, day: date | None = None
+    bench: WorkflowHarness, made: Versions, version: Version, against: Version | None, day: date | None = None
 ) -> gate.Verdict:
     return candidate_evaluation.judge(
         bench.workflow, bench.lake, made.registry, version, day or bench.last, against=against
@@ -83,7 +83,7 @@ def judge(
 
 
 def test_a_version_with_its_slopes_turned_round_is_refused_by_what_its_policy_is_worth(
-    ads: Bench, made: Versions
+    ads: WorkflowHarness, made: Versions
 ) -> None:
     wide = loose(ads, margin=0.05)
     found = judge(wide, made, made.poisoned, made.champion)
@@ -97,7 +97,7 @@ def test_a_version_with_its_slopes_turned_round_is_refused_by_what_its_policy_is
     assert judge(lenient, made, made.poisoned, made.champion).passed, "nothing else stood in its way"
 
 
-def test_an_honest_version_passes_and_carries_what_was_found(ads: Bench, made: Versions) -> None:
+def test_an_honest_version_passes_and_carries_what_was_found(ads: WorkflowHarness, made: Versions) -> None:
     found = judge(ads, made, made.fresh, made.champion)
     assert found.passed, found.reasons
     assert found.figures["version"] == made.fresh.number
@@ -108,7 +108,9 @@ def test_an_honest_version_passes_and_carries_what_was_found(ads: Bench, made: V
     assert any("may have learned from the held-out days" in r for r in found.reasons)
 
 
-def test_an_older_version_is_laid_beside_a_champion_that_knows_the_held_out_days(ads: Bench, made: Versions) -> None:
+def test_an_older_version_is_laid_beside_a_champion_that_knows_the_held_out_days(
+    ads: WorkflowHarness, made: Versions
+) -> None:
     found = judge(ads, made, made.champion, made.fresh)
     # it has no recipe, so that it has no twin; by its files it is what the champion's twin is
     assert found.figures["against"] == "champion" and found.figures["harm"]["point"] > 0
@@ -116,14 +118,16 @@ def test_an_older_version_is_laid_beside_a_champion_that_knows_the_held_out_days
     assert any(f"no twins were judged: version {made.champion.number} has none" in r for r in found.reasons)
 
 
-def test_a_champion_without_a_recipe_is_compared_as_it_is_and_that_is_said(ads: Bench, made: Versions) -> None:
+def test_a_champion_without_a_recipe_is_compared_as_it_is_and_that_is_said(
+    ads: WorkflowHarness, made: Versions
+) -> None:
     found = judge(ads, made, made.fresh, made.poisoned)
     assert found.figures["against"] == "champion"
     flattered = [r for r in found.reasons if "which flatters it: " in r]
     assert flattered and "its run says no recipe" in flattered[0] and flattered[0].startswith("twins: "), found.reasons
 
 
-def test_the_champion_under_another_number_is_refused(ads: Bench, made: Versions) -> None:
+def test_the_champion_under_another_number_is_refused(ads: WorkflowHarness, made: Versions) -> None:
     again = register(ads, made.registry, ads.last, made.registry.load(made.fresh))
     found = judge(ads, made, again, made.fresh)
     assert not found.passed and not found.held and "harm" not in found.figures
@@ -135,7 +139,7 @@ OVERFITTED = {"rounds": 80, "learning_rate": 0.3, "leaves": 31, "rows_in_leaf": 
 
 
 def test_a_version_that_knows_the_held_out_days_by_heart_is_refused_by_its_twin(
-    ads: Bench, made: Versions, monkeypatch: pytest.MonkeyPatch
+    ads: WorkflowHarness, made: Versions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     young = loose(ads, calibration=None, min_rows=20)
     spec = {**scoring.learner_spec(ads.workflow), **OVERFITTED}
@@ -148,19 +152,23 @@ def test_a_version_that_knows_the_held_out_days_by_heart_is_refused_by_its_twin(
     assert any(r.startswith("twins: mae") and "is worse than the champion's" in r for r in found.reasons)
 
 
-def test_a_version_that_does_not_say_when_it_was_trained_is_judged_as_it_is(ads: Bench, made: Versions) -> None:
+def test_a_version_that_does_not_say_when_it_was_trained_is_judged_as_it_is(
+    ads: WorkflowHarness, made: Versions
+) -> None:
     by_hand = replace(made.fresh, trained_day=date.max)
     found, dated = (judge(ads, made, one, made.champion) for one in (by_hand, made.fresh))
     assert found.passed and found.figures["harm"] == dated.figures["harm"]
     assert any("may have learned from the held-out days" in r for r in found.reasons)
 
 
-def test_a_version_that_cannot_be_read_is_refused_with_the_reason(ads: Bench, made: Versions) -> None:
+def test_a_version_that_cannot_be_read_is_refused_with_the_reason(ads: WorkflowHarness, made: Versions) -> None:
     found = judge(ads, made, replace(made.fresh, digest="0" * 64), made.champion)
     assert not found.passed and "cannot be read" in found.reasons[0]
 
 
-def test_a_version_that_reads_other_columns_is_refused_with_the_column_named(ads: Bench, made: Versions) -> None:
+def test_a_version_that_reads_other_columns_is_refused_with_the_column_named(
+    ads: WorkflowHarness, made: Versions
+) -> None:
     said = ads.workflow.features
     fewer = said.model_copy(update={"numeric": said.numeric[:-1]})
     narrow = replace(ads, workflow=ads.workflow.model_copy(update={"features": fewer}))
@@ -171,12 +179,12 @@ def test_a_version_that_reads_other_columns_is_refused_with_the_column_named(ads
     assert found.figures["contract"] and "harm" not in found.figures
 
 
-def test_without_matured_days_nothing_passes(ads: Bench, made: Versions) -> None:
+def test_without_matured_days_nothing_passes(ads: WorkflowHarness, made: Versions) -> None:
     found = judge(ads, made, made.fresh, made.champion, day=ads.days[3])
     assert not found.passed and "no matured rows are held out" in found.reasons[0]
 
 
-def test_the_held_out_days_and_the_randomised_ones_before_them(ads: Bench) -> None:
+def test_the_held_out_days_and_the_randomised_ones_before_them(ads: WorkflowHarness) -> None:
     rows = point_in_time.ordered(point_in_time.training_set(ads.workflow, ads.lake, ads.last), "day")
     held = candidate_evaluation.held_out(loose(ads, value_days=10).workflow, ads.lake, ads.last, rows)
     judged = set(held.rows["day"].to_pylist())
@@ -186,7 +194,7 @@ def test_the_held_out_days_and_the_randomised_ones_before_them(ads: Bench) -> No
     assert set(held.decided["day"].to_pylist()) == {ads.last - timedelta(days=n) for n in range(1, 10)}
 
 
-def test_tickets_are_judged_by_the_order_of_their_queue(queue: Bench, empty_registry: Registry) -> None:
+def test_tickets_are_judged_by_the_order_of_their_queue(queue: WorkflowHarness, empty_registry: Registry) -> None:
     soon = loose(queue, maturity_days=1, holdout_days=4, slice_min_rows=30, margin=1.0)
     version = register(soon, empty_registry, soon.last - timedelta(days=6))
     found = candidate_evaluation.judge(soon.workflow, soon.lake, empty_registry, version, soon.last, against=version)
@@ -195,7 +203,7 @@ def test_tickets_are_judged_by_the_order_of_their_queue(queue: Bench, empty_regi
     assert isinstance(value, dict) and 0 < value["mine"] <= 1 and "misses" in value["of"]
 
 
-def test_who_is_champion_is_what_the_ledger_says(ads: Bench, made: Versions, tmp_path: Path) -> None:
+def test_who_is_champion_is_what_the_ledger_says(ads: WorkflowHarness, made: Versions, tmp_path: Path) -> None:
     promote(made.registry, made.poisoned)  # an alias that somebody moved
     with Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}", key=KEY, clock=lambda: ads.morning(ads.last)) as book:
         first = candidate_evaluation.champion_of(ads.workflow, made.registry, book, ads.last)
@@ -206,7 +214,7 @@ def test_who_is_champion_is_what_the_ledger_says(ads: Bench, made: Versions, tmp
 
 
 def test_a_backfill_is_not_compared_with_what_was_learned_after_it(
-    ads: Bench, empty_registry: Registry, tmp_path: Path
+    ads: WorkflowHarness, empty_registry: Registry, tmp_path: Path
 ) -> None:
     files = ads.fit(ads.last).files()
     old, new = (ads.register(empty_registry, ads.last - timedelta(days=n), files=files) for n in (5, 0))
@@ -231,7 +239,7 @@ def test_a_backfill_is_not_compared_with_what_was_learned_after_it(
 class Desk:
     """A workflow with maturing labels, whose champion is younger than the held-out days, and what a retraining needs."""
 
-    bench: Bench
+    bench: WorkflowHarness
     registry: Registry
     ledger: Ledger
     champion: Version
@@ -267,7 +275,9 @@ class Desk:
 
 
 @pytest.fixture
-def desk(ads: Bench, empty_registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+def desk(
+    ads: WorkflowHarness, empty_registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Desk]:
     monkeypatch.setenv("SIGNALBOX_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("SIGNALBOX_LEDGER_KEY", KEY.decode())
     bench = loose(
@@ -286,7 +296,7 @@ def desk(ads: Bench, empty_registry: Registry, tmp_path: Path, monkeypatch: pyte
         yield Desk(bench, empty_registry, book, champion, tmp_path)
 
 
-def fitted(bench: Bench, day: date) -> Any:
+def fitted(bench: WorkflowHarness, day: date) -> Any:
     """As a retraining fits: with its number of threads."""
     rows = point_in_time.training_set(bench.workflow, bench.lake, day)
     spec, how = scoring.learner_spec(bench.workflow), {"seed": scoring.SEED, "device": "cpu"}
@@ -345,7 +355,7 @@ def test_spoilt_newest_labels_hold_a_retraining_until_a_person_asks_for_it(desk:
     assert desk.tags(made)["signalbox.gate"] == "passed"
 
 
-def spoil(bench: Bench, since: date) -> None:
+def spoil(bench: WorkflowHarness, since: date) -> None:
     """Upstream says twenty times of what was earned from a day on."""
     table = bench.workflow.table("outcomes")
     rows = bench.lake.read(table)

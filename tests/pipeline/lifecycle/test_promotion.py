@@ -35,7 +35,7 @@ from pipeline.lifecycle.promotion import NotBlocked, admit, advance, lift, recon
 from pipeline.lifecycle.state import aliases, lineup, live
 from pipeline.monitoring import loop_health, verdicts
 from pipeline.workflow import FOLDER, Promotion, Workflow, WorkflowInvalid, load
-from tests.conftest import Bench, moved
+from tests.conftest import WorkflowHarness, moved
 from tests.support.properties import examples
 
 NAME = "ad_budget"
@@ -56,7 +56,9 @@ def copied(registry: Registry, name: str, of: int, model: str = NAME, **changed:
 
 
 @pytest.fixture(scope="session")
-def _four_versions(tmp_path_factory: pytest.TempPathFactory, _two_versions: Path, ads: Bench, queue: Bench) -> Path:
+def _four_versions(
+    tmp_path_factory: pytest.TempPathFactory, _two_versions: Path, ads: WorkflowHarness, queue: WorkflowHarness
+) -> Path:
     """1 and 2 as in ``registry``; 3 trained on the last day; 4: its files again; 5: refused at its training."""
     folder = tmp_path_factory.mktemp("four") / "registry"
     registry = moved(_two_versions, folder)
@@ -72,7 +74,7 @@ def _four_versions(tmp_path_factory: pytest.TempPathFactory, _two_versions: Path
 class Firm:
     """A workflow with its lake, registry, ledger and a clock that stands still."""
 
-    bench: Bench
+    bench: WorkflowHarness
     registry: Registry
     ledger: Ledger
     moment: list[datetime]
@@ -177,13 +179,13 @@ def opened(root: Path, moment: list[datetime]) -> Ledger:
     return Ledger.open(f"sqlite:///{root / 'ledger.db'}", key=b"0123456789abcdef", clock=lambda: moment[0])
 
 
-def made(bench: Bench, registry: Registry) -> Firm:
+def made(bench: WorkflowHarness, registry: Registry) -> Firm:
     moment = [bench.morning(bench.last, 9)]
     return Firm(bench, registry, opened(bench.root, moment), moment)
 
 
 @pytest.fixture
-def firm(ads: Bench, tmp_path: Path, _four_versions: Path) -> Iterator[Firm]:
+def firm(ads: WorkflowHarness, tmp_path: Path, _four_versions: Path) -> Iterator[Firm]:
     """``ad_budget``; versions as in ``_four_versions``: 2 is champion, 1 was it, and the ledger knows."""
     found = made(ads.copy(tmp_path / "bench"), moved(_four_versions, tmp_path / "registry"))
     found.says(Promotion())
@@ -740,7 +742,7 @@ def test_the_disagreement_counts_what_would_have_been_decided_otherwise(firm: Fi
     assert found is None, "the day has no challenger any more"
 
 
-def test_a_challenger_that_agrees_with_itself_differs_in_nothing(queue: Bench, registry: Registry) -> None:
+def test_a_challenger_that_agrees_with_itself_differs_in_nothing(queue: WorkflowHarness, registry: Registry) -> None:
     """Priorities: the same scores twice, and scores turned around."""
     scored = scoring.score_day(queue.workflow, queue.lake, registry, queue.last, now=queue.morning(queue.last))
     features = queue.lake.read(queue.workflow.table("features"), days=[queue.last])
@@ -819,7 +821,7 @@ def test_a_backfill_is_scored_by_no_challenger_and_forgets_no_day_of_it(firm: Fi
 @pytest.fixture(params=["ads", "queue"])
 def canary(request: pytest.FixtureRequest, tmp_path: Path, _four_versions: Path) -> Iterator[Firm]:
     """Each workflow with version 3 in canary on its last day, decided."""
-    shared: Bench = request.getfixturevalue(request.param)
+    shared: WorkflowHarness = request.getfixturevalue(request.param)
     found = made(shared.copy(tmp_path / "bench"), moved(_four_versions, tmp_path / "registry"))
     found.says(CANARY, {"holdout": 0.01, "champion": 0.5, "challenger": 0.5})
     assert found.admit(3) == "canary" and found.live() == (2, 1, (3, "canary"))
@@ -1109,7 +1111,7 @@ STEP = st.one_of(
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory, ads: Bench, _four_versions: Path) -> Iterator[Firm]:
+def story(tmp_path_factory: pytest.TempPathFactory, ads: WorkflowHarness, _four_versions: Path) -> Iterator[Firm]:
     """One registry and ledger for all examples, each with a workflow of its own name."""
     root = tmp_path_factory.mktemp("story")
     found = made(ads.copy(root / "bench"), moved(_four_versions, root / "registry"))
@@ -1176,7 +1178,7 @@ def test_whatever_people_guards_and_crashes_do_the_aliases_end_where_the_ledger_
 
 
 def test_a_registry_that_the_ledger_never_knew_is_stepped_back_too(
-    registry: Registry, ads: Bench, tmp_path: Path
+    registry: Registry, ads: WorkflowHarness, tmp_path: Path
 ) -> None:
     """Aliases set before the ledger spoke are nobody's request."""
     with opened(tmp_path, [ads.morning(ads.last, 9)]) as book:

@@ -23,7 +23,7 @@ from models.training import fit
 from pipeline import point_in_time
 from pipeline.decisions import scoring
 from pipeline.lifecycle import candidate_evaluation, registration
-from tests.conftest import Bench, moved
+from tests.conftest import WorkflowHarness, moved
 from tests.support.aliases import promote
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -40,7 +40,7 @@ class Registered:
     scores: Mapping[str, pa.Table]
 
 
-def trained(bench: Bench, registry: Registry) -> Version:
+def trained(bench: WorkflowHarness, registry: Registry) -> Version:
     """What the stage ``model`` does between the training set and the first place of a version."""
     workflow, day = bench.workflow, bench.last
     rows = point_in_time.ordered(point_in_time.training_set(workflow, bench.lake, day), "day")
@@ -61,7 +61,7 @@ def trained(bench: Bench, registry: Registry) -> Version:
 
 @pytest.fixture(scope="module")
 def registered(
-    tmp_path_factory: pytest.TempPathFactory, empty_registry_folder: Path, ads: Bench, queue: Bench
+    tmp_path_factory: pytest.TempPathFactory, empty_registry_folder: Path, ads: WorkflowHarness, queue: WorkflowHarness
 ) -> Registered:
     registry = moved(empty_registry_folder, tmp_path_factory.mktemp("registering") / "registry")
     benches = {one.workflow.name: one for one in (ads, queue)}
@@ -220,7 +220,7 @@ def test_what_mlflow_shows_of_a_training(registered: Registered) -> None:
         assert [point.step for point in points] == list(range(1, 9))
 
 
-def test_the_last_point_of_a_curve_is_what_the_gate_measured(ads: Bench) -> None:
+def test_the_last_point_of_a_curve_is_what_the_gate_measured(ads: WorkflowHarness) -> None:
     rows = point_in_time.ordered(point_in_time.training_set(ads.workflow, ads.lake, ads.last), "day")
     held = candidate_evaluation.held_out(ads.workflow, ads.lake, ads.last, rows)
     model: Any = ads.fit(held.split)
@@ -229,7 +229,7 @@ def test_the_last_point_of_a_curve_is_what_the_gate_measured(ads: Bench) -> None
     assert registration.curves(None, held) == {}
 
 
-def test_curves_of_tickets_have_every_head_and_fall(queue: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_curves_of_tickets_have_every_head_and_fall(queue: WorkflowHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = point_in_time.ordered(point_in_time.training_set(queue.workflow, queue.lake, queue.last), "day")
     none = rows.slice(0, 0)
     held = candidate_evaluation.Held(queue.last, queue.last, rows, none, none, fit.Newest(none, none))

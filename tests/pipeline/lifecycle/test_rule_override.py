@@ -24,7 +24,7 @@ from pipeline.decisions import decide, recomputation, replay, scoring
 from pipeline.lifecycle import promotion, retraining, rule_override
 from pipeline.monitoring import labels
 from pipeline.workflow import Retraining
-from tests.conftest import Bench
+from tests.conftest import WorkflowHarness
 from tests.support.ledgers import KEY
 
 BEHIND = {"metric": "wape", "value": 0.821, "baseline": 0.732, "worse": 0.12, "worse_low": 0.05, "n": 300, "kind": "rule",
@@ -33,7 +33,7 @@ BEHIND = {"metric": "wape", "value": 0.821, "baseline": 0.732, "worse": 0.12, "w
 
 
 @pytest.fixture
-def small(ads: Bench, tmp_path: Path) -> Bench:
+def small(ads: WorkflowHarness, tmp_path: Path) -> WorkflowHarness:
     """``ad_budget``, whose two dozen lines are enough to be judged by."""
     copy = ads.copy(tmp_path / "small")
     retrain = copy.workflow.retraining.model_copy(update={"min_rows": 20})
@@ -41,12 +41,12 @@ def small(ads: Bench, tmp_path: Path) -> Bench:
 
 
 @pytest.fixture
-def moment(small: Bench) -> list[datetime]:
+def moment(small: WorkflowHarness) -> list[datetime]:
     return [small.morning(small.last)]
 
 
 @pytest.fixture
-def book(tmp_path: Path, small: Bench, registry: Registry, moment: list[datetime]) -> Iterator[Ledger]:
+def book(tmp_path: Path, small: WorkflowHarness, registry: Registry, moment: list[datetime]) -> Iterator[Ledger]:
     """A ledger that knows both versions; 2 is champion."""
     with Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}", key=KEY, clock=lambda: moment[0]) as opened:
         for number in (1, 2):
@@ -55,13 +55,13 @@ def book(tmp_path: Path, small: Bench, registry: Registry, moment: list[datetime
         yield opened
 
 
-def score(bench: Bench, registry: Registry, book: Ledger, **more: Any) -> scoring.Scored:
+def score(bench: WorkflowHarness, registry: Registry, book: Ledger, **more: Any) -> scoring.Scored:
     now = bench.morning(bench.last, 5)
     return scoring.score_day(bench.workflow, bench.lake, registry, bench.last, now=now, ledger=book, **more)
 
 
 def test_the_day_of_a_version_that_does_worse_is_the_rule_s_until_another_is_champion(
-    small: Bench, registry: Registry, book: Ledger, moment: list[datetime]
+    small: WorkflowHarness, registry: Registry, book: Ledger, moment: list[datetime]
 ) -> None:
     assert score(small, registry, book).step == "champion"
     assert rule_override.note(book, "ad_budget", small.last, BEHIND)
@@ -79,7 +79,7 @@ def test_the_day_of_a_version_that_does_worse_is_the_rule_s_until_another_is_cha
 
 
 def test_a_person_takes_it_back_and_it_is_not_done_again(
-    small: Bench, registry: Registry, book: Ledger, moment: list[datetime]
+    small: WorkflowHarness, registry: Registry, book: Ledger, moment: list[datetime]
 ) -> None:
     rule_override.note(book, "ad_budget", small.last, BEHIND)
     moment[0] += timedelta(minutes=5)
@@ -91,7 +91,7 @@ def test_a_person_takes_it_back_and_it_is_not_done_again(
 
 
 def test_what_was_found_later_changes_nothing_of_an_earlier_hour(
-    small: Bench, registry: Registry, book: Ledger, moment: list[datetime]
+    small: WorkflowHarness, registry: Registry, book: Ledger, moment: list[datetime]
 ) -> None:
     moment[0] = small.morning(small.last, 12)
     rule_override.note(book, "ad_budget", small.last, BEHIND)
@@ -102,7 +102,7 @@ def test_what_was_found_later_changes_nothing_of_an_earlier_hour(
     assert made.step == "champion"
 
 
-def test_a_challenger_is_tried_beside_the_rule(small: Bench, registry: Registry, book: Ledger) -> None:
+def test_a_challenger_is_tried_beside_the_rule(small: WorkflowHarness, registry: Registry, book: Ledger) -> None:
     rule_override.note(book, "ad_budget", small.last, BEHIND)
     assert score(small, registry, book).beside is None
     book.promotion("ad_budget", 1, "shadow", "run", {"digest": registry.by_number("ad_budget", 1).digest})
@@ -111,7 +111,7 @@ def test_a_challenger_is_tried_beside_the_rule(small: Bench, registry: Registry,
 
 
 def test_a_day_that_the_rule_took_is_replayed_and_recomputed_to_the_bit(
-    small: Bench, registry: Registry, book: Ledger
+    small: WorkflowHarness, registry: Registry, book: Ledger
 ) -> None:
     rule_override.note(book, "ad_budget", small.last, BEHIND)
     scoring.write_scores(small.workflow, small.lake, small.last, score(small, registry, book))
@@ -132,7 +132,9 @@ def test_a_day_that_the_rule_took_is_replayed_and_recomputed_to_the_bit(
     assert not later.unexplained and (later.equal or "step rule then, champion now" in later.says)
 
 
-def test_the_rule_of_a_day_is_what_it_would_have_been_then(queue: Bench, registry: Registry, tmp_path: Path) -> None:
+def test_the_rule_of_a_day_is_what_it_would_have_been_then(
+    queue: WorkflowHarness, registry: Registry, tmp_path: Path
+) -> None:
     bench = queue.copy(tmp_path / "queue")
     training = bench.workflow.training.model_copy(update={"maturity_days": 4})
     workflow = bench.workflow.model_copy(update={"training": training})
@@ -160,7 +162,7 @@ def test_the_rule_of_a_day_is_what_it_would_have_been_then(queue: Bench, registr
 
 
 def test_outcomes_that_show_it_put_the_champion_behind_and_ask_for_a_training(
-    small: Bench, registry: Registry, monkeypatch: pytest.MonkeyPatch
+    small: WorkflowHarness, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through the stage: the champion's scores are three times too high on the days whose outcomes are known."""
     for day in small.days[-8:]:
@@ -200,7 +202,7 @@ def test_outcomes_that_show_it_put_the_champion_behind_and_ask_for_a_training(
 
 
 def test_the_check_warns_for_as_long_as_the_rule_decides_in_the_champions_place(
-    small: Bench,
+    small: WorkflowHarness,
     registry: Registry,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

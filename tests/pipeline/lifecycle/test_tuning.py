@@ -19,11 +19,11 @@ from pipeline import point_in_time
 from pipeline.decisions import scoring
 from pipeline.lifecycle import candidate_evaluation, state, tuning
 from pipeline.workflow import Promotion, Training
-from tests.conftest import Bench
+from tests.conftest import WorkflowHarness
 from tests.support.aliases import promote
 
 
-def asking(bench: Bench, **changed: Any) -> Bench:
+def asking(bench: WorkflowHarness, **changed: Any) -> WorkflowHarness:
     from dataclasses import replace
 
     told = {**bench.workflow.training.model_dump(), "holdout_days": 3, "maturity_days": 1, "min_rows": 20, **changed}
@@ -44,7 +44,7 @@ def days_of(table: Any) -> list[date]:
 
 
 def test_a_search_learns_and_judges_on_days_before_the_gates(
-    ads: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ads: WorkflowHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = asking(ads, search={"trials": 2, "validation_days": 2})
     split = bench.last - timedelta(days=4)
@@ -73,7 +73,7 @@ def test_a_search_learns_and_judges_on_days_before_the_gates(
     )
 
 
-def test_without_enough_earlier_rows_the_section_stays_and_it_is_said(ads: Bench) -> None:
+def test_without_enough_earlier_rows_the_section_stays_and_it_is_said(ads: WorkflowHarness) -> None:
     bench = asking(ads, early_stopping={"validation_days": 2}, min_rows=100_000)
     said: list[str] = []
     found = tuning.tune(bench.workflow, bench.lake, bench.last - timedelta(days=4), device="cpu", say=said.append)
@@ -81,14 +81,16 @@ def test_without_enough_earlier_rows_the_section_stays_and_it_is_said(ads: Bench
     assert "Nothing was searched" in found.note and "100000 are needed" in said[0]
 
 
-def test_nothing_asked_changes_nothing(ads: Bench) -> None:
+def test_nothing_asked_changes_nothing(ads: WorkflowHarness) -> None:
     found = tuning.tune(ads.workflow, ads.lake, ads.last - timedelta(days=4), device="cpu", say=print)
     assert found.spec == scoring.learner_spec(ads.workflow) and found.card == "" and found.note == ""
     with tuning.resumable(ads.workflow):
         assert booster._resumable.get() is None
 
 
-def test_a_killed_retraining_finds_its_boosters(ads: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_retraining_finds_its_boosters(
+    ads: WorkflowHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SIGNALBOX_HOME", str(tmp_path))
     bench = asking(ads, checkpoint_rounds=4)
     with pytest.raises(KeyboardInterrupt), tuning.resumable(bench.workflow):
@@ -101,7 +103,7 @@ def test_a_killed_retraining_finds_its_boosters(ads: Bench, tmp_path: Path, monk
     assert not list(unfinished.iterdir())
 
 
-def test_search_and_early_stopping_together_are_refused(ads: Bench) -> None:
+def test_search_and_early_stopping_together_are_refused(ads: WorkflowHarness) -> None:
     with pytest.raises(ValidationError, match="leave early_stopping out"):
         asking(ads, search={"trials": 2}, early_stopping={})
 
@@ -109,7 +111,7 @@ def test_search_and_early_stopping_together_are_refused(ads: Bench) -> None:
 # --- students ---------------------------------------------------------------------------------------------------------
 
 
-def train(bench: Bench, registry: Registry, ledger: Ledger, day: date) -> tuple[Any, str]:
+def train(bench: WorkflowHarness, registry: Registry, ledger: Ledger, day: date) -> tuple[Any, str]:
     """What the stage does after a candidate was registered."""
     rows = point_in_time.ordered(point_in_time.training_set(bench.workflow, bench.lake, day), "day")
     held = candidate_evaluation.held_out(bench.workflow, bench.lake, day, rows)
@@ -122,7 +124,7 @@ def train(bench: Bench, registry: Registry, ledger: Ledger, day: date) -> tuple[
     return registry.versions(bench.workflow.name)[-1], said
 
 
-def recipe(bench: Bench, registry: Registry, day: date) -> Any:
+def recipe(bench: WorkflowHarness, registry: Registry, day: date) -> Any:
     """A champion with its recipe, as a training registers it."""
     import json
 
@@ -137,7 +139,7 @@ def recipe(bench: Bench, registry: Registry, day: date) -> Any:
 
 @pytest.mark.parametrize("promote", [False, True], ids=["registered", "promoted"])
 def test_a_student_is_judged_registered_and_admitted_as_asked(
-    ads: Bench, empty_registry: Registry, ledger: Ledger, promote: bool
+    ads: WorkflowHarness, empty_registry: Registry, ledger: Ledger, promote: bool
 ) -> None:
     bench = asking(ads, distill={"rounds": 20, "promote": promote}, margin=1.0)
     teacher = recipe(bench, empty_registry, bench.last)
@@ -175,7 +177,7 @@ def test_a_student_is_judged_registered_and_admitted_as_asked(
 
 
 def test_a_student_never_teaches_and_without_a_champion_there_is_none(
-    ads: Bench, empty_registry: Registry, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+    ads: WorkflowHarness, empty_registry: Registry, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = asking(ads, distill={"rounds": 5})
     teacher = recipe(bench, empty_registry, bench.last)
@@ -191,7 +193,7 @@ def test_a_student_never_teaches_and_without_a_champion_there_is_none(
 
 
 def test_a_retraining_searches_first_and_teaches_after(
-    ads: Bench, empty_registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ads: WorkflowHarness, empty_registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import json
 

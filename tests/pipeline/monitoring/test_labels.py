@@ -19,7 +19,7 @@ from pipeline.decisions import scoring
 from pipeline.lake import Lake
 from pipeline.monitoring import labels
 from pipeline.workflow import FOLDER, Workflow, WorkflowInvalid, load
-from tests.conftest import Bench
+from tests.conftest import WorkflowHarness
 
 DAY = date(2026, 3, 20)
 
@@ -146,7 +146,7 @@ def test_without_scores_or_outcomes_there_is_nothing_to_judge(tickets: Workflow,
 
 
 def test_held_out_figures_come_from_the_versions_run(
-    registry: Registry, queue: Bench, ads: Bench, tmp_path: Path
+    registry: Registry, queue: WorkflowHarness, ads: WorkflowHarness, tmp_path: Path
 ) -> None:
     run = registry.by_number("ticket_priority", 2).run_id
     registry.client.log_metric(run, "candidate_brier", 0.125)
@@ -171,7 +171,7 @@ def test_a_metric_that_is_not_measured_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_asset_tells_every_day_once_with_numbers_page_and_words(
-    bench: Bench, registry: Registry, monkeypatch: pytest.MonkeyPatch
+    bench: WorkflowHarness, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through Dagster, on both workflows' real scores: a run again gives the same rows."""
     training = bench.workflow.training.model_copy(

@@ -20,13 +20,13 @@ from pipeline.explain import counterfactual
 from pipeline.lifecycle import candidate_evaluation, shadow
 from pipeline.monitoring import labels
 from pipeline.workflow import load
-from tests.conftest import Bench
+from tests.conftest import WorkflowHarness
 
 
 def lived(folder: Path, root: Path, day: date) -> dict[str, object]:
     workflow = load(folder)
     found: dict[str, object] = {"wrong": workflow_validation.problems(workflow)}
-    bench = Bench(workflow, root, [day], lambda _, to: to)
+    bench = WorkflowHarness(workflow, root, [day], lambda _, to: to)
     lake, registry = bench.lake, Registry(f"sqlite:///{root}/added.db", (root / "added").as_uri())
     held = candidate_evaluation.held_out(workflow, lake, day, candidate_evaluation._known(workflow, lake, day))
     spec, how = scoring.learner_spec(workflow), {"seed": 1, "device": "cpu", "threads": 1}
