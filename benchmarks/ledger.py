@@ -1,6 +1,6 @@
 """How long the ledger takes to record and to prove a batch of a million decisions, and where the time goes.
 
-Belongs here: timing of ``delivery.ledger``. Does not: whether what it records is right (tests/delivery/test_ledger.py).
+Belongs here: timing of ``delivery.ledger``. Does not: whether what it records is right (tests/delivery/ledger/test_ledger.py).
 Run: ``python -m benchmarks.ledger [decisions]``; the target is 1,000,000 on SQLite in less than 20 s.
 """
 

@@ -1,6 +1,6 @@
 """How long it takes to bring the values of many days back, on the ledger of a year.
 
-Belongs here: timing of ``delivery.rollback``. Does not: whether what it brings back is right (tests/delivery/test_rollback.py).
+Belongs here: timing of ``delivery.rollback``. Does not: whether what it brings back is right (tests/delivery/rollback/test_rollback.py).
 Run: ``python -m benchmarks.rollback [days] [decisions a day] [days taken back]``; the target is that 60 of 365 days of 5,000
 decisions, all of them changed, are back within 15 minutes on SQLite. ``--keep FOLDER`` builds the year there once and works on
 a copy.

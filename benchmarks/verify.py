@@ -1,6 +1,6 @@
 """How long it takes to prove a ledger of two million decisions, each of them delivered with an attempt of its own.
 
-Belongs here: timing ``Ledger.verify``. Does not: what it finds (tests/delivery/test_ledger_tampering.py).
+Belongs here: timing ``Ledger.verify``. Does not: what it finds (tests/delivery/ledger/test_ledger_tampering.py).
 Run: ``python -m benchmarks.verify [decisions a batch × batches …]``, as in ``5000x400``; the target is 60 s of a processor.
 """
 

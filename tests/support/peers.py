@@ -1,6 +1,6 @@
 """Servers that nobody here wrote, from npm, at pinned versions: installed for a test run, started on a free port, stopped by pid.
 
-Belongs here: getting and running them. Does not: what they must be found to do (``tests/delivery/test_peers.py``). Where node or
+Belongs here: getting and running them. Does not: what they must be found to do (``tests/delivery/connectors/test_peers.py``). Where node or
 npm is missing, or cannot install, a test that wants one is skipped with the reason.
 """
 

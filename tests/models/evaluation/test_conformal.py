@@ -10,7 +10,7 @@ import pytest
 from models.evaluation.conformal import Bands, Sets, coarser, coverage, fewest_days, halves, quantile
 from models.learners.duration import DurationLearner, DurationRule
 from models.learners.response import ResponseLearner, ResponseRule
-from tests.models import test_duration, test_response
+from tests.models.learners import test_duration, test_response
 
 Array = np.ndarray[Any, Any]
 RUNS = 400

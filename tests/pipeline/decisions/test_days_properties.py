@@ -3,7 +3,7 @@ newest decision that may act says, or the rollback.
 
 Belongs here: one machine over a real ledger, the fake system, and the functions that the stages, the push sensor and the
 command call. Does not: Dagster (``tests/system/test_acted_days.py``), one push by itself
-(``tests/delivery/test_push_properties.py``).
+(``tests/delivery/push/test_push_properties.py``).
 """
 
 from __future__ import annotations

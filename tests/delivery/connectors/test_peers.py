@@ -17,7 +17,7 @@ import pytest
 from delivery.connectors import rest
 from delivery.ledger import Delivery, Ledger, utc_now
 from delivery.push import PushSettings, Report, push
-from tests.delivery.test_rest import a_write
+from tests.delivery.connectors.test_rest import a_write
 from tests.support import peers
 from tests.support.ledgers import KEY, new_batch, some_decisions
 

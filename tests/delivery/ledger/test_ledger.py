@@ -42,7 +42,7 @@ from tests.support.ledgers import KEY, NOW, Clock, new_batch, some_decisions
 from tests.support.postgres import Server
 
 NUMBER = itertools.count()
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -17,7 +17,7 @@ import yaml
 from delivery.connectors.base import Misconfigured, Unavailable
 from delivery.connectors.oauth import Tokens
 from delivery.connectors.rest import RestConnector, RestSettings, connect, load
-from tests.delivery.test_rest import NOW, a_write, changed, written_to
+from tests.delivery.connectors.test_rest import NOW, a_write, changed, written_to
 from tests.support.rest_servers import Reply, Request, Scripted, serving
 
 SECRET = "client-secret-77"

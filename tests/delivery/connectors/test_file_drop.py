@@ -476,7 +476,7 @@ def test_a_killed_process_leaves_whole_files(tmp_path: Path, shape: str, format:
     for n in range(2):
         process = subprocess.Popen(
             [sys.executable, "-c", KILLED, str(tmp_path), drop._settings.model_dump_json()],
-            stdout=subprocess.PIPE, cwd=Path(__file__).parents[2],
+            stdout=subprocess.PIPE, cwd=Path(__file__).parents[3],
         )  # fmt: skip
         assert process.stdout is not None and process.stdout.readline() == b"go\n"
         time.sleep(0.03 + 0.037 * n)

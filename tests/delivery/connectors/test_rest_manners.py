@@ -21,7 +21,7 @@ from delivery.connectors.rest_version import another
 from delivery.ledger import Delivery, Ledger
 from delivery.push import PushSettings, Report, push
 from delivery.rollback import Batch, roll_back
-from tests.delivery.test_rest import (
+from tests.delivery.connectors.test_rest import (
     KEYED,
     LISTED,
     MANY,

@@ -14,7 +14,7 @@ import pytest
 from models.booster import Encoding, predict, train
 from models.learners.duration import DurationLearner
 from models.learners.response import ResponseLearner
-from tests.models import test_duration, test_response
+from tests.models.learners import test_duration, test_response
 
 
 def blanked(table: pa.Table, name: str, rows: int) -> pa.Table:

@@ -20,7 +20,7 @@ from delivery.connectors.base import Capabilities
 from delivery.ledger import DaySent, Holder, LedgerMismatch, NewBatch
 from delivery.push import Blocked, Changed, NotApproved, PushSettings, Refused, dry_run, push
 from delivery.rollback import Batch, Since, roll_back
-from tests.delivery.test_push import (  # noqa: F401
+from tests.delivery.push.test_push import (  # noqa: F401
     CONDITION,
     EVERY,
     HISTORY,

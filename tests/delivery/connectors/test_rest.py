@@ -844,14 +844,14 @@ def tables() -> str:
 
 
 def test_the_page_explains_every_key_as_the_code_does() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "connectors.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "connectors.md").read_text()
     begin, end = "<!-- keys: begin -->\n", "<!-- keys: end -->"
     assert page.split(begin)[1].split(end)[0].strip() == tables().strip(), (
-        "docs/connectors.md: run PYTHONPATH=. .venv/bin/python tests/delivery/test_rest.py"
+        "docs/connectors.md: run PYTHONPATH=. .venv/bin/python tests/delivery/connectors/test_rest.py"
     )
 
 
 if __name__ == "__main__":
-    file = Path(__file__).parents[2] / "docs" / "connectors.md"
+    file = Path(__file__).parents[3] / "docs" / "connectors.md"
     before, after = file.read_text().split("<!-- keys: begin -->\n")[0], file.read_text().split("<!-- keys: end -->")[1]
     file.write_text(f"{before}<!-- keys: begin -->\n{tables()}<!-- keys: end -->{after}")
