@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,12 +20,21 @@ State = Literal["", "good", "warn", "bad"]
 
 
 @dataclass(frozen=True)
+class Link:
+    """A link, as a cell or a line. ``href`` is made by us: what comes from the data is quoted before it gets there."""
+
+    text: str
+    href: str
+
+
+@dataclass(frozen=True)
 class Text:
-    """Paragraphs, or a list."""
+    """Paragraphs, or a list. Without a line its title is left out, too."""
 
     kind: ClassVar = "text"
-    lines: Sequence[str]
+    lines: Sequence[str | Link]
     bullets: bool = False
+    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,13 +59,39 @@ class Picture:
     image: bytes | str
 
 
-def page(title: str, *parts: Text | Table | Picture) -> str:
-    """One HTML page: its title and its parts, one below the other.
+@dataclass(frozen=True)
+class Field:
+    """One input of a form."""
+
+    name: str
+    label: str
+    type: Literal["text", "password", "search", "date"] = "text"
+    value: str = ""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a person fills in and sends to the server that made the page."""
+
+    kind: ClassVar = "form"
+    action: str
+    button: str
+    fields: Sequence[Field] = ()
+    hidden: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+    method: Literal["get", "post"] = "post"
+
+
+Part = Text | Table | Picture | Form
+
+
+def page(title: str, *parts: Part, nav: Sequence[Link] = ()) -> str:
+    """One HTML page: links to other pages, its title and its parts, one below the other.
 
     It asks nothing of the network and runs no script, and every value is escaped, so values from the data can do nothing; the
     same input gives the same bytes.
     """
-    return _template().render(title=title, parts=parts)
+    return _template().render(title=title, parts=parts, nav=nav)
 
 
 def shown(value: Any, digits: int = 6) -> str:
@@ -82,4 +117,5 @@ def _template() -> jinja2.Template:
         keep_trailing_newline=True,
     )
     environment.filters |= {"shown": shown, "base64": lambda data: base64.b64encode(data).decode()}
+    environment.tests["link"] = lambda value: isinstance(value, Link)
     return environment.from_string(Path(__file__).with_suffix(".html.j2").read_text(encoding="utf-8"))

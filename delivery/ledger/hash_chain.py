@@ -111,31 +111,3 @@ def _levels(leaves: Sequence[bytes]) -> list[list[bytes]]:
             above.append(level[-1])
         levels.append(above)
     return levels
-
-
-def merkle_proof(leaves: Sequence[bytes], index: int) -> list[str]:
-    """The sibling hashes (hex), from below, that lead from a leaf to the root."""
-    if not 0 <= index < len(leaves):
-        raise IndexError(f"no leaf {index} among {len(leaves)}")
-    path = []
-    for level in _levels(leaves)[:-1]:
-        sibling = index ^ 1
-        if sibling < len(level):
-            path.append(level[sibling].hex())
-        index //= 2
-    return path
-
-
-def verify_proof(leaf: bytes, index: int, size: int, path: Sequence[str], root: str) -> bool:
-    """Whether ``leaf`` is the one at ``index`` of the ``size`` leaves below ``root``."""
-    if not 0 <= index < size:
-        return False
-    here, rest = leaf, list(path)
-    while size > 1:
-        if (index ^ 1) < size:
-            if not rest:
-                return False
-            other = bytes.fromhex(rest.pop(0))
-            here = hashlib.sha256(b"\x01" + (other + here if index % 2 else here + other)).digest()
-        index, size = index // 2, (size + 1) // 2
-    return not rest and here.hex() == root

@@ -229,12 +229,6 @@ def coverage_curve(uncertainty: np.ndarray, p_miss: np.ndarray, missed: np.ndarr
     })  # fmt: skip
 
 
-def review_line(curve: pa.Table, accuracy: float) -> float | None:
-    """The largest review limit under which tickets are decided with at least `accuracy`; None where there is none."""
-    good = np.asarray(curve["accuracy"]) >= accuracy
-    return float(np.asarray(curve["limit"])[good].max()) if good.any() else None
-
-
 def _column(table: pa.Table, name: str, what: str) -> pa.Array:
     if name not in table.column_names:
         raise KeyError(f"{what}: column {name!r} is missing; there are {', '.join(table.column_names)}")

@@ -13,7 +13,7 @@ import getpass
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from datetime import date, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -96,69 +96,41 @@ def show(
     batch: str, limit: Annotated[int, typer.Option(help="How many of the largest changes")] = 10, as_json: Json = False
 ) -> None:
     """A batch: what it would change or has changed, in sum and the largest first; what was objected; what became of it."""
-    from delivery.approvals import standing
-    from delivery.push.reconciliation import BESIDE
-    from pipeline.decisions import tables
+    from pipeline.decisions import batch_review
 
     with ledger() as book:
-        found = book.batch(batch)
-        workflow = workflow_of(found)
-        decisions = book.decisions(batch)
-        four_eyes = workflow.delivery.approval.four_eyes if workflow.delivery else False
-        stands = standing(book, found, utc_now(), four_eyes)
-        rows = book.deliveries(batch)
-        stopped = book.stopped(found.workflow)
-    largest = tables.largest_changes(decisions, limit).to_pylist()
-    sums = tables.totals(decisions)
-    there = {d.entity: d.stands for d in rows if d.entity is not None}
-    for row in largest:
-        row["stands"] = there.get(row["entity_id"])
-    off = [d for d in rows if d.state not in ("ACKED", "PENDING")]
-    beside = [d for d in rows if BESIDE in (d.says or "")]
-    document = {
-        "batch": found.batch_id, "workflow": found.workflow, "kind": found.kind, "day": found.day, "status": found.status,
-        "step": found.step, "digest": found.digest, "rows": found.rows, "changed": found.changed, "delivery": found.delivery,
-        "states": found.counts, "findings": found.findings, "approval": stands.text, "totals": sums,
-        "largest changes": largest, "stopped": bool(stopped),
-        "not as intended": [
-            {name: getattr(d, name) for name in ("entity", "state", "before", "after", "stands", "observed", "says")} for d in off
-        ],
-        "changed besides": [{"entity": d.entity, "says": d.says} for d in beside],
-    }  # fmt: skip
+        workflow = workflow_of(book.batch(batch))
+        seen = batch_review.review(book, workflow, batch, utc_now(), limit)
+    found = seen.batch
     say: Callable[[int | None], str] = functools.partial(money_or_level, workflow)
     lines = [
         f"{found.batch_id}: {found.kind} of {found.day}, {found.status}, step {found.step}, digest {found.digest[:16]}…",
         f"  {found.rows} decisions, {found.changed} change something; delivery: {found.delivery} {found.counts or ''}",
-        f"  {stands.text}",
+        f"  {seen.standing.text}",
     ]
-    if stopped:
-        lines.append(f"  {found.workflow} is stopped by {stopped.actor}: {stopped.reason}")
-    for finding in found.findings:
-        lines.append("  " + _finding(finding))
-    for arm, total in sums.items():
+    if seen.stopped:
+        lines.append(f"  {found.workflow} is stopped by {seen.stopped.actor}: {seen.stopped.reason}")
+    lines += [f"  {objection}" for objection in seen.objections]
+    for arm, total in seen.totals.items():
         lines.append(
             f"  arm {arm}: {total['changed']} of {total['entities']} change, {say(total['before'])} → {say(total['after'])} "
             f"(up {say(total['up'])}, down {say(total['down'])})"
         )
-    for row in largest:
+    for row in seen.largest:
         if row["before"] != row["after"]:
             other = f", there {say(row['stands'])}" if row["stands"] not in (None, row["after"]) else ""
             lines.append(
                 f"  {row['entity_id']}: {say(row['before'])} → {say(row['after'])}{other}  {' '.join(row['reasons'])}"
             )
-    for d in off[:limit]:
+    for d in seen.not_as_intended[:limit]:
         there_now = "not read" if d.stands is None else f"there {say(d.stands)}"
         lines.append(f"  {d.state} {d.entity}: {say(d.before)} → {say(d.after)}, {there_now}. {d.says or ''}".rstrip())
-    if beside:
-        lines.append(f"  watched fields of {len(beside)} changed with the value; a rollback does not restore them:")
-    lines += [f"    {d.entity}: {d.says}" for d in beside[:limit]]
-    told(document, as_json, lines)
-
-
-def _finding(finding: Mapping[str, Any]) -> str:
-    from data_checks import guardrails
-
-    return guardrails.sentence(finding)
+    if seen.beside:
+        lines.append(
+            f"  watched fields of {len(seen.beside)} changed with the value; a rollback does not restore them:"
+        )
+    lines += [f"    {d.entity}: {d.says}" for d in seen.beside[:limit]]
+    told(seen.as_dict(), as_json, lines)
 
 
 def _batch(book: Ledger, named: str, day: date | None) -> Any:

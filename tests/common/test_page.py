@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.page import Picture, Table, Text, page, shown
+from common.page import Field, Form, Link, Picture, Table, Text, page, shown
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("common", "models", "data_checks", "delivery", "pipeline", "assets", "orchestration", "sandbox")
@@ -25,8 +25,8 @@ def test_a_value_from_the_data_is_text_wherever_it_stands() -> None:
         Table([NASTY], [("bad", [NASTY])], title=NASTY, note=NASTY),
     )
     assert "<script" not in made and 'alert("' not in made
-    # title and heading, paragraph, list, picture, column, cell, title, note
-    assert made.count("&lt;script&gt;") == 9
+    # title and heading, paragraph, list, picture, label, column, cell, title, note
+    assert made.count("&lt;script&gt;") == 10
 
 
 def test_a_page_asks_nothing_of_the_network_and_is_the_same_bytes_again() -> None:
@@ -39,7 +39,7 @@ def test_a_page_asks_nothing_of_the_network_and_is_the_same_bytes_again() -> Non
 
 def test_a_table_with_a_title_and_no_row_is_left_out() -> None:
     assert "Largest" not in page("t", Table(["a"], [], title="Largest"))
-    assert "<th>a</th>" in page("t", Table(["a"], []))
+    assert "a</th>" in page("t", Table(["a"], []))
 
 
 def test_numbers_stand_right_short_and_truth_values_do_not() -> None:
@@ -75,3 +75,21 @@ def test_there_is_one_base() -> None:
         if re.search(r"<!doctype|<(html|table|td|h1|style)\b", path.read_text(encoding="utf-8"), re.IGNORECASE)
     ]
     assert own == [], "a page is made of the parts of common.page"
+
+
+def test_a_link_is_one_that_we_made_and_no_value_from_the_data() -> None:
+    made = page(
+        "t", Table(["a"], [("", [Link(NASTY, "/x"), {"href": "javascript:x", "text": "y"}])]), nav=[Link("Home", "/")]
+    )
+    assert re.findall(r"<a [^>]*>", made) == ['<a href="/">', '<a href="/x">']
+
+
+def test_a_form_carries_what_it_was_given_and_keeps_no_secret() -> None:
+    form = Form("/act", "Go", [Field("reason", NASTY), Field("secret", "Secret", "password")], {"token": '"t"'})
+    made = page("t", form)
+    assert (
+        'action="/act"' in made
+        and 'value="&#34;t&#34;"' in made
+        and 'type="password" value="" autocomplete="off"' in made
+    )
+    assert "form-action 'self'" in made

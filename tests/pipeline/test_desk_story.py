@@ -12,9 +12,9 @@ import pytest
 from assets import performance as stage
 from data_checks import performance as figures
 from pipeline.lake import Lake
-from pipeline.lifecycle import retraining
 from pipeline.monitoring import labels
 from pipeline.workflow import FOLDER, Workflow, load
+from tests.support.retraining_walk import Walk
 
 FIRST = date(2026, 3, 2)
 DAYS, FALL, NEW, STOCK = 80, 45, 30, 300
@@ -86,7 +86,7 @@ def test_new_tickets_that_are_all_late_start_a_retraining_whatever_the_stock_of_
 ) -> None:
     every = tickets.model_copy(update={"training": tickets.training.model_copy(update={"evaluate_on": "true"})})
     trained = FIRST - timedelta(days=30)
-    walk = retraining.Walk(tickets.name, tickets.retraining, labels.metric_of(tickets), trained=[trained])
+    walk = Walk(tickets.name, tickets.retraining, labels.metric_of(tickets), trained=[trained])
     asked: list[int] = []
     plain: dict[int, float] = {}
     for day in range(FALL + 8, FALL + 18):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from models.policies.priority import PriorityPolicy, coverage_curve, decide, review_line
+from models.policies.priority import PriorityPolicy, coverage_curve, decide
 from models.policies.ranking import index
 from tests.support.properties import examples
 
@@ -241,7 +241,7 @@ def test_every_field_of_the_policy_is_described() -> None:
     assert [n for n, f in PriorityPolicy.model_fields.items() if n != "kind" and not f.description] == []
 
 
-def test_the_coverage_curve_says_where_the_review_line_lies() -> None:
+def test_the_coverage_curve_says_how_rightly_is_decided_under_each_limit() -> None:
     curve = coverage_curve(
         np.array([0.9, 0.1, 0.5, 0.1]), np.array([0.6, 0.1, 0.9, 0.8]), np.array([False, False, True, True])
     )
@@ -249,9 +249,6 @@ def test_the_coverage_curve_says_where_the_review_line_lies() -> None:
     assert curve["coverage"].to_pylist() == [0.5, 0.75, 1.0]
     assert curve["accuracy"].to_pylist() == [1.0, 1.0, 0.75]
     assert curve["brier"].to_pylist() == pytest.approx([0.025, 0.02, 0.105])
-    assert review_line(curve, 0.9) == 0.5
-    assert review_line(curve, 0.7) == 0.9
-    assert review_line(coverage_curve(np.array([0.2]), np.array([0.9]), np.array([False])), 0.5) is None
     with pytest.raises(ValueError, match="matured"):
         coverage_curve(np.array([]), np.array([]), np.array([]))
 

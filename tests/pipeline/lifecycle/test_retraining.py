@@ -18,9 +18,10 @@ from data_checks.performance import SCHEMA
 from delivery.ledger import Ledger
 from pipeline.lake import Lake
 from pipeline.lifecycle import retraining, rule_override
-from pipeline.lifecycle.retraining import ORDER, Cause, Evidence, Runs, Trigger, Walk, decide, evidence
+from pipeline.lifecycle.retraining import ORDER, Cause, Evidence, Runs, Trigger, decide, evidence
 from pipeline.workflow import FOLDER, Retraining, Workflow, load
 from tests.support.properties import examples
+from tests.support.retraining_walk import Walk
 
 DAY = date(2026, 4, 10)
 NOW = datetime(2026, 4, 11, 5)

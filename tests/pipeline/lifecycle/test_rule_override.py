@@ -26,6 +26,7 @@ from pipeline.monitoring import labels
 from pipeline.workflow import Retraining
 from tests.conftest import WorkflowHarness
 from tests.support.ledgers import KEY
+from tests.support.retraining_walk import Walk
 
 BEHIND = {"metric": "wape", "value": 0.821, "baseline": 0.732, "worse": 0.12, "worse_low": 0.05, "n": 300, "kind": "rule",
           "low": 0.8, "high": 0.84, "first": date(2026, 3, 10), "last": date(2026, 3, 16), "version": 2,
@@ -238,7 +239,7 @@ def test_evidence_beside_the_rule_is_the_strongest() -> None:
     fell = {**BEHIND, "kind": "realised", "baseline_is": "reference", "worse_low": 0.5}
     found = retraining.evidence(Retraining(), "wape", [fell, {**BEHIND, "baseline_is": "rule"}], None)
     assert [e.cause for e in found] == ["rule", "realised"]
-    walk = retraining.Walk("ad_budget", Retraining(), "wape")
+    walk = Walk("ad_budget", Retraining(), "wape")
     rows = pa.Table.from_pylist([{**BEHIND, "day": day, "baseline_is": "rule", "known": 1.0, "mature": True}], schema=figures.SCHEMA)  # fmt: skip
     asked = walk.step(day, rows, None)
     assert asked is not None and asked.cause == "rule" and "worse than the rule" in asked.text
