@@ -55,7 +55,7 @@ def _commands() -> dict[str, tuple[str, list[str]]]:
             reports.evidently_ui,
             [str(bin_ / "evidently"), "ui", "--workspace", reports.evidently_workspace, "--host", HOST, "--port", port(reports.evidently_ui)],
         ),
-        "Reports": (reports.ui, [sys.executable, "-m", "http.server", port(reports.ui), "--bind", HOST, "--directory", reports.root]),
+        "Home": (reports.ui, [str(bin_ / "signalbox"), "web", "--port", port(reports.ui)]),
     }  # fmt: skip
 
 

@@ -89,6 +89,7 @@ SLOW = (
     "orchestration/test_automation.py",
     "orchestration/test_delivery_automation.py",
     "orchestration/test_guarding.py",
+    "orchestration/web/",
     "orchestration/cli/test_operations.py",
     "common/test_progress.py",
     "orchestration/test_promoting_automation.py",

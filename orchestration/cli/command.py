@@ -196,8 +196,21 @@ def real(
 
 
 @app.command()
+def web(
+    port: Annotated[int | None, typer.Option(help="Default: the port of SIGNALBOX_REPORTS_UI, or 8001")] = None,
+) -> None:
+    """The home page alone, on 127.0.0.1: each workflow's day, what waits for whom, approving, taking back, asking why."""
+    from urllib.parse import urlsplit
+
+    from assets.resources import resources
+    from orchestration.web import app as home_page
+
+    home_page.serve("127.0.0.1", port or urlsplit(resources()["reports"].ui).port or 8001)
+
+
+@app.command()
 def serve(as_json: Json = False) -> None:
-    """Open Dagster, the MLflow server, the Evidently UI and the reports on the state folder, on 127.0.0.1 only."""
+    """Open the home page, Dagster, the MLflow server and the Evidently UI on the state folder, on 127.0.0.1 only."""
     from orchestration import servers
 
     servers.serve(_teller(as_json), ready=(lambda up: print(json.dumps(up), flush=True)) if as_json else None)

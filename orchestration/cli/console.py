@@ -79,16 +79,6 @@ def shown(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
             console.print(f"[bold]{next(iter(row.values()))}[/bold] {' '.join(reasons)}", highlight=False)
 
 
-def money_or_level(workflow: Any, value: int | None) -> str:
-    """A value as people say it: money for a budget, the number for a priority."""
-    from models import catalog
-    from models.policies.allocation import money_text
-
-    if value is None:
-        return "–"
-    return money_text(value) if catalog.policy(workflow.policy.kind).money else str(value)
-
-
 def who(name: str | None) -> str:
     """The name given, else the login."""
     return name or getpass.getuser()

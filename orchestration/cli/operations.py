@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import getpass
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from datetime import date, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,7 +29,6 @@ from orchestration.cli.console import (
     a_day,
     every_workflow,
     ledger,
-    money_or_level,
     told,
     who,
     workflow_named,
@@ -102,7 +100,7 @@ def show(
         workflow = workflow_of(book.batch(batch))
         seen = batch_review.review(book, workflow, batch, utc_now(), limit)
     found = seen.batch
-    say: Callable[[int | None], str] = functools.partial(money_or_level, workflow)
+    say = batch_review.teller(workflow)
     lines = [
         f"{found.batch_id}: {found.kind} of {found.day}, {found.status}, step {found.step}, digest {found.digest[:16]}…",
         f"  {found.rows} decisions, {found.changed} change something; delivery: {found.delivery} {found.counts or ''}",
@@ -214,6 +212,9 @@ SHOWN = 20
 
 def _diff_lines(workflow: Any, diff: Any, limit: int = SHOWN) -> list[str]:
     """What would be sent, by arm and in sum; the largest changes; then what would not be sent, and why."""
+    from pipeline.decisions import batch_review
+
+    say = batch_review.teller(workflow)
     sent, kept = _parted(diff.rows)
     lines = [
         f"{diff.batch_id} to {diff.system}: {len(sent)} of {len(diff.rows)} would be sent. Nothing was written.",
@@ -222,8 +223,8 @@ def _diff_lines(workflow: Any, diff: Any, limit: int = SHOWN) -> list[str]:
     ]
     for name, rows in (("SEND", sent), ("others", kept)):
         for row in rows[:limit]:
-            would = f" → {money_or_level(workflow, row.would)}" if row.would is not None else ""
-            lines.append(f"  {row.action:<9} {row.entity}: {money_or_level(workflow, row.now)}{would}  {row.why}")
+            would = f" → {say(row.would)}" if row.would is not None else ""
+            lines.append(f"  {row.action:<9} {row.entity}: {say(row.now)}{would}  {row.why}")
         if len(rows) > limit:
             lines.append(f"  {name}: {len(rows) - limit} more, --json lists them")
     return lines
@@ -240,7 +241,9 @@ def _parted(rows: Iterable[Any]) -> tuple[list[Any], list[Any]]:
 
 def _sums(workflow: Any, sent: Iterable[Any]) -> list[str]:
     """By arm: how many would change, and by how much up and down together."""
-    say: Callable[[int | None], str] = functools.partial(money_or_level, workflow)
+    from pipeline.decisions import batch_review
+
+    say = batch_review.teller(workflow)
     arms: dict[str, list[int]] = {}
     for row in sent:
         arms.setdefault(row.arm or "no arm", []).append(row.would - (row.now or 0))

@@ -5,7 +5,7 @@ Belongs here: reading that from the ledger. Does not: printing it (the command a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -14,6 +14,8 @@ from data_checks import guardrails
 from delivery.approvals import Standing, standing
 from delivery.ledger import BatchRow, Delivery, Ledger, Switch
 from delivery.push.reconciliation import BESIDE
+from models import catalog
+from models.policies.allocation import money_text
 from pipeline.decisions import tables
 from pipeline.workflow import Workflow
 
@@ -74,3 +76,13 @@ def review(ledger: Ledger, workflow: Workflow, batch_id: str, now: datetime, lim
         [d for d in rows if d.state not in ("ACKED", "PENDING")],
         [d for d in rows if BESIDE in (d.says or "")],
     )
+
+
+def teller(workflow: Workflow) -> Callable[[int | None], str]:
+    """A value of the workflow as people say it: money for a budget, the number for a priority, a dash for none."""
+    money = catalog.policy(workflow.policy.kind).money
+
+    def say(value: int | None) -> str:
+        return "–" if value is None else money_text(value) if money else str(value)
+
+    return say

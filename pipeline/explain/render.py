@@ -12,6 +12,9 @@ from data_checks import guardrails
 from models.policies.allocation import money_text
 from models.policies.base import MATERIAL
 
+STANDS, REASONS = "What stands downstream", "The decision, and its reasons"
+AGAIN, TURNS = "Made again", "What would have changed it"
+"""Titles of the sections that a person reads first."""
 FILES_SHOWN, ROWS_SHOWN = 3, 6
 """Of the files and source rows that are listed, how many a terminal shows."""
 
@@ -20,7 +23,6 @@ def lines(said: Mapping[str, Any]) -> Iterator[str]:
     """The chain as indented lines."""
     decision = said["decision"]
     value = money_text if decision["money"] else str
-    name = decision["entity_id"] if decision["entity_id"] is not None else "(name forgotten)"
 
     def indented(depth: int, link: Iterator[str]) -> Iterator[str]:
         first = True
@@ -28,23 +30,8 @@ def lines(said: Mapping[str, Any]) -> Iterator[str]:
             yield "  " * depth + ("← " if first and depth else "  " if depth else "") + line
             first = False
 
-    moved = f"{_shown(decision['before'], value)} → {_shown(decision['after'], value)}"
-    yield f"{decision['workflow']}, {decision['day']}: {name}: {moved}"
-    links = [
-        _downstream_lines(said["downstream"], value),
-        _delivery_lines(said["deliveries"], value),
-        _batch_lines(said["batch"], said["approvals"]),
-        _decision_lines(decision, value),
-    ]
-    if decision["kind"] == "rollback":
-        links.append(_rollback_lines(said))
-    else:
-        links += [
-            _score_lines(said["score"]),
-            _model_lines(said["model"]),
-            _table_lines(said["tables"]),
-            _source_lines(said["sources"]),
-        ]
+    yield headline(said)
+    links = [link for _, link in _links(said, value)]
     for depth, link in enumerate(links):
         yield from indented(depth, link)
     if "forgotten" in decision:
@@ -54,6 +41,48 @@ def lines(said: Mapping[str, Any]) -> Iterator[str]:
     if "gone" not in said.get("reverses", {"gone": ""}):
         yield "It reverses:"
         yield from ("  " + line for line in lines(said["reverses"]))
+
+
+def headline(said: Mapping[str, Any]) -> str:
+    """The decision in one line: workflow, day, entity, before and after."""
+    decision = said["decision"]
+    value = money_text if decision["money"] else str
+    name = decision["entity_id"] if decision["entity_id"] is not None else "(name forgotten)"
+    moved = f"{_shown(decision['before'], value)} → {_shown(decision['after'], value)}"
+    return f"{decision['workflow']}, {decision['day']}: {name}: {moved}"
+
+
+def sections(said: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """The chain as titles with their lines, for a page: what the lines of a terminal say, without their indentation."""
+    decision = said["decision"]
+    value = money_text if decision["money"] else str
+    for title, link in _links(said, value):
+        yield title, list(link)
+    if "forgotten" in decision:
+        yield "Forgotten", [decision["forgotten"]]
+    yield AGAIN, list(_replay_lines(said["replay"], value))
+    _, *turns = _would_change_lines(said["would_change"], decision, value)
+    yield TURNS, [turn.strip() for turn in turns]
+
+
+def _links(said: Mapping[str, Any], value: Callable[[Any], str]) -> list[tuple[str, Iterator[str]]]:
+    """The links of the chain, from downstream back."""
+    decision = said["decision"]
+    links = [
+        (STANDS, _downstream_lines(said["downstream"], value)),
+        ("How it was delivered", _delivery_lines(said["deliveries"], value)),
+        ("Its batch", _batch_lines(said["batch"], said["approvals"])),
+        (REASONS, _decision_lines(decision, value)),
+    ]
+    if decision["kind"] == "rollback":
+        return [*links, ("The rollback", _rollback_lines(said))]
+    return [
+        *links,
+        ("The score", _score_lines(said["score"])),
+        ("The model", _model_lines(said["model"])),
+        ("The tables", _table_lines(said["tables"])),
+        ("The source rows", _source_lines(said["sources"])),
+    ]
 
 
 def _shown(value: Any, words: Callable[[Any], str]) -> str:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 ROWS_LISTED = 20
 """Source rows that are listed; all are counted."""
 FEATURES_LISTED = 5
+NOT_SEARCHED = "Not searched for."
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,18 @@ def _plain(value: Any) -> Any:
 
 
 def explain(
-    ledger: Ledger, lake: Lake, registry: Registry, decision_id: str, *, reading: Reading | None = None
+    ledger: Ledger,
+    lake: Lake,
+    registry: Registry,
+    decision_id: str,
+    *,
+    reading: Reading | None = None,
+    search: bool = True,
 ) -> Explanation:
     """The chain of a decision that the ledger (or, after its retention, the lake) knows.
 
-    ``reading``: the entity as its downstream system shows it now, if the caller has asked. Raises the ledger's error
-    where nobody knows the decision.
+    ``reading``: the entity as its downstream system shows it now, if the caller has asked. ``search``: whether to look for what
+    would have changed it, which takes most of the time. Raises the ledger's error where nobody knows the decision.
     """
     row, batch, missing = _found(ledger, lake, decision_id)
     kind = batch["kind"]
@@ -105,7 +112,7 @@ def explain(
         links |= _reversal(ledger, lake, registry, row, batch)
         return Explanation(decision_id, links)
     links["batch"] |= _or_gone("why its step", lambda: {"step_reasons": _step_reasons(lake, batch)})
-    links |= _reasoned(lake, registry, {**batch["record"], **row, **_own(batch)})
+    links |= _reasoned(lake, registry, {**batch["record"], **row, **_own(batch)}, search)
     return Explanation(decision_id, links)
 
 
@@ -293,7 +300,7 @@ def _reversal(
 # --- score, model, tables, files --------------------------------------------------------------------------------------
 
 
-def _reasoned(lake: Lake, registry: Registry, row: dict[str, Any]) -> dict[str, Any]:
+def _reasoned(lake: Lake, registry: Registry, row: dict[str, Any], search: bool) -> dict[str, Any]:
     """From the score back to the source rows, the replay, and what would have changed it."""
     nameless = {"gone": "the entity's name was forgotten"}
     named = row.get("entity_id") is not None
@@ -322,6 +329,8 @@ def _reasoned(lake: Lake, registry: Registry, row: dict[str, Any]) -> dict[str, 
     links["replay"] = _or_gone("its replay", lambda: _replay(row, lake, registry)) if named else nameless
 
     def would_change() -> dict[str, Any]:
+        if not search:
+            return {"says": [NOT_SEARCHED]}
         if links["replay"].get("equal") is not True:
             return {"gone": "the replay does not give the recorded decision: nothing is claimed about others"}
         given = inputs()

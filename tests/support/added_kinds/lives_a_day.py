@@ -13,9 +13,9 @@ from pathlib import Path
 from models import catalog
 from models.evaluation import evaluate
 from models.registry import CHAMPION, Registry
-from orchestration.cli.console import money_or_level
 from pipeline import workflow_validation
 from pipeline.decisions import scoring
+from pipeline.decisions.batch_review import teller
 from pipeline.explain import counterfactual
 from pipeline.lifecycle import candidate_evaluation, shadow
 from pipeline.monitoring import labels
@@ -47,7 +47,7 @@ def lived(folder: Path, root: Path, day: date) -> dict[str, object]:
     row = next(one for one in decisions.to_pylist() if one["changed"])
     inputs = counterfactual.Inputs(row, workflow, day, features, scores, drawn, batch.step, model)
     found["limits"] = counterfactual.search(inputs, model.because(features.slice(0, 1))).limits_tried
-    found["written"] = money_or_level(workflow, 1_230_000)
+    found["written"] = teller(workflow)(1_230_000)
     found["performance"] = labels.scored(workflow, lake, day).num_rows
     return found
 
