@@ -9,13 +9,13 @@ import gc
 import os
 import shutil
 from collections.abc import Sequence
-from datetime import date, datetime
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
-from assets.resources import ClockResource, resources
+from assets.resources import resources
 from models.registry import Registry
 from orchestration.assembly import build
 from orchestration.jobs import DECIDE
@@ -48,11 +48,6 @@ def prepare_home() -> Path:
         wanted = "dagster.postgres.yaml" if os.environ.get("SIGNALBOX_DAGSTER_CONFIG") == "postgres" else "dagster.yaml"
         shutil.copyfile(_CONFIGURATIONS / wanted, target)
     return at
-
-
-def clock_now(fixed: str | None = None) -> datetime:
-    """Now as naive UTC, or the fixed time."""
-    return ClockResource(fixed=fixed).now()
 
 
 def registry() -> Registry:

@@ -11,8 +11,6 @@ import os
 import secrets
 from pathlib import Path
 
-from delivery.ledger import LedgerError
-
 
 def home() -> Path:
     """The folder of all state: ``SIGNALBOX_HOME``, else ``.signalbox`` in the current folder."""
@@ -47,6 +45,8 @@ def ledger_key() -> bytes:
     given = os.environ.get("SIGNALBOX_LEDGER_KEY")
     if given:
         if len(given.encode()) < 16:
+            from delivery.ledger import LedgerError  # every command reads the state folder's place; few need the ledger
+
             raise LedgerError(
                 "SIGNALBOX_LEDGER_KEY is too short: 16 random bytes at least; leave it out for a key file"
             )

@@ -2,7 +2,10 @@
 
 import ast
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
@@ -222,3 +225,25 @@ def test_what_time_it_is_is_read_in_one_place() -> None:
         if READS_A_CLOCK.search(line)
     ]
     assert not wrong, f"common.clock tells it: {wrong}"
+
+
+@pytest.mark.parametrize(
+    ("words", "never"),
+    [
+        (["--help"], {"sqlalchemy", "pyarrow", "numpy", "pydantic", "dagster"}),
+        (["status"], {"dagster", "mlflow", "pandas", "lightgbm"}),
+        (["batches", "ad_budget"], {"dagster", "mlflow", "pandas", "lightgbm"}),
+    ],
+    ids=lambda one: " ".join(one) if isinstance(one, list) else "",
+)
+def test_a_command_loads_what_it_needs_alone(words: list[str], never: set[str], tmp_path: Path) -> None:
+    script = (
+        "import sys; from typer.testing import CliRunner; from orchestration.cli import command\n"
+        f"done = CliRunner().invoke(command.app, {words!r}); assert done.exit_code == 0, done.output\n"
+        f"print(sorted({never!r} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env={**os.environ, "SIGNALBOX_HOME": str(tmp_path)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "[]"

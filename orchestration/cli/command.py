@@ -20,12 +20,48 @@ import typer
 from rich.console import Console
 
 from orchestration.cli import operations, sandbox
-from orchestration.cli.console import Day, Json, a_day, console, ledger, shown, told, workflow_named
+from orchestration.cli.console import (
+    LOOK,
+    PAGES,
+    RUN,
+    SET_UP,
+    TRY,
+    Day,
+    Json,
+    a_day,
+    console,
+    ledger,
+    moment_of,
+    shown,
+    told,
+    workflow_named,
+)
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
 
-@app.command()
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(version("signalbox"))
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end")
+    ] = False,
+) -> None:
+    """Decisions that are verified, compared with a holdout while they act, made again to the bit, and taken back.
+
+    Begin with `signalbox demo`, then `signalbox serve`. Every command takes --json. What failed, or is not complete, ends with a
+    status other than 0.
+    """
+
+
+@app.command(rich_help_panel=SET_UP)
 def init(as_json: Json = False) -> None:
     """Make the state folder and Dagster's instance configuration in it (what stands there is left alone)."""
     from orchestration import runner
@@ -34,7 +70,7 @@ def init(as_json: Json = False) -> None:
     told({"state": str(at)}, as_json, [f"State lies in {at}"])
 
 
-@app.command()
+@app.command(rich_help_panel=SET_UP)
 def validate(as_json: Json = False) -> None:
     """Read every workflow's folder, try its SQL on empty tables, and say what is wrong: file, place and the way out."""
     from pipeline import workflow_validation
@@ -82,7 +118,7 @@ def _watched(quiet: bool) -> Iterator[None]:
         yield
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def run(
     workflow: str,
     job: Annotated[str, typer.Argument(help="daily, prepare, retrain, decide or deliver")] = "daily",
@@ -103,7 +139,7 @@ def run(
     from orchestration.automation import closed_days
 
     found = workflow_named(workflow)
-    last = day or closed_days(found, runner.clock_now(now))
+    last = day or closed_days(found, moment_of(now))
     with _watched(as_json):
         result = runner.run(found, job, since or last, last, now=now, again=again)
     shown(
@@ -117,7 +153,7 @@ def run(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def batches(workflow: str, as_json: Json = False) -> None:
     """The batches of a workflow: step, status, how many decisions changed something, and what came of sending them."""
     with ledger() as book:
@@ -133,7 +169,7 @@ def batches(workflow: str, as_json: Json = False) -> None:
     shown(rows, f"Batches of {workflow}", as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def decisions(
     workflow: str,
     day: Day = None,
@@ -142,17 +178,20 @@ def decisions(
 ) -> None:
     """The decisions of a day with their reasons."""
     from assets.resources import resources
-    from pipeline.decisions import tables
+    from pipeline.decisions import batch_review, tables
 
     found = workflow_named(workflow)
     lake = resources()["lake"].lake
     if day is None:
         day = max(lake.read(found.table("batches"), columns=["day"])["day"].to_pylist())
     rows = tables.largest_changes(lake.read(found.table("decisions"), days=[day])).slice(0, limit).to_pylist()
+    if not as_json:  # the document has micros, as the ledger; people read units of money
+        say = batch_review.teller(found)
+        rows = [{**row, "before": say(row["before"]), "after": say(row["after"])} for row in rows]
     shown(rows, f"Decisions of {workflow}, {day}", as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def replay(workflow: str, decision_id: str, as_json: Json = False) -> None:
     """Make a recorded decision again from its row alone and compare the two to the bit."""
     from assets.resources import resources
@@ -171,7 +210,7 @@ def _teller(as_json: bool) -> Console:
     return Console(stderr=True) if as_json else console
 
 
-@app.command()
+@app.command(rich_help_panel=TRY)
 def demo(as_json: Json = False) -> None:
     """Two workflows over seven weeks, on generated data: the whole story, with a closing summary."""
     from orchestration.demo import story
@@ -181,7 +220,7 @@ def demo(as_json: Json = False) -> None:
         print(json.dumps(summary, default=str))
 
 
-@app.command()
+@app.command(rich_help_panel=TRY)
 def real(
     data: Annotated[Path, typer.Option(help="Folder with uci498/ and online_advertising/")] = Path("../shared/data"),
     workflow: Annotated[str | None, typer.Option(help="Only this one")] = None,
@@ -195,7 +234,7 @@ def real(
         print(json.dumps({name: one.as_dict() for name, one in found.items()}, default=str))
 
 
-@app.command()
+@app.command(rich_help_panel=PAGES)
 def web(
     port: Annotated[int | None, typer.Option(help="Default: the port of SIGNALBOX_REPORTS_UI, or 8001")] = None,
 ) -> None:
@@ -208,7 +247,7 @@ def web(
     home_page.serve("127.0.0.1", port or urlsplit(resources()["reports"].ui).port or 8001)
 
 
-@app.command()
+@app.command(rich_help_panel=PAGES)
 def serve(as_json: Json = False) -> None:
     """Open the home page, Dagster, the MLflow server and the Evidently UI on the state folder, on 127.0.0.1 only."""
     from orchestration import servers

@@ -10,7 +10,7 @@ import contextlib
 import getpass
 import json
 from collections.abc import Iterator
-from datetime import date
+from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from delivery.ledger import BatchRow, Ledger
 
 console = Console()
+TRY, SET_UP, RUN, PAGES = "Try it", "Set up", "Run and send", "Pages"
+LOOK, ACT, KEEP = "Look, and ask why", "Approve, stop, take back", "The record"
+"""Under which head the help lists a command."""
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output")]
 As = Annotated[str | None, typer.Option("--as", help="Your name as it shall stand in the ledger; default: your login")]
 Reason = Annotated[str, typer.Option("--reason", help="Why, in a sentence; it stands in the ledger")]
@@ -36,6 +39,17 @@ def a_day(text: str) -> date:
         raise typer.BadParameter(f"{text!r} is not a day such as 2026-03-31") from None
 
 
+def moment_of(text: str | None) -> datetime:
+    """A time as typed (ISO 8601), as naive UTC; now where none is given."""
+    if text is None:
+        return utc_now()
+    try:
+        given = datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no time such as 2026-03-31T06:00") from None
+    return given.astimezone(UTC).replace(tzinfo=None) if given.tzinfo else given
+
+
 Day = Annotated[
     date | None, typer.Option(parser=a_day, metavar="YYYY-MM-DD", help="The day (UTC); default: the newest")
 ]
@@ -44,9 +58,11 @@ Day = Annotated[
 @contextlib.contextmanager
 def ledger() -> Iterator[Ledger]:
     """The ledger, closed afterwards."""
-    from assets.resources import resources
+    from delivery.ledger import Ledger
+    from pipeline.settings import ledger_key, ledger_url
 
-    book = resources()["ledger"].open(utc_now)
+    # not by way of Dagster's resources: importing Dagster takes longer than most commands
+    book = Ledger.open(ledger_url(), key=ledger_key(), clock=utc_now)
     try:
         yield book
     finally:
@@ -63,17 +79,31 @@ def told(found: dict[str, Any], as_json: bool, lines: list[str]) -> None:
 
 
 def shown(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
-    """One JSON document, or a table; what is too long for a cell (reasons) stands below as text."""
+    """One JSON document, or a table; what is too long for a cell (reasons) stands below as text.
+
+    Where the terminal is too narrow for the table, each row stands as lines, its id whole.
+    """
     if as_json:
         print(json.dumps(rows, default=str))
         return
-    table = Table(title=title, title_justify="left")
     short = [{k: v for k, v in row.items() if k != "reasons"} for row in rows]
-    for name in short[0] if short else []:
+    cells = [{k: _cell(v) for k, v in row.items()} for row in short]
+    table = Table(title=title, title_justify="left")
+    for name in cells[0] if cells else []:
         table.add_column(name, overflow="fold")
-    for row in short:
-        table.add_row(*[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()])
-    console.print(table if rows else f"{title}: nothing")
+    for row in cells:
+        table.add_row(*row.values())
+    if not rows:
+        console.print(f"{title}: nothing")
+    elif console.measure(table, options=console.options.update(max_width=10_000)).maximum <= console.width:
+        console.print(table)
+    else:  # too wide: a table would break ids and words, so that nobody could read or copy them
+        console.print(title, highlight=False, markup=False)
+        for row in cells:
+            first = next((name for name in row if name.endswith("_id")), next(iter(row)))
+            others = "  ".join(f"{name} {value}" for name, value in row.items() if name != first and value)
+            console.print(row[first], style="bold", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"  {others}", highlight=False, markup=False)
     for row in rows:
         if reasons := row.get("reasons"):
             console.print(f"[bold]{next(iter(row.values()))}[/bold] {' '.join(reasons)}", highlight=False)
@@ -82,6 +112,12 @@ def shown(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
 def who(name: str | None) -> str:
     """The name given, else the login."""
     return name or getpass.getuser()
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+    return str(value)
 
 
 def workflow_named(name: str) -> Any:

@@ -23,12 +23,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from common.clock import utc_now
 from orchestration.cli.console import (
+    ACT,
+    KEEP,
+    LOOK,
+    RUN,
     As,
     Json,
     Reason,
     a_day,
     every_workflow,
     ledger,
+    moment_of,
     told,
     who,
     workflow_named,
@@ -41,26 +46,26 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the ``signalbox`` command."""
-    app.command()(status)
-    app.command()(show)
-    app.command()(deliver)
-    app.command()(approve)
-    app.command()(stop)
-    app.command()(resume)
-    app.command()(rollback)
-    app.command()(explain)
-    app.command()(verify)
-    app.command()(forget)
-    app.command()(retain)
-    app.command()(lift)
-    app.command()(power)
-    app.command()(remap)
+    app.command(rich_help_panel=LOOK)(status)
+    app.command(rich_help_panel=LOOK)(show)
+    app.command(rich_help_panel=RUN)(deliver)
+    app.command(rich_help_panel=ACT)(approve)
+    app.command(rich_help_panel=ACT)(stop)
+    app.command(rich_help_panel=ACT)(resume)
+    app.command(rich_help_panel=ACT)(rollback)
+    app.command(rich_help_panel=LOOK)(explain)
+    app.command(rich_help_panel=KEEP)(verify)
+    app.command(rich_help_panel=KEEP)(forget)
+    app.command(rich_help_panel=KEEP)(retain)
+    app.command(rich_help_panel=ACT)(lift)
+    app.command(rich_help_panel=LOOK)(power)
+    app.command(rich_help_panel=RUN)(remap)
     people = typer.Typer(no_args_is_help=True, help="Who may approve a held batch")
     people.command("add")(add_approver)
     people.command("list")(list_approvers)
     people.command("rotate")(rotate_approver)
     people.command("revoke")(revoke_approver)
-    app.add_typer(people, name="approvers")
+    app.add_typer(people, name="approvers", rich_help_panel=ACT)
 
 
 def status(
@@ -74,10 +79,9 @@ def status(
 
     Where nothing was decided for 30 days, it says so, and the figures are of the 30 days before.
     """
-    from orchestration.runner import clock_now
     from pipeline.monitoring import loop_health
 
-    moment = clock_now(at)
+    moment = moment_of(at)
     chosen = [workflow_named(workflow)] if workflow else every_workflow()
     with ledger() as book:
         found = [loop_health.examine(book, one, until=moment) for one in chosen]
@@ -91,14 +95,22 @@ def status(
 
 
 def show(
-    batch: str, limit: Annotated[int, typer.Option(help="How many of the largest changes")] = 10, as_json: Json = False
+    batch: Annotated[
+        str, typer.Argument(help="A batch (the beginning of its id is enough), or a workflow for its newest")
+    ],
+    day: Annotated[
+        date | None, typer.Argument(parser=a_day, metavar="[DAY]", help="With a workflow: of this day")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="How many of the largest changes")] = 10,
+    as_json: Json = False,
 ) -> None:
     """A batch: what it would change or has changed, in sum and the largest first; what was objected; what became of it."""
     from pipeline.decisions import batch_review
 
     with ledger() as book:
-        workflow = workflow_of(book.batch(batch))
-        seen = batch_review.review(book, workflow, batch, utc_now(), limit)
+        named = _batch(book, batch, day)
+        workflow = workflow_of(named)
+        seen = batch_review.review(book, workflow, named.batch_id, utc_now(), limit)
     found = seen.batch
     say = batch_review.teller(workflow)
     lines = [
@@ -132,12 +144,18 @@ def show(
 
 
 def _batch(book: Ledger, named: str, day: date | None) -> Any:
-    """A batch by its id, or the newest of a workflow (or the one of a day)."""
+    """A batch by its id or what its id alone begins with, or the newest of a workflow (or the one of a day)."""
     from pipeline import dispatch
     from pipeline.workflow import FOLDER
 
     if not (FOLDER / named / "workflow.yaml").is_file():
-        return book.batch(named)
+        begins = [b for b in book.batches() if b.batch_id.startswith(named)]
+        exact = [b for b in begins if b.batch_id == named]
+        if len(begins) > 1 and not exact:
+            some = ", ".join(b.batch_id for b in begins[:3])
+            raise typer.BadParameter(f"{len(begins)} batches begin with {named!r}, such as {some}: write more of it")
+        (only,) = exact or begins or [book.batch(named)]
+        return only
     if day is not None:
         return dispatch.batch_of(book, named, day)
     rows = book.batches(named, kind="decision")
@@ -293,7 +311,8 @@ def approve(
     from delivery import approvals
 
     with ledger() as book:
-        found = book.batch(batch)
+        found = _batch(book, batch, None)
+        batch = found.batch_id
         workflow = workflow_of(found)
         spec = workflow.delivery.approval
         valid = timedelta(hours=hours if hours is not None else spec.valid_hours)

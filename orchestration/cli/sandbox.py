@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from orchestration.cli.console import ledger, told
+from orchestration.cli.console import TRY, ledger, told
 from pipeline.settings import home
 
 _RUNNING = "running.json"
@@ -42,7 +42,7 @@ def register(app: typer.Typer) -> None:
     commands = typer.Typer(no_args_is_help=True, help="Local downstream systems: an advertising API and a help desk")
     commands.command("up")(up)
     commands.command("advance")(advance)
-    app.add_typer(commands, name="sandbox")
+    app.add_typer(commands, name="sandbox", rich_help_panel=TRY)
 
 
 def up(

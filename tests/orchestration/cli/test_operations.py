@@ -21,8 +21,9 @@ from delivery.ledger import BatchRow, Ledger, utc_now
 from delivery.push import Stopped
 from delivery.sandbox import advertising_account, advertising_api, advertising_server
 from delivery.sandbox.worlds import advertising
+from models.policies.allocation import money_text
 from models.registry import Registry
-from orchestration.cli import command
+from orchestration.cli import command, console
 from pipeline import dispatch
 from tests.conftest import WorkflowHarness
 
@@ -112,6 +113,26 @@ def test_a_batch_is_looked_at_tried_dry_delivered_and_explained(office: Office) 
     assert verdict["ok"] and office.json("verify", "--head", str(office.home / "head.json"))["ok"]
     again = office.json("deliver", row.batch_id, "--late")
     assert again["complete"] and again["sends"] == 0
+
+
+def test_a_batch_is_shown_by_what_its_id_begins_with_or_by_workflow_and_day(office: Office) -> None:
+    row = office.decide()
+    for words in ((row.batch_id[:-6],), ("ad_budget",), ("ad_budget", row.day.isoformat())):
+        assert office.json("show", *words)["batch"] == row.batch_id
+    office.decide(max_total_change=0.0001)
+    refused = office("show", f"ad_budget-{row.day}")
+    assert refused.exit_code == 2 and "2 batches begin with" in " ".join(refused.output.split())
+    assert office("show", "ad_budget", "yesterday").exit_code == 2
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_ids_stand_whole_and_money_in_units(office: Office, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setattr(console.console, "_width", columns)
+    row = office.decide()
+    assert row.batch_id in office("batches", "ad_budget").output
+    largest = office.json("decisions", "ad_budget", "--limit", "1")[0]
+    said = office("decisions", "ad_budget", "--limit", "1").output
+    assert largest["decision_id"] in said and money_text(largest["after"]) in said and str(largest["after"]) not in said
 
 
 def test_show_prints_the_value_that_stands(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
