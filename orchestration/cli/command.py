@@ -21,13 +21,15 @@ from rich.console import Console
 
 from orchestration.cli import operations, sandbox
 from orchestration.cli.console import (
+    Day,
+    Decision,
+    Json,
     LOOK,
     PAGES,
     RUN,
     SET_UP,
     TRY,
-    Day,
-    Json,
+    Workflow,
     a_day,
     console,
     ledger,
@@ -54,16 +56,16 @@ def start(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end")
     ] = False,
 ) -> None:
-    """Decisions that are verified, compared with a holdout while they act, made again to the bit, and taken back.
+    """Turn data into decisions that act on other systems, every day, and take them back when they do harm.
 
-    Begin with `signalbox demo`, then `signalbox serve`. Every command takes --json. What failed, or is not complete, ends with a
-    status other than 0.
+    Start with `signalbox demo`, then `signalbox serve` and `signalbox status`; docs/tour.md explains the parts. Every command
+    takes --json. A command that fails, or leaves something undone, does not exit with status 0.
     """
 
 
 @app.command(rich_help_panel=SET_UP)
 def init(as_json: Json = False) -> None:
-    """Make the state folder and Dagster's instance configuration in it (what stands there is left alone)."""
+    """Create the state folder and Dagster's configuration in it; existing files are kept."""
     from orchestration import runner
 
     at = runner.prepare_home()
@@ -72,7 +74,7 @@ def init(as_json: Json = False) -> None:
 
 @app.command(rich_help_panel=SET_UP)
 def validate(as_json: Json = False) -> None:
-    """Read every workflow's folder, try its SQL on empty tables, and say what is wrong: file, place and the way out."""
+    """Check every workflow's folder, run its SQL on empty tables, and name each mistake by file, place and fix."""
     from pipeline import workflow_validation
     from pipeline.workflow import load_all
 
@@ -120,17 +122,20 @@ def _watched(quiet: bool) -> Iterator[None]:
 
 @app.command(rich_help_panel=RUN)
 def run(
-    workflow: str,
-    job: Annotated[str, typer.Argument(help="daily, prepare, retrain, decide or deliver")] = "daily",
+    workflow: Workflow,
+    job: Annotated[str, typer.Argument(help="The job: daily, prepare, retrain, decide or deliver")] = "daily",
     day: Day = None,
     since: Annotated[date | None, typer.Option(parser=a_day, metavar="YYYY-MM-DD", help="First day of a range")] = None,
-    now: Annotated[str | None, typer.Option(help="Fixes the clock (ISO 8601, UTC)")] = None,
+    now: Annotated[str | None, typer.Option(help="Use this time as the current one (ISO 8601, UTC)")] = None,
     again: Annotated[
-        bool, typer.Option("--again", help="Decide anew what was sent and still takes effect; daily and decide alone")
+        bool,
+        typer.Option(
+            "--again", help="Decide a day again that was sent and still takes effect; only for daily and decide"
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Run a job of a workflow in this process, for a day or a range of days in one run."""
+    """Run a job of a workflow in this process, for one day or for a range of days."""
     if again and job not in ("daily", "decide"):
         raise typer.BadParameter(
             f"--again asks for decisions, and the job {job} makes none; use it with daily or decide"
@@ -154,8 +159,8 @@ def run(
 
 
 @app.command(rich_help_panel=LOOK)
-def batches(workflow: str, as_json: Json = False) -> None:
-    """The batches of a workflow: step, status, how many decisions changed something, and what came of sending them."""
+def batches(workflow: Workflow, as_json: Json = False) -> None:
+    """List the batches of a workflow: step, status, number of changes, and delivery result."""
     with ledger() as book:
         found = book.batches(workflow_named(workflow).name)
     rows = [
@@ -171,12 +176,12 @@ def batches(workflow: str, as_json: Json = False) -> None:
 
 @app.command(rich_help_panel=LOOK)
 def decisions(
-    workflow: str,
+    workflow: Workflow,
     day: Day = None,
     limit: Annotated[int, typer.Option(help="How many, the largest changes first")] = 20,
     as_json: Json = False,
 ) -> None:
-    """The decisions of a day with their reasons."""
+    """List the decisions of a day with their reasons."""
     from assets.resources import resources
     from pipeline.decisions import batch_review, tables
 
@@ -192,8 +197,8 @@ def decisions(
 
 
 @app.command(rich_help_panel=LOOK)
-def replay(workflow: str, decision_id: str, as_json: Json = False) -> None:
-    """Make a recorded decision again from its row alone and compare the two to the bit."""
+def replay(workflow: Workflow, decision_id: Decision, as_json: Json = False) -> None:
+    """Recompute a recorded decision from its row alone and compare the two to the bit."""
     from assets.resources import resources
     from pipeline.decisions import replay as replaying
 
@@ -212,7 +217,7 @@ def _teller(as_json: bool) -> Console:
 
 @app.command(rich_help_panel=TRY)
 def demo(as_json: Json = False) -> None:
-    """Two workflows over seven weeks, on generated data: the whole story, with a closing summary."""
+    """Run two workflows over seven weeks of generated data, and print a summary."""
     from orchestration.demo import story
 
     summary = story.tell(_teller(as_json))
@@ -222,11 +227,13 @@ def demo(as_json: Json = False) -> None:
 
 @app.command(rich_help_panel=TRY)
 def real(
-    data: Annotated[Path, typer.Option(help="Folder with uci498/ and online_advertising/")] = Path("../shared/data"),
-    workflow: Annotated[str | None, typer.Option(help="Only this one")] = None,
+    data: Annotated[Path, typer.Option(help="Folder that contains uci498/ and online_advertising/")] = Path(
+        "../shared/data"
+    ),
+    workflow: Annotated[str | None, typer.Option(help="Only this workflow; default: both")] = None,
     as_json: Json = False,
 ) -> None:
-    """Both workflows on the real data sets that docs/real_data.md describes, in a state folder of their own."""
+    """Run both workflows on the real data sets that docs/real_data.md describes, in a separate state folder."""
     from orchestration.demo import real_data
 
     found = real_data.run(_teller(as_json), data, only=workflow)
@@ -249,7 +256,7 @@ def web(
 
 @app.command(rich_help_panel=PAGES)
 def serve(as_json: Json = False) -> None:
-    """Open the home page, Dagster, the MLflow server and the Evidently UI on the state folder, on 127.0.0.1 only."""
+    """Start the home page, Dagster, the MLflow server and the Evidently UI on the state folder, on 127.0.0.1 only."""
     from orchestration import servers
 
     servers.serve(_teller(as_json), ready=(lambda up: print(json.dumps(up), flush=True)) if as_json else None)

@@ -29,6 +29,12 @@ LOOK, ACT, KEEP = "Look, and ask why", "Approve, stop, take back", "The record"
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output")]
 As = Annotated[str | None, typer.Option("--as", help="Your name as it shall stand in the ledger; default: your login")]
 Reason = Annotated[str, typer.Option("--reason", help="Why, in a sentence; it stands in the ledger")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output")]
+As = Annotated[str | None, typer.Option("--as", help="Your name for the ledger; default: your login")]
+Reason = Annotated[str, typer.Option("--reason", help="The reason, in a sentence; the ledger records it")]
+Workflow = Annotated[str, typer.Argument(help="The workflow's name, such as ad_budget")]
+Batch = Annotated[str, typer.Argument(help="The batch's id, as `signalbox batches` prints it")]
+Decision = Annotated[str, typer.Argument(help="The decision's id, as `signalbox decisions` prints it")]
 
 
 def a_day(text: str) -> date:

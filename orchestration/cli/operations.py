@@ -28,8 +28,11 @@ from orchestration.cli.console import (
     LOOK,
     RUN,
     As,
+    Batch,
+    Decision,
     Json,
     Reason,
+    Workflow,
     a_day,
     every_workflow,
     ledger,
@@ -42,6 +45,8 @@ from orchestration.cli.console import (
 
 if TYPE_CHECKING:
     from delivery.ledger import Ledger
+
+Approver = Annotated[str, typer.Argument(help="The approver's name")]
 
 
 def register(app: typer.Typer) -> None:
@@ -60,7 +65,7 @@ def register(app: typer.Typer) -> None:
     app.command(rich_help_panel=ACT)(lift)
     app.command(rich_help_panel=LOOK)(power)
     app.command(rich_help_panel=RUN)(remap)
-    people = typer.Typer(no_args_is_help=True, help="Who may approve a held batch")
+    people = typer.Typer(no_args_is_help=True, help="Manage the people who may approve a held batch.")
     people.command("add")(add_approver)
     people.command("list")(list_approvers)
     people.command("rotate")(rotate_approver)
@@ -69,15 +74,15 @@ def register(app: typer.Typer) -> None:
 
 
 def status(
-    workflow: Annotated[str | None, typer.Argument(help="Only this one; default: all")] = None,
+    workflow: Annotated[str | None, typer.Argument(help="Only this workflow; default: all")] = None,
     at: Annotated[
-        str | None, typer.Option("--now", help="Look as if it were this time (ISO 8601, UTC); default: now")
+        str | None, typer.Option("--now", help="Report as of this time (ISO 8601, UTC); default: now")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """How the loop itself is doing: who is live, what is open and waits for whom, and the last 30 days in figures.
+    """Show the health of each workflow: the live version, what is open and who must act, and the last 30 days.
 
-    Where nothing was decided for 30 days, it says so, and the figures are of the 30 days before.
+    If a workflow has decided nothing for 30 days, it says so, and the figures are of the 30 days before that.
     """
     from pipeline.monitoring import loop_health
 
@@ -96,15 +101,15 @@ def status(
 
 def show(
     batch: Annotated[
-        str, typer.Argument(help="A batch (the beginning of its id is enough), or a workflow for its newest")
+        str, typer.Argument(help="A batch (the beginning of its id is enough), or a workflow for its newest batch")
     ],
     day: Annotated[
-        date | None, typer.Argument(parser=a_day, metavar="[DAY]", help="With a workflow: of this day")
+        date | None, typer.Argument(parser=a_day, metavar="[DAY]", help="With a workflow: the batch of this day")
     ] = None,
     limit: Annotated[int, typer.Option(help="How many of the largest changes")] = 10,
     as_json: Json = False,
 ) -> None:
-    """A batch: what it would change or has changed, in sum and the largest first; what was objected; what became of it."""
+    """Show one batch: sums by arm, largest changes, guardrail findings, approvals and delivery result."""
     from pipeline.decisions import batch_review
 
     with ledger() as book:
@@ -167,17 +172,18 @@ def _batch(book: Ledger, named: str, day: date | None) -> Any:
 
 
 def deliver(
-    batch: Annotated[str, typer.Argument(help="A batch, or a workflow for its newest one")],
+    batch: Annotated[str, typer.Argument(help="A batch's id, or a workflow's name for its newest batch")],
     day: Annotated[
-        date | None, typer.Option(parser=a_day, metavar="YYYY-MM-DD", help="With a workflow: the batch of this day")
+        date | None,
+        typer.Option(parser=a_day, metavar="YYYY-MM-DD", help="With a workflow's name: the batch of this day"),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be sent, exactly, and send nothing")
+        bool, typer.Option("--dry-run", help="Print exactly what would be sent, and send nothing")
     ] = False,
-    late: Annotated[bool, typer.Option("--late", help="Send it although the day it was decided for is over")] = False,
+    late: Annotated[bool, typer.Option("--late", help="Send it although its day is over")] = False,
     as_json: Json = False,
 ) -> None:
-    """Send a batch downstream and verify it by reading back; run again to go on where an earlier run ended."""
+    """Send a batch downstream and verify it by reading back; run again to continue an interrupted push."""
     from delivery import push as pushing
     from pipeline import dispatch
     from pipeline.decisions import in_effect
@@ -301,13 +307,15 @@ def _secret(prompt: str) -> str:
 
 
 def approve(
-    batch: str,
+    batch: Batch,
     name: Annotated[str, typer.Option("--as", help="Your name as an approver")],
     reason: Reason,
-    hours: Annotated[float | None, typer.Option(help="For how long it counts; default: what the workflow says")] = None,
+    hours: Annotated[
+        float | None, typer.Option(help="How long the approval is valid, in hours; default: as the workflow says")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Let a held batch go. Asks for your own secret; counts for exactly this batch, and not for ever."""
+    """Approve a held batch. Asks for your secret; the approval is for exactly this batch and expires."""
     from delivery import approvals
 
     with ledger() as book:
@@ -325,8 +333,8 @@ def approve(
     )
 
 
-def add_approver(name: str, as_json: Json = False) -> None:
-    """Enrol an approver; asks for a secret of their own, of which only a hash is kept."""
+def add_approver(name: Approver, as_json: Json = False) -> None:
+    """Add an approver; asks for a new secret, of which only a hash is kept."""
     from delivery import approvals
 
     first = _secret(f"A new secret for {name} (at least {approvals.SHORTEST_SECRET} characters): ")
@@ -338,15 +346,15 @@ def add_approver(name: str, as_json: Json = False) -> None:
 
 
 def list_approvers(as_json: Json = False) -> None:
-    """Who may approve, since when."""
+    """List who may approve, and since when."""
     with ledger() as book:
         rows = [{"name": one.name, "since": one.at} for one in book.approvers()]
     lines = [f"{row['name']}  since {row['since']:%Y-%m-%d %H:%M} UTC" for row in rows]
     told({"approvers": rows}, as_json, lines or ["Nobody yet: signalbox approvers add NAME"])
 
 
-def rotate_approver(name: str, as_json: Json = False) -> None:
-    """Replace an approver's secret; asks for the old one and the new one. Approvals that stand go on counting."""
+def rotate_approver(name: Approver, as_json: Json = False) -> None:
+    """Replace an approver's secret; asks for the old one and the new one. Current approvals stay valid."""
     from delivery import approvals
 
     old, fresh = _secret(f"Secret of {name}: "), _secret("A new one: ")
@@ -357,8 +365,8 @@ def rotate_approver(name: str, as_json: Json = False) -> None:
     told({"rotated": name}, as_json, [f"{name} has a new secret."])
 
 
-def revoke_approver(name: str, as_json: Json = False) -> None:
-    """Take the right to approve away; approvals of theirs that stand no longer count."""
+def revoke_approver(name: Approver, as_json: Json = False) -> None:
+    """Remove an approver; their current approvals no longer count."""
     from delivery import approvals
 
     with ledger() as book:
@@ -366,12 +374,12 @@ def revoke_approver(name: str, as_json: Json = False) -> None:
     told({"revoked": name}, as_json, [f"{name} may no longer approve."])
 
 
-def stop(workflow: str, reason: Reason, name: As = None, as_json: Json = False) -> None:
-    """The kill switch: nothing of this workflow is sent any more, a push under way ends after its wave. Rollbacks still run."""
+def stop(workflow: Workflow, reason: Reason, name: As = None, as_json: Json = False) -> None:
+    """Stop sending (kill switch): a push in progress ends after its wave. A person's rollback still runs, a guard's waits."""
     _switch(workflow, True, reason, name, as_json)
 
 
-def resume(workflow: str, reason: Reason, name: As = None, as_json: Json = False) -> None:
+def resume(workflow: Workflow, reason: Reason, name: As = None, as_json: Json = False) -> None:
     """Let a stopped workflow send again."""
     _switch(workflow, False, reason, name, as_json)
 
@@ -386,28 +394,28 @@ def _switch(workflow: str, stopped: bool, reason: str, name: str | None, as_json
 
 def rollback(
     reason: Annotated[
-        str, typer.Option("--reason", help="Why, in a sentence; it stands in the ledger. Not needed for --dry-run")
+        str, typer.Option("--reason", help="The reason, in a sentence; the ledger records it. Not needed for --dry-run")
     ] = "",
-    batch: Annotated[str | None, typer.Argument(help="The batch to take back")] = None,
+    batch: Annotated[str | None, typer.Argument(help="The batch to roll back")] = None,
     since: Annotated[
         date | None,
-        typer.Option(parser=a_day, metavar="YYYY-MM-DD", help="All batches of this day and after"),
+        typer.Option(parser=a_day, metavar="YYYY-MM-DD", help="All batches of this day and later"),
     ] = None,
     model: Annotated[int | None, typer.Option(help="With --workflow: all batches that this version decided")] = None,
-    workflow: Annotated[str | None, typer.Option(help="Whose batches; with --since, everybody's by default")] = None,
+    workflow: Annotated[
+        str | None, typer.Option(help="Only this workflow's batches; with --since, default: all workflows")
+    ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would come back, the largest first, and change nothing")
+        bool, typer.Option("--dry-run", help="Print what would be restored, the largest first, and change nothing")
     ] = False,
     close: Annotated[
         bool,
-        typer.Option(
-            "--close", help="End a rollback that cannot come to its end; what is left of it is listed and stays"
-        ),
+        typer.Option("--close", help="End a rollback that cannot be completed; what is left of it is listed and stays"),
     ] = False,
     name: As = None,
     as_json: Json = False,
 ) -> None:
-    """Push the prior values, newest batch first. What a person changed since is left and listed; run again until complete."""
+    """Restore the prior values, newest batch first. What a person changed since is left and listed; repeat until complete."""
     from delivery.rollback import RollbackReport
     from orchestration import runner
     from pipeline import dispatch
@@ -475,8 +483,14 @@ def _tried(book: Ledger, chosen: Iterable[Any], as_json: bool) -> None:
     told({"batches": [diff.as_dict() for diff in diffs]}, as_json, lines)
 
 
-def lift(workflow: str, version: int, reason: Reason, name: As = None, as_json: Json = False) -> None:
-    """Take the block off a model version that was rolled back, so that it may be promoted again."""
+def lift(
+    workflow: Workflow,
+    version: Annotated[int, typer.Argument(help="The model version")],
+    reason: Reason,
+    name: As = None,
+    as_json: Json = False,
+) -> None:
+    """Unblock a model version that was rolled back, so that it may be promoted again."""
     from orchestration import runner
     from pipeline.lifecycle import promotion
 
@@ -493,11 +507,13 @@ def lift(workflow: str, version: int, reason: Reason, name: As = None, as_json: 
 
 
 def explain(
-    decision: str,
-    live: Annotated[bool, typer.Option("--live", help="Also ask the downstream system what stands there now")] = False,
+    decision: Decision,
+    live: Annotated[
+        bool, typer.Option("--live", help="Also read the current value from the downstream system")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Why: from the value downstream back to the source rows, made again to the bit, and what would have changed it."""
+    """Explain a decision: from the value downstream back to the source rows, recomputed, and what would have changed it."""
     from assets.resources import resources
     from orchestration import runner
     from pipeline import dispatch
@@ -517,13 +533,13 @@ def explain(
 
 
 def verify(
-    head: Annotated[Path | None, typer.Option(help="A head exported before: the ledger must contain it")] = None,
+    head: Annotated[Path | None, typer.Option(help="An earlier exported head: the ledger must contain it")] = None,
     export: Annotated[
-        Path | None, typer.Option(help="Write the head to this file; keep it where the ledger is not")
+        Path | None, typer.Option(help="Write the head to this file; store it away from the ledger")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Prove that no record was changed, removed or reordered: the chain, every batch's root, and what was sealed."""
+    """Prove that no record of the ledger was changed, removed or reordered."""
     from delivery.ledger import Head
 
     with ledger() as book:
@@ -552,19 +568,19 @@ def verify(
 
 
 def power(
-    workflow: str,
+    workflow: Workflow,
     harm: Annotated[
         list[float] | None,
-        typer.Option(help="A harm to be found, as a share of the metric's level; may be given again"),
+        typer.Option(help="A harm to be found, as a share of the metric's level (0.05: 5%); may be repeated"),
     ] = None,
     runs: Annotated[int, typer.Option(min=20, help="Simulated months for each harm")] = 300,
     day: Annotated[
         date | None,
-        typer.Option(parser=a_day, metavar="YYYY-MM-DD", help="The last day of history to go by; default: the newest"),
+        typer.Option(parser=a_day, metavar="YYYY-MM-DD", help="The last day of history to use; default: the newest"),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """How soon a harm would be found with the arms as they are: the guard itself, run on the workflow's own past."""
+    """Estimate how soon a harm would be found with the current arms, by running the guard on the workflow's own past."""
     from assets.resources import resources
     from orchestration.automation import closed_days
     from pipeline.monitoring import power
@@ -592,8 +608,10 @@ def power(
     told(document, as_json, [one.sentence() for one in told_of])
 
 
-def forget(name: str, as_json: Json = False) -> None:
-    """Erase a person's or an entity's name from the ledger; its records stay, and nobody can tell whose they were."""
+def forget(
+    name: Annotated[str, typer.Argument(help="The name, exactly as it was written")], as_json: Json = False
+) -> None:
+    """Erase a person's or an entity's name from the ledger; its records stay without the name."""
     with ledger() as book:
         found = book.forget(name)
     if not found:
@@ -602,10 +620,10 @@ def forget(name: str, as_json: Json = False) -> None:
 
 
 def retain(
-    days: Annotated[int, typer.Option(help="Rows of finished batches older than this many days are removed")],
+    days: Annotated[int, typer.Option(help="Remove rows of finished batches older than this many days")],
     as_json: Json = False,
 ) -> None:
-    """Apply a retention policy to the ledger: nothing is ever removed otherwise. Roots and events stay; the chain verifies."""
+    """Remove old rows from the ledger. Roots and events stay, and the chain still verifies. Never runs by itself."""
     with ledger() as book:
         gone = book.retention(days)
     said = f"{len(gone)} batches older than {days} days: their rows are removed, their roots and events stay."
@@ -613,7 +631,7 @@ def retain(
 
 
 def remap(
-    workflow: str,
+    workflow: Workflow,
     since: Annotated[
         date | None,
         typer.Option(
@@ -622,10 +640,10 @@ def remap(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Map files again that landed by another sources/*.sql or contract.yaml, from what still lies in the landing zone.
+    """Apply a changed mapping (sources/*.sql) or contract.yaml to files that landed before and are still in the landing zone.
 
-    The new rows take the place of the old ones, known from when those were; files that are gone keep theirs. Not while
-    events of the workflow are being landed into an object store: only in a local lake each waits for the other.
+    The new rows replace the old ones and keep the time from which they are known. Files that are gone keep their rows.
+    With a lake in an object store, do not run it while events of the workflow are being ingested: only a local lake has a lock.
     """
     from assets.resources import resources
     from pipeline import ingest

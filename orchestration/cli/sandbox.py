@@ -39,21 +39,27 @@ def environment() -> None:
 
 def register(app: typer.Typer) -> None:
     """Add ``sandbox up`` and ``sandbox advance``."""
-    commands = typer.Typer(no_args_is_help=True, help="Local downstream systems: an advertising API and a help desk")
+    commands = typer.Typer(
+        no_args_is_help=True,
+        help="Two local downstream systems to try delivery with: an advertising API and a help desk.",
+    )
     commands.command("up")(up)
     commands.command("advance")(advance)
     app.add_typer(commands, name="sandbox", rich_help_panel=TRY)
 
 
 def up(
-    seed: Annotated[int, typer.Option(help="Of the worlds, when the sandbox is set up")] = 7,
-    days: Annotated[int, typer.Option(help="Days of history before it opens, when it is set up")] = 35,
-    ports: Annotated[tuple[int, int], typer.Option(help="Of the advertising API and the help desk")] = (8101, 8102),
+    seed: Annotated[int, typer.Option(help="Random seed of the simulated worlds, when the sandbox is created")] = 7,
+    days: Annotated[int, typer.Option(help="Days of history to generate, when the sandbox is created")] = 35,
+    ports: Annotated[tuple[int, int], typer.Option(help="Ports of the advertising API and the help desk")] = (
+        8101,
+        8102,
+    ),
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON document on standard output, once both answer")
+        bool, typer.Option("--json", help="Print one JSON document on standard output, once both answer")
     ] = False,
 ) -> None:
-    """Start both systems and wait; Ctrl-C ends them. A state folder that has one goes on where it was."""
+    """Start both systems and wait; Ctrl-C ends them. An existing sandbox continues where it was."""
     from delivery.sandbox import systems
     from orchestration import runner
     from pipeline.workflow import FOLDER, load
@@ -84,9 +90,9 @@ def up(
 
 
 def advance(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output")] = False,
 ) -> None:
-    """Let one day pass in both running systems under the values that stand in them; its exports land as files."""
+    """Let one day pass in both running systems with their current values; their exports land as files."""
     import httpx
 
     from delivery.sandbox.helpdesk import Controls
