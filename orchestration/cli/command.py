@@ -78,13 +78,13 @@ def validate(as_json: Json = False) -> None:
     from pipeline import workflow_validation
     from pipeline.workflow import load_all
 
-    found = load_all()
+    loaded = load_all()
     rows: list[dict[str, Any]] = [
-        {"workflow": name, "result": "bad", "reasons": why.splitlines()} for name, why in found.refused.items()
+        {"workflow": name, "result": "bad", "reasons": why.splitlines()} for name, why in loaded.refused.items()
     ]
-    for workflow in found.workflows:
+    for workflow in loaded.workflows:
         wrong = workflow_validation.problems(workflow)
-        notes = [*found.shares.get(workflow.name, ()), *workflow_validation.notes(workflow)]
+        notes = [*loaded.shares.get(workflow.name, ()), *workflow_validation.notes(workflow)]
         row: dict[str, Any] = {"workflow": workflow.name, "result": "bad" if wrong else "good"}
         rows.append({**row, **({"reasons": wrong or notes} if wrong or notes else {})})
     rows.sort(key=lambda row: str(row["workflow"]))
@@ -105,18 +105,18 @@ def _watched(quiet: bool) -> Iterator[None]:
         yield
         return
     out = Console(stderr=True)
-    said, spoken = "", 0.0
+    last_stage, last_printed = "", 0.0
 
-    def tell(step: progress.Step) -> None:
-        nonlocal said, spoken
+    def show(step: progress.Step) -> None:
+        nonlocal last_stage, last_printed
         text = f"{step.stage} {step.number}/{step.total} {step.at}"
         if line is not None:
             line.update(text)
-        elif time.monotonic() - spoken >= 10 or step.stage != said:
+        elif time.monotonic() - last_printed >= 10 or step.stage != last_stage:
             print(text, file=sys.stderr, flush=True)
-            said, spoken = step.stage, time.monotonic()
+            last_stage, last_printed = step.stage, time.monotonic()
 
-    with out.status("starting") if out.is_terminal else contextlib.nullcontext() as line, progress.heard_by(tell):
+    with out.status("starting") if out.is_terminal else contextlib.nullcontext() as line, progress.heard_by(show):
         yield
 
 
@@ -143,10 +143,10 @@ def run(
     from orchestration import runner
     from orchestration.automation import closed_days
 
-    found = workflow_named(workflow)
-    last = day or closed_days(found, moment_of(now))
+    spec = workflow_named(workflow)
+    last = day or closed_days(spec, moment_of(now))
     with _watched(as_json):
-        result = runner.run(found, job, since or last, last, now=now, again=again)
+        result = runner.run(spec, job, since or last, last, now=now, again=again)
     shown(
         runner.check_rows(result),
         f"{workflow} {job} {since or last} – {last}: {'done' if result.success else 'FAILED'}",
@@ -162,14 +162,14 @@ def run(
 def batches(workflow: Workflow, as_json: Json = False) -> None:
     """List the batches of a workflow: step, status, number of changes, and delivery result."""
     with ledger() as book:
-        found = book.batches(workflow_named(workflow).name)
+        entries = book.batches(workflow_named(workflow).name)
     rows = [
         {
             "day": b.day, "kind": b.kind, "step": b.step, "status": b.status, "rows": b.rows, "changed": b.changed,
             "delivery": b.delivery, "states": ", ".join(f"{n} {state}" for state, n in sorted(b.counts.items())),
             "batch_id": b.batch_id, "reasons": list(b.record.get("step_reasons", ())),
         }
-        for b in sorted(found, key=lambda b: (b.day, b.sequence))
+        for b in sorted(entries, key=lambda b: (b.day, b.sequence))
     ]  # fmt: skip
     shown(rows, f"Batches of {workflow}", as_json)
 
@@ -185,13 +185,13 @@ def decisions(
     from assets.resources import resources
     from pipeline.decisions import batch_review, tables
 
-    found = workflow_named(workflow)
+    spec = workflow_named(workflow)
     lake = resources()["lake"].lake
     if day is None:
-        day = max(lake.read(found.table("batches"), columns=["day"])["day"].to_pylist())
-    rows = tables.largest_changes(lake.read(found.table("decisions"), days=[day])).slice(0, limit).to_pylist()
+        day = max(lake.read(spec.table("batches"), columns=["day"])["day"].to_pylist())
+    rows = tables.largest_changes(lake.read(spec.table("decisions"), days=[day])).slice(0, limit).to_pylist()
     if not as_json:  # the document has micros, as the ledger; people read units of money
-        say = batch_review.teller(found)
+        say = batch_review.teller(spec)
         rows = [{**row, "before": say(row["before"]), "after": say(row["after"])} for row in rows]
     shown(rows, f"Decisions of {workflow}, {day}", as_json)
 
@@ -202,9 +202,9 @@ def replay(workflow: Workflow, decision_id: Decision, as_json: Json = False) -> 
     from assets.resources import resources
     from pipeline.decisions import replay as replaying
 
-    found = workflow_named(workflow)
-    given = resources()
-    result = replaying.replay(found.name, given["lake"].lake, given["registry"].registry, decision_id)
+    spec = workflow_named(workflow)
+    opened = resources()
+    result = replaying.replay(spec.name, opened["lake"].lake, opened["registry"].registry, decision_id)
     shown([result.as_dict()], f"Replay of {decision_id}", as_json)
     if not result.equal:
         raise typer.Exit(1)
@@ -236,9 +236,9 @@ def real(
     """Run both workflows on the real data sets that docs/real_data.md describes, in a separate state folder."""
     from orchestration.demo import real_data
 
-    found = real_data.run(_teller(as_json), data, only=workflow)
+    results = real_data.run(_teller(as_json), data, only=workflow)
     if as_json:
-        print(json.dumps({name: one.as_dict() for name, one in found.items()}, default=str))
+        print(json.dumps({name: one.as_dict() for name, one in results.items()}, default=str))
 
 
 @app.command(rich_help_panel=PAGES)

@@ -144,10 +144,10 @@ def every_workflow() -> list[Any]:
     """Every workflow that can be read; those that cannot are named on standard error."""
     from pipeline.workflow import load_all
 
-    found = load_all()
-    for name, why in found.refused.items():
+    loaded = load_all()
+    for name, why in loaded.refused.items():
         Console(stderr=True).print(f"{name} is left out: {why}", style="red", highlight=False, markup=False)
-    return found.workflows
+    return loaded.workflows
 
 
 def workflow_of(batch: BatchRow) -> Any:

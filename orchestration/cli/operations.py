@@ -89,13 +89,13 @@ def status(
     moment = moment_of(at)
     chosen = [workflow_named(workflow)] if workflow else every_workflow()
     with ledger() as book:
-        found = [loop_health.examine(book, one, until=moment) for one in chosen]
+        health = [loop_health.examine(book, one, until=moment) for one in chosen]
         head = book.head()
     document = {
         "at": moment.isoformat(), "ledger": {"seq": head.seq, "head": head.hash},
-        "workflows": {one.workflow: one.as_dict() for one in found},
+        "workflows": {one.workflow: one.as_dict() for one in health},
     }  # fmt: skip
-    lines = [line for one in found for line in loop_health.lines(one)]
+    lines = [line for one in health for line in loop_health.lines(one)]
     told(document, as_json, [*lines, f"ledger: {head.seq} events, head {head.hash}"])
 
 
@@ -115,37 +115,37 @@ def show(
     with ledger() as book:
         named = _batch(book, batch, day)
         workflow = workflow_of(named)
-        seen = batch_review.review(book, workflow, named.batch_id, utc_now(), limit)
-    found = seen.batch
+        review = batch_review.review(book, workflow, named.batch_id, utc_now(), limit)
+    entry = review.batch
     say = batch_review.teller(workflow)
     lines = [
-        f"{found.batch_id}: {found.kind} of {found.day}, {found.status}, step {found.step}, digest {found.digest[:16]}…",
-        f"  {found.rows} decisions, {found.changed} change something; delivery: {found.delivery} {found.counts or ''}",
-        f"  {seen.standing.text}",
+        f"{entry.batch_id}: {entry.kind} of {entry.day}, {entry.status}, step {entry.step}, digest {entry.digest[:16]}…",
+        f"  {entry.rows} decisions, {entry.changed} change something; delivery: {entry.delivery} {entry.counts or ''}",
+        f"  {review.standing.text}",
     ]
-    if seen.stopped:
-        lines.append(f"  {found.workflow} is stopped by {seen.stopped.actor}: {seen.stopped.reason}")
-    lines += [f"  {objection}" for objection in seen.objections]
-    for arm, total in seen.totals.items():
+    if review.stopped:
+        lines.append(f"  {entry.workflow} is stopped by {review.stopped.actor}: {review.stopped.reason}")
+    lines += [f"  {objection}" for objection in review.objections]
+    for arm, total in review.totals.items():
         lines.append(
             f"  arm {arm}: {total['changed']} of {total['entities']} change, {say(total['before'])} → {say(total['after'])} "
             f"(up {say(total['up'])}, down {say(total['down'])})"
         )
-    for row in seen.largest:
+    for row in review.largest:
         if row["before"] != row["after"]:
             other = f", there {say(row['stands'])}" if row["stands"] not in (None, row["after"]) else ""
             lines.append(
                 f"  {row['entity_id']}: {say(row['before'])} → {say(row['after'])}{other}  {' '.join(row['reasons'])}"
             )
-    for d in seen.not_as_intended[:limit]:
+    for d in review.not_as_intended[:limit]:
         there_now = "not read" if d.stands is None else f"there {say(d.stands)}"
         lines.append(f"  {d.state} {d.entity}: {say(d.before)} → {say(d.after)}, {there_now}. {d.says or ''}".rstrip())
-    if seen.beside:
+    if review.beside:
         lines.append(
-            f"  watched fields of {len(seen.beside)} changed with the value; a rollback does not restore them:"
+            f"  watched fields of {len(review.beside)} changed with the value; a rollback does not restore them:"
         )
-    lines += [f"    {d.entity}: {d.says}" for d in seen.beside[:limit]]
-    told(seen.as_dict(), as_json, lines)
+    lines += [f"    {d.entity}: {d.says}" for d in review.beside[:limit]]
+    told(review.as_dict(), as_json, lines)
 
 
 def _batch(book: Ledger, named: str, day: date | None) -> Any:
@@ -189,14 +189,14 @@ def deliver(
     from pipeline.decisions import in_effect
 
     with ledger() as book:
-        found = _batch(book, batch, day)
-        workflow = workflow_of(found)
+        row = _batch(book, batch, day)
+        workflow = workflow_of(row)
         connector = dispatch.connect(workflow, utc_now)
         try:
             if dry_run:
-                diff = pushing.dry_run(book, connector, found.batch_id, settings=workflow.delivery.push, clock=utc_now)
+                diff = pushing.dry_run(book, connector, row.batch_id, settings=workflow.delivery.push, clock=utc_now)
                 late_note = (
-                    [] if utc_now() < in_effect.over(found.day) else ["its day is over: it is sent with --late only"]
+                    [] if utc_now() < in_effect.over(row.day) else ["its day is over: it is sent with --late only"]
                 )
                 told(
                     diff.as_dict() | {"notes": [*diff.notes, *late_note]},
@@ -205,19 +205,19 @@ def deliver(
                 )
                 return
             with _bar(as_json) as progress:
-                done = dispatch.deliver(
-                    workflow, book, connector, found, run_id=f"cli:{os.getpid()}", clock=utc_now, sleep=time.sleep,
+                result = dispatch.deliver(
+                    workflow, book, connector, row, run_id=f"cli:{os.getpid()}", clock=utc_now, sleep=time.sleep,
                     progress=progress, stale=late,
                 )  # fmt: skip
         finally:
             connector.close()
-    if done.report is None:
-        told({"batch": found.batch_id, "sent": False, "why": done.said}, as_json, [done.said])
+    if result.report is None:
+        told({"batch": row.batch_id, "sent": False, "why": result.said}, as_json, [result.said])
         raise typer.Exit(1)
-    report = done.report
+    report = result.report
     failed = report.failure(workflow.delivery.guards.max_rejected_share)
     lines = [
-        f"{found.batch_id}: {'complete' if report.complete else 'NOT complete: run it again'}; {report.counts}",
+        f"{row.batch_id}: {'complete' if report.complete else 'NOT complete: run it again'}; {report.counts}",
         f"  {report.guarantee}",
         *(f"  dead letter: {entity}: {says}" for entity, says in report.dead_letters[:SHOWN]),
         *([f"  beside the value, other watched fields of {len(report.beside)} changed:"] if report.beside else []),
@@ -294,11 +294,11 @@ def _bar(quiet: bool) -> Iterator[Any]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("Delivering", total=None, states="")
 
-        def tell(progress: Any) -> None:
+        def update(progress: Any) -> None:
             states = " ".join(f"{k.lower()} {v}" for k, v in sorted(progress.counts.items()))
             bar.update(task, total=progress.total, completed=progress.done, states=states)
 
-        yield tell
+        yield update
 
 
 def _secret(prompt: str) -> str:
@@ -319,17 +319,17 @@ def approve(
     from delivery import approvals
 
     with ledger() as book:
-        found = _batch(book, batch, None)
-        batch = found.batch_id
-        workflow = workflow_of(found)
+        row = _batch(book, batch, None)
+        batch = row.batch_id
+        workflow = workflow_of(row)
         spec = workflow.delivery.approval
         valid = timedelta(hours=hours if hours is not None else spec.valid_hours)
         secret = _secret(f"Secret of {name}: ")
-        stands = approvals.approve(book, batch, name, secret, reason, valid_for=valid, four_eyes=spec.four_eyes)
+        approval = approvals.approve(book, batch, name, secret, reason, valid_for=valid, four_eyes=spec.four_eyes)
     told(
-        {"batch": batch, "approved_by": list(stands.who), "may_go": stands.ok, "missing": stands.missing},
+        {"batch": batch, "approved_by": list(approval.who), "may_go": approval.ok, "missing": approval.missing},
         as_json,
-        [stands.text],
+        [approval.text],
     )
 
 
@@ -337,11 +337,11 @@ def add_approver(name: Approver, as_json: Json = False) -> None:
     """Add an approver; asks for a new secret, of which only a hash is kept."""
     from delivery import approvals
 
-    first = _secret(f"A new secret for {name} (at least {approvals.SHORTEST_SECRET} characters): ")
-    if sys.stdin.isatty() and _secret("Again: ") != first:
+    secret = _secret(f"A new secret for {name} (at least {approvals.SHORTEST_SECRET} characters): ")
+    if sys.stdin.isatty() and _secret("Again: ") != secret:
         raise typer.BadParameter("the two secrets differ; nothing was changed")
     with ledger() as book:
-        approvals.enrol(book, name, first)
+        approvals.enrol(book, name, secret)
     told({"approver": name}, as_json, [f"{name} may approve held batches."])
 
 
@@ -388,8 +388,8 @@ def _switch(workflow: str, stopped: bool, reason: str, name: str | None, as_json
     workflow_named(workflow)
     with ledger() as book:
         book.switch(workflow, stopped, who(name), reason)
-    said = f"{workflow} is {'stopped' if stopped else 'running again'} ({who(name)}: {reason})"
-    told({"workflow": workflow, "stopped": stopped}, as_json, [said])
+    sentence = f"{workflow} is {'stopped' if stopped else 'running again'} ({who(name)}: {reason})"
+    told({"workflow": workflow, "stopped": stopped}, as_json, [sentence])
 
 
 def rollback(
@@ -425,28 +425,28 @@ def rollback(
     if not (dry_run or reason.strip()):
         raise typer.BadParameter("say why: --reason REASON; it stands in the ledger")
     with ledger() as book:
-        whose: list[str | None] = [workflow]
+        names: list[str | None] = [workflow]
         if since is not None and workflow is None and batch is None and model is None:
-            whose = list(sorted({one.workflow for one in book.batches(since=since, kind="decision")})) or [None]
-        chosen = [dispatch.selection(book, batch=batch, workflow=one, since=since, model=model) for one in whose]
+            names = list(sorted({one.workflow for one in book.batches(since=since, kind="decision")})) or [None]
+        chosen = [dispatch.selection(book, batch=batch, workflow=one, since=since, model=model) for one in names]
         if dry_run:
             _tried(book, chosen, as_json)
             return
         reports = []
         for which in chosen:
-            asked: dict[str, Any] = {
+            request: dict[str, Any] = {
                 "actor": who(name),
                 "reason": reason,
                 "run_id": f"cli:{os.getpid()}",
                 "clock": utc_now,
             }
             if close:
-                reports.append(dispatch.close_rollback(book, which, **asked))
+                reports.append(dispatch.close_rollback(book, which, **request))
                 continue
             with _bar(as_json) as progress:
                 reports.append(
                     dispatch.roll_back(
-                        book, runner.registry(), which, trigger="person", sleep=time.sleep, progress=progress, **asked
+                        book, runner.registry(), which, trigger="person", sleep=time.sleep, progress=progress, **request
                     )
                 )
     report = RollbackReport(
@@ -467,19 +467,19 @@ def _tried(book: Ledger, chosen: Iterable[Any], as_json: bool) -> None:
     diffs: list[Any] = []
     lines: list[str] = []
     for which in chosen:
-        found = dispatch.try_roll_back(book, which, clock=utc_now)
-        diffs += found
-        workflow = workflow_of(book.batch(found[0].batch_id.removeprefix("rollback-")))
-        first: dict[str, int | None] = {}
+        workflow_diffs = dispatch.try_roll_back(book, which, clock=utc_now)
+        diffs += workflow_diffs
+        workflow = workflow_of(book.batch(workflow_diffs[0].batch_id.removeprefix("rollback-")))
+        before: dict[str, int | None] = {}
         net: dict[str, Any] = {}
-        for row in (row for diff in found for row in diff.rows if row.action == "SEND"):
-            first.setdefault(row.entity, row.now)
-            net[row.entity] = dataclasses.replace(row, now=first[row.entity])
-        if len(found) > 1:
-            lines.append(f"{workflow.name}: {len(net)} entities would change over {len(found)} batches.")
+        for row in (row for diff in workflow_diffs for row in diff.rows if row.action == "SEND"):
+            before.setdefault(row.entity, row.now)
+            net[row.entity] = dataclasses.replace(row, now=before[row.entity])
+        if len(workflow_diffs) > 1:
+            lines.append(f"{workflow.name}: {len(net)} entities would change over {len(workflow_diffs)} batches.")
             lines += _sums(workflow, net.values())
-        for diff in found:
-            lines += _diff_lines(workflow, diff, SHOWN if len(found) == 1 else 5)
+        for diff in workflow_diffs:
+            lines += _diff_lines(workflow, diff, SHOWN if len(workflow_diffs) == 1 else 5)
     told({"batches": [diff.as_dict() for diff in diffs]}, as_json, lines)
 
 
@@ -528,8 +528,8 @@ def explain(
                 reading = connector.read([row["entity_id"]])[row["entity_id"]]
             finally:
                 connector.close()
-        found = trace.explain(book, resources()["lake"].lake, runner.registry(), decision, reading=reading)
-    told(found.as_dict(), as_json, found.lines())
+        explanation = trace.explain(book, resources()["lake"].lake, runner.registry(), decision, reading=reading)
+    told(explanation.as_dict(), as_json, explanation.lines())
 
 
 def verify(
@@ -585,8 +585,8 @@ def power(
     from orchestration.automation import closed_days
     from pipeline.monitoring import power
 
-    found = workflow_named(workflow)
-    if found.regression is None:
+    spec = workflow_named(workflow)
+    if spec.regression is None:
         raise typer.BadParameter(
             f"{workflow} says nothing of what counts as harm: give its workflow.yaml a section regression"
         )
@@ -596,16 +596,16 @@ def power(
             f"a harm is a share of the metric's level between 0 and 1, such as 0.05; found {wrong[0]}"
         )
     lake = resources()["lake"].lake
-    table = found.table("outcomes")
+    table = spec.table("outcomes")
     if day is None and lake.exists(table):
         day = max(lake.read(table, columns=["day"])["day"].to_pylist(), default=None)
-    told_of = power.power(found, lake, day or closed_days(found, utc_now()), harms, runs=runs)
+    results = power.power(spec, lake, day or closed_days(spec, utc_now()), harms, runs=runs)
     document = {
         "workflow": workflow,
-        "design": found.arms.design,
-        "power": [dataclasses.asdict(one) for one in told_of],
+        "design": spec.arms.design,
+        "power": [dataclasses.asdict(one) for one in results],
     }
-    told(document, as_json, [one.sentence() for one in told_of])
+    told(document, as_json, [one.sentence() for one in results])
 
 
 def forget(
@@ -613,10 +613,10 @@ def forget(
 ) -> None:
     """Erase a person's or an entity's name from the ledger; its records stay without the name."""
     with ledger() as book:
-        found = book.forget(name)
-    if not found:
+        erased = book.forget(name)
+    if not erased:
         raise typer.BadParameter(f"the ledger knows no {name!r}; names are written exactly as they came")
-    told({"forgotten": found}, as_json, ["The name is gone; the chain verifies as before."])
+    told({"forgotten": erased}, as_json, ["The name is gone; the chain verifies as before."])
 
 
 def retain(
@@ -625,9 +625,9 @@ def retain(
 ) -> None:
     """Remove old rows from the ledger. Roots and events stay, and the chain still verifies. Never runs by itself."""
     with ledger() as book:
-        gone = book.retention(days)
-    said = f"{len(gone)} batches older than {days} days: their rows are removed, their roots and events stay."
-    told({"keep_days": days, "batches": gone}, as_json, [said])
+        removed = book.retention(days)
+    sentence = f"{len(removed)} batches older than {days} days: their rows are removed, their roots and events stay."
+    told({"keep_days": days, "batches": removed}, as_json, [sentence])
 
 
 def remap(
@@ -648,27 +648,27 @@ def remap(
     from assets.resources import resources
     from pipeline import ingest
 
-    found, given = workflow_named(workflow), resources()
-    done = ingest.remap(found, given["lake"].lake, given["landing"].root, now=utc_now(), since=since)
+    spec, opened = workflow_named(workflow), resources()
+    result = ingest.remap(spec, opened["lake"].lake, opened["landing"].root, now=utc_now(), since=since)
     document = {
-        "workflow": found.name, "gone": list(done.gone), "refused": dict(done.refused),
+        "workflow": spec.name, "gone": list(result.gone), "refused": dict(result.refused),
         "mapped": [
             {"source": new.source, "path": new.path, "rows": new.rows, "accepted": new.accepted, "quarantined": new.quarantined,
              "accepted before": old.accepted, "quarantined before": old.quarantined}
-            for old, new in done.mapped
+            for old, new in result.mapped
         ],
-        "days": [str(day) for day in done.days or ()],
+        "days": [str(day) for day in result.days or ()],
     }  # fmt: skip
-    changed = [(old, new) for old, new in done.mapped if old.accepted != new.accepted]
+    changed = [(old, new) for old, new in result.mapped if old.accepted != new.accepted]
     lines = [
-        f"{found.name}: {len(done.mapped)} files mapped again, {len(done.gone)} gone, {len(done.refused)} refused",
+        f"{spec.name}: {len(result.mapped)} files mapped again, {len(result.gone)} gone, {len(result.refused)} refused",
         *(f"  {new.path}: {old.accepted} → {new.accepted} of {new.rows} rows accepted" for old, new in changed[:SHOWN]),
         *([f"  {len(changed) - SHOWN} more, --json lists them"] if len(changed) > SHOWN else []),
-        *(f"  gone, its rows stay as they are: {path}" for path in done.gone),
-        *(f"  refused, its rows stay as they are: {reason}" for reason in done.refused.values()),
+        *(f"  gone, its rows stay as they are: {path}" for path in result.gone),
+        *(f"  refused, its rows stay as they are: {reason}" for reason in result.refused.values()),
     ]
-    if done.days:
-        lines.append(f"  make the days anew that read them: signalbox run {found.name} prepare --since {done.days[0]}")
+    if result.days:
+        lines.append(f"  make the days anew that read them: signalbox run {spec.name} prepare --since {result.days[0]}")
     told(document, as_json, lines)
-    if done.refused:
+    if result.refused:
         raise typer.Exit(1)

@@ -110,24 +110,24 @@ def advance(
                 httpx.get(f"{ads}/sandbox/state", headers=_bearer()).raise_for_status().json()["next_day"]
             )
             drawn = dispatch.randomised(book, "ad_budget", day - timedelta(days=1))
-        said = {"landing": str(at / "ad_budget"), "multipliers": drawn}
+        request = {"landing": str(at / "ad_budget"), "multipliers": drawn}
         answer = (
-            httpx.post(f"{ads}/sandbox/advance", json=said, headers=_bearer(), timeout=60).raise_for_status().json()
+            httpx.post(f"{ads}/sandbox/advance", json=request, headers=_bearer(), timeout=60).raise_for_status().json()
         )
         controls = Controls(desk, os.environ["SIGNALBOX_HELPDESK_TOKEN"])
         try:
-            served = controls.advance(at / "ticket_priority")
+            tickets = controls.advance(at / "ticket_priority")
         finally:
             controls.close()
     except httpx.ConnectError:
         raise SystemExit(
             f"Nothing answers at {ads}: the sandbox was ended. Start it with: signalbox sandbox up"
         ) from None
-    came = datetime.combine(day + timedelta(days=1), datetime.min.time(), UTC).timestamp() + 5400
-    for path in (at / "ad_budget" / "export" / f"advertising_{day}.csv.gz", Path(served["export"])):
-        os.utime(path, (came, came))
-    line = f"{day} is over: {answer['rows']} advertising rows, {served['events']} ticket events landed"
-    told({"day": day, "advertising": answer, "tickets": served}, as_json, [line])
+    exported_at = datetime.combine(day + timedelta(days=1), datetime.min.time(), UTC).timestamp() + 5400
+    for path in (at / "ad_budget" / "export" / f"advertising_{day}.csv.gz", Path(tickets["export"])):
+        os.utime(path, (exported_at, exported_at))
+    line = f"{day} is over: {answer['rows']} advertising rows, {tickets['events']} ticket events landed"
+    told({"day": day, "advertising": answer, "tickets": tickets}, as_json, [line])
 
 
 def _bearer() -> dict[str, str]:

@@ -181,8 +181,10 @@ def _through(console: Console, name: str, plan: Plan, file: Path) -> Measured:
             result = runner.run(workflow, job, first, last, instance=instance, given=given)
         seconds[job] += time.monotonic() - clock
         if not result.success:
-            said = [f"{r['check']}: {r['says']}" for r in runner.check_rows(result) if r["result"] == "ERROR"]
-            raise SystemExit(f"{name} {job} {first} – {last} failed: {'; '.join(said or runner.failed_steps(result))}")
+            failures = [f"{r['check']}: {r['says']}" for r in runner.check_rows(result) if r["result"] == "ERROR"]
+            raise SystemExit(
+                f"{name} {job} {first} – {last} failed: {'; '.join(failures or runner.failed_steps(result))}"
+            )
 
     with dg.DagsterInstance.get() as instance:
         must("prepare", plan.start, plan.last)
@@ -218,10 +220,10 @@ def _promote_held(workflow: Workflow, lake: Lake, registry: Registry, given: Map
     Nobody is there to ask in a measurement, and these labels are final: what moved a version is the world, not a fault.
     """
     with given["ledger"].open(given["clock"].now) as book:
-        told = book.promotions(workflow.name)
-        if not told or told[-1].action != "held":
+        promotions = book.promotions(workflow.name)
+        if not promotions or promotions[-1].action != "held":
             return 0
-        registry.client.set_registered_model_alias(workflow.name, CHAMPION, str(told[-1].version))
+        registry.client.set_registered_model_alias(workflow.name, CHAMPION, str(promotions[-1].version))
         (answer,) = promotion.reconcile(
             workflow, registry, book, lake, workflow.cutoff_of(day), actor_of=lambda *_: "signalbox real"
         )

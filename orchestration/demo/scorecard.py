@@ -28,10 +28,10 @@ def against_holdout(lake: Lake, workflow: Workflow, days: Sequence[date], before
     """
     arm = {r["entity_id"]: r["arm"] for r in lake.read(workflow.table("decisions"), days=[drawn]).to_pylist()}
     earned: dict[tuple[str, bool], float] = defaultdict(float)
-    told = lake.read(workflow.table("outcomes"), columns=["entity_id", "for_day", "value", "known_at"]).sort_by(
+    outcomes = lake.read(workflow.table("outcomes"), columns=["entity_id", "for_day", "value", "known_at"]).sort_by(
         "known_at"
     )
-    newest = {(r["entity_id"], r["for_day"]): r["value"] for r in told.to_pylist()}  # a restated day counts once
+    newest = {(r["entity_id"], r["for_day"]): r["value"] for r in outcomes.to_pylist()}  # a restated day counts once
     for (entity, day), value in newest.items():
         for late, chosen in ((True, days), (False, before)):
             if day in chosen:

@@ -106,8 +106,8 @@ def at(day: date, clock: str) -> str:
 
 def stamp(path: Path, day: date) -> None:
     """Give a day's export the time at which it would have come."""
-    came = datetime.fromisoformat(at(day, "01:30") + "+00:00").timestamp()
-    os.utime(path, (came, came))
+    exported_at = datetime.fromisoformat(at(day, "01:30") + "+00:00").timestamp()
+    os.utime(path, (exported_at, exported_at))
 
 
 def _failed_checks(result: dg.ExecuteInProcessResult) -> list[str]:
@@ -216,7 +216,7 @@ class Company:
             self.send(workflow, day)
         if number >= script.retrains.get(name, 0):
             self.retrain(workflow, day)
-        return self.said(workflow, day)
+        return self.batch_line(workflow, day)
 
     def answer(self, workflow: Workflow, day: date) -> None:
         """The run that the registry sensor would start where somebody moved an alias."""
@@ -311,7 +311,7 @@ class Company:
         verdict = verdicts[0] if verdicts else "; ".join(runner.failed_steps(result))
         self.story.tell(day, workflow.name, f"{cause[:110]} → retrained; gate: {verdict[:110]}")
 
-    def said(self, workflow: Workflow, day: date) -> str:
+    def batch_line(self, workflow: Workflow, day: date) -> str:
         """The day's batch in one line."""
         with self.ledger(at(day, "09:00")) as book:
             try:
@@ -338,8 +338,8 @@ class Company:
             served=serving.describe(workflow.model.kind, catalog.learner(workflow.model.kind).from_files(files), rows),
         )  # fmt: skip
         self.registry.client.set_registered_model_alias(workflow.name, CHAMPION, str(made.number))
-        told = f"somebody moved the alias champion to version {made.number}, a copy of {champion.number} with its slopes turned around"
-        self.story.tell(day, workflow.name, told)
+        event = f"somebody moved the alias champion to version {made.number}, a copy of {champion.number} with its slopes turned around"
+        self.story.tell(day, workflow.name, event)
 
     def restate(self, workflow: Workflow, day: date, *, lost: bool) -> None:
         """Upstream sends every file again: without what exploring drew, or as it was."""
@@ -348,9 +348,9 @@ class Company:
             if lost:
                 self.sent[file] = file.read_bytes()
                 table = csv.read_csv(pa.BufferReader(gzip.decompress(self.sent[file])), convert_options=_AS_TEXT)
-                for name, said in (("explore_multiplier", "1"), ("explore_probability", "")):
+                for name, text in (("explore_multiplier", "1"), ("explore_probability", "")):
                     where = table.schema.get_field_index(name)
-                    table = table.set_column(where, name, pa.array([said] * table.num_rows))
+                    table = table.set_column(where, name, pa.array([text] * table.num_rows))
                 out = io.BytesIO()
                 csv.write_csv(table, out, csv.WriteOptions(quoting_style="needed"))
                 file.write_bytes(gzip.compress(out.getvalue(), mtime=0))
@@ -389,9 +389,9 @@ def _report(done: dg.ExecuteInProcessResult) -> str:
     """What a rollback's run came to, in a clause."""
     for event in done.filter_events(lambda e: e.is_successful_output):
         output: Any = event.event_specific_data
-        found = output.metadata.get("report")
-        if found is not None:
-            batches = found.value["batches"]
+        report = output.metadata.get("report")
+        if report is not None:
+            batches = report.value["batches"]
             restored, unsent = (sum(b[k] for b in batches) for k in ("restored", "never_sent"))
             return f"{len(batches)} batches, {restored} values restored and read back, {unsent} not sent any more"
     return "; ".join(runner.failed_steps(done))[:200]
@@ -448,11 +448,11 @@ def tell(console: Console, script: Script = STORY) -> dict[str, Any]:
             for name, workflow in workflows.items():
                 started = time.monotonic()
                 with console.status(f"{day} {name}"):
-                    said = company.morning(workflow, day, number)
-                console.print(f"{day}  {name:<16} {said:<60} {time.monotonic() - started:4.1f} s", highlight=False)
-        told = _summary(company)
-    console.print(f"Told in {time.monotonic() - began:.0f} s. Now: [bold]make serve[/bold]")
-    return told
+                    line = company.morning(workflow, day, number)
+                console.print(f"{day}  {name:<16} {line:<60} {time.monotonic() - started:4.1f} s", highlight=False)
+        summary = _summary(company)
+    console.print(f"Done in {time.monotonic() - began:.0f} s. Now: [bold]make serve[/bold]")
+    return summary
 
 
 @contextmanager
