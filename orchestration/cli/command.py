@@ -21,14 +21,14 @@ from rich.console import Console
 
 from orchestration.cli import operations, sandbox
 from orchestration.cli.console import (
-    Day,
-    Decision,
-    Json,
     LOOK,
     PAGES,
     RUN,
     SET_UP,
     TRY,
+    Day,
+    Decision,
+    Json,
     Workflow,
     a_day,
     console,
@@ -59,7 +59,7 @@ def start(
     """Turn data into decisions that act on other systems, every day, and take them back when they do harm.
 
     Start with `signalbox demo`, then `signalbox serve` and `signalbox status`; docs/tour.md explains the parts. Every command
-    takes --json. A command that fails, or leaves something undone, does not exit with status 0.
+    but web takes --json. A command that fails, or leaves something undone, does not exit with status 0.
     """
 
 
@@ -243,9 +243,9 @@ def real(
 
 @app.command(rich_help_panel=PAGES)
 def web(
-    port: Annotated[int | None, typer.Option(help="Default: the port of SIGNALBOX_REPORTS_UI, or 8001")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; default: that of SIGNALBOX_REPORTS_UI, or 8001")] = None,
 ) -> None:
-    """The home page alone, on 127.0.0.1: each workflow's day, what waits for whom, approving, taking back, asking why."""
+    """Start only the home page, on 127.0.0.1: each workflow's day, what is open, approving, rolling back, explaining."""
     from urllib.parse import urlsplit
 
     from assets.resources import resources
