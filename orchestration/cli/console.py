@@ -26,9 +26,6 @@ console = Console()
 TRY, SET_UP, RUN, PAGES = "Try it", "Set up", "Run and send", "Pages"
 LOOK, ACT, KEEP = "Look, and ask why", "Approve, stop, take back", "The record"
 """Under which head the help lists a command."""
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output")]
-As = Annotated[str | None, typer.Option("--as", help="Your name as it shall stand in the ledger; default: your login")]
-Reason = Annotated[str, typer.Option("--reason", help="Why, in a sentence; it stands in the ledger")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output")]
 As = Annotated[str | None, typer.Option("--as", help="Your name for the ledger; default: your login")]
 Reason = Annotated[str, typer.Option("--reason", help="The reason, in a sentence; the ledger records it")]
