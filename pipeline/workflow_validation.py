@@ -361,6 +361,8 @@ def _features(workflow: Workflow, schema: pa.Schema) -> list[str]:
     for field, columns in kind.columns(workflow.model).items():
         wrong += _absent(workflow, f"model.{field}", columns, schema, path)
     wrong += _absent(workflow, "arms.unit", [workflow.arms.unit], schema, path)
+    if workflow.arms.misjudged is not None:
+        wrong.append(_yaml(workflow, "arms.unit", workflow.arms.misjudged))
     gate = workflow.training.gate
     wrong += _absent(workflow, "training.gate.slices", gate.slices, schema, path)
     wrong += _absent(workflow, "training.gate.attributes", gate.attributes, schema, path)

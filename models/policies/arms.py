@@ -77,6 +77,21 @@ class Arms(BaseModel):
             raise ValueError("explore: the arm explore has a share; say its step, for example explore: {step: 0.2}")
         return self
 
+    @property
+    def misjudged(self) -> str | None:
+        """Why outcomes under these arms may not be judged, with the way out; None where they may.
+
+        Not refused on reading: what was decided under such arms must still be replayed. Judged as if independent, entities
+        that share the arm of their unit were rolled back falsely in a sixth of the months without an effect.
+        """
+        if self.design != "entity" or self.unit == "entity_id":
+            return None
+        return (
+            f"the design entity takes each entity for an observation of its own, but every {self.unit} has one arm for many; "
+            "write unit: entity_id, or take the design cohort (what is decided lasts) or switchback (the entities of a unit "
+            "share what serves them), which count units"
+        )
+
 
 def normalised(shares: Mapping[Any, float]) -> dict[str, float]:
     """Shares that sum to one, in the order of ARMS, arms without a share left out.

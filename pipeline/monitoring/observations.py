@@ -31,7 +31,8 @@ def observations(workflow: Workflow, lake: Lake, first: date, last: date, *, kno
     Columns: day (acted on), unit, arm (null: the unit was not drawn), epoch, washout, n, and the columns that the
     workflow's metrics name. An outcome of the join ``entity_day`` was acted on the day after its for_day; n is 1, a
     unit's day, however many of its entities are left in it, and a unit without a row on a day that others have one of
-    counts with zero there: what was switched off earns nothing. One of the join ``entity`` counts once (n: how many; 0 on
+    counts with zero there, from the day after it was drawn on: what was switched off earns nothing, and what was not there
+    yet counts for nothing. One of the join ``entity`` counts once (n: how many; 0 on
     a day that landed without one), with what was known of it last: on the day by whose deadline it settled
     (``regression.settles_at``), else on the day when it became known. An entity's unit is the one that its newest
     features row says at the decision that acted, else the first row thereafter (it came and was decided within a day).
@@ -95,12 +96,13 @@ def _summed_sql(workflow: Workflow, columns: Sequence[str]) -> str:
                 {newest("entity_id", day="t.day")}
             ) WHERE day BETWEEN $first AND $last"""
     summed = ", ".join(f'sum("{c}") AS "{c}"' for c in columns)
-    # What a cohort switched off leaves no row: its units count with zero on every day of which there are rows. A team to
-    # which nothing came due has no rows either: its day is told from one that never landed.
+    # What a cohort switched off leaves no row: its units count with zero on every day of which there are rows, from the one on
+    # which they first acted. A team to which nothing came due has no rows either: its day is told from one that never landed.
     zero = ", ".join(f'0.0 AS "{c}"' for c in columns)
     counted = "1" if by_day else "count(*)"
     everyone = (
-        f"(SELECT DISTINCT day FROM acted) AS s JOIN drawn AS u ON u.epoch = {_epoch('s.day - 1')}"
+        f"(SELECT DISTINCT day FROM acted) AS s JOIN drawn AS u ON u.epoch = {_epoch('s.day - 1')} "
+        "AND u.drawn_on < s.day"
         if by_day
         else "(SELECT DISTINCT day FROM told AS t WHERE t.day BETWEEN $first AND $last) AS s "
         "CROSS JOIN (SELECT DISTINCT unit FROM acted) AS u"
@@ -217,7 +219,10 @@ def entities(workflow: Workflow, lake: Lake, since: date, *, known: date, until:
     given) and whose outcome was known by then.
 
     As ``observations``, with the entity as its unit and the arm of its decision; day: when its outcome became known.
+    Raises StageSqlError, too, where arms were drawn for units of several entities, which are no independent observations.
     """
+    if workflow.arms.misjudged is not None:
+        raise StageSqlError(f"{workflow.folder / 'workflow.yaml'}: arms.unit: {workflow.arms.misjudged}")
     columns = effects.measured(regression_of(workflow))
     table, schema = workflow.table("decision_outcomes"), _observed(columns)
     if not lake.exists(table):

@@ -94,6 +94,12 @@ def ads(name: str, edit: Edit, file: str, *says: str) -> Mistake:
     return Mistake(name, "ad_budget", edit, file, says)
 
 
+def arms_of_entities(folder: Path) -> None:
+    """The design entity over the arms of teams."""
+    for key, value in (("design", "entity"), ("washout", 0)):
+        put(f"arms.{key}", value)(folder)
+
+
 def tickets(name: str, edit: Edit, file: str, *says: str) -> Mistake:
     return Mistake(name, "ticket_priority", edit, file, says)
 
@@ -178,6 +184,7 @@ MISTAKES = [
     tickets("the model's group is no feature", put("model.group", "prio"), W, "model.group", "prio"),
     ads("a group that is no feature", put("model.group", ["segment", "formt"]), W, "model.group", "formt", "format"),
     tickets("arms.unit is no feature", put("arms.unit", "squad"), W, "arms.unit", "squad"),
+    tickets("entities that share the arm of a team", arms_of_entities, W, "arms.unit", "team", "unit: entity_id", "switchback"),
     tickets("cost_by is no feature", put("policy.cost_by", "impakt"), W, "policy.cost_by", "impakt", "impact"),
     tickets("team is no feature", put("policy.team", "crew"), W, "policy.team", "crew"),
     tickets("the capacity's column is no feature", put("policy.capacity", "hours"), W, "policy.capacity", "hours"),

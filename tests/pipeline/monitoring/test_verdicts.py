@@ -181,6 +181,28 @@ def test_a_campaign_that_was_switched_off_earns_nothing_rather_than_being_left_o
     ], "and a day of which nothing is known yet is no day of zeros"  # fmt: skip
 
 
+def test_a_campaign_counts_for_nothing_on_the_days_before_it_was_drawn(ads_lake: LakeHarness) -> None:
+    ads_lake.draw(0, {"c1": "champion"})
+    ads_lake.draw(0, {"new": "holdout"})
+    ads_lake.rows["arms"][-1]["drawn_on"] = at(3)
+    ads_lake.line("l1", range(8), "c1")
+    ads_lake.line("l2", range(3, 8), "new")
+    for n in range(1, 7):
+        ads_lake.earned("l1", n, 5.0)
+    ads_lake.earned("l2", 5, 5.0)
+    found = {(r["day"] - START).days: r["value"] for r in ads_lake.seen(1, 6) if r["unit"] == "new"}
+    assert found == {4: 0.0, 5: 5.0, 6: 0.0}, "drawn on day 3 it acts from day 4 on; from then on a day without a row is zero"
+
+
+def test_entities_that_share_the_arm_of_a_unit_are_not_judged_as_entities(
+    desk_lake: LakeHarness, tickets_said: Workflow
+) -> None:
+    shared = {"design": "entity", "washout": 0, "unit": "team"}
+    said = tickets_said.model_copy(update={"arms": tickets_said.arms.model_copy(update=shared)})
+    with pytest.raises(StageSqlError, match=r"workflow\.yaml: arms\.unit: .* unit: entity_id"):
+        observations.entities(said, desk_lake.lake, at(3), known=at(7))
+
+
 def test_a_unit_that_was_not_drawn_has_no_arm(ads_lake: LakeHarness) -> None:
     ads_lake.draw(0, {"c1": "champion"})
     ads_lake.line("l1", range(4), "c1")
@@ -662,6 +684,7 @@ def test_what_was_decided_on_before_the_comparison_takes_the_week_out_of_its_noi
             "arms": tickets_said.arms.model_copy(
                 update={
                     "design": "entity",
+                    "unit": "entity_id",
                     "washout": 0,
                     "unit": "entity_id",
                     "shares": {"champion": 0.5, "holdout": 0.5},
