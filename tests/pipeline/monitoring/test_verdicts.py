@@ -191,7 +191,9 @@ def test_a_campaign_counts_for_nothing_on_the_days_before_it_was_drawn(ads_lake:
         ads_lake.earned("l1", n, 5.0)
     ads_lake.earned("l2", 5, 5.0)
     found = {(r["day"] - START).days: r["value"] for r in ads_lake.seen(1, 6) if r["unit"] == "new"}
-    assert found == {4: 0.0, 5: 5.0, 6: 0.0}, "drawn on day 3 it acts from day 4 on; from then on a day without a row is zero"
+    assert found == {4: 0.0, 5: 5.0, 6: 0.0}, (
+        "drawn on day 3 it acts from day 4 on; from then on a day without a row is zero"
+    )
 
 
 def test_entities_that_share_the_arm_of_a_unit_are_not_judged_as_entities(
@@ -686,7 +688,6 @@ def test_what_was_decided_on_before_the_comparison_takes_the_week_out_of_its_noi
                     "design": "entity",
                     "unit": "entity_id",
                     "washout": 0,
-                    "unit": "entity_id",
                     "shares": {"champion": 0.5, "holdout": 0.5},
                 }
             )
