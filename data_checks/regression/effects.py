@@ -4,7 +4,8 @@ Belongs here: what a comparison may say (`Metric`, `RegressionSpec`), estimates 
 arrays. Does not: verdicts (``data_checks/regression.py``), boundaries as such (``data_checks/regression/sequential.py``).
 
 - ``entity``: outcomes are independent. Difference of the arms' means, each adjusted by its own regression on the covariate
-  and on the pre-period's weekday (Lin, Annals of Applied Statistics 2013), inside an asymptotic confidence sequence.
+  and on the pre-period's weekday (Lin, Annals of Applied Statistics 2013); it is nearly normal, and α is spent over the looks
+  (Lan and DeMets, Biometrika 1983).
 - ``cohort`` and ``switchback``: the cluster is a unit in an epoch. Its cumulative outcome, adjusted for its own pre-period
   (ANCOVA, centred within epoch and stratum); arms are permuted within epoch, stratum and time of entry, as they were drawn; α
   is spent over the looks on the permuted paths themselves, so that no distribution is assumed. A unit counts at most as much
@@ -34,8 +35,8 @@ Ints = np.ndarray[Any, np.dtype[np.int64]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
 
 
-TUNED_AT = 0.25
-"""The confidence sequence is narrowest at this share of the horizon: later it is a few hundredths wider, earlier much narrower."""
+MOST_PERMUTATIONS = 9_999
+"""Permutations at most where earlier comparisons have left little of α, unless the spec asks for more."""
 
 
 class Metric(BaseModel):
@@ -110,9 +111,10 @@ class RegressionSpec(BaseModel):
                 raise ValueError(f"{name!r} stands twice; a metric's name is given once")
         return metrics
 
-    def alpha_of(self, metric: Metric) -> float:
-        """This metric's part of α."""
-        return self.alpha * metric.weight / math.fsum(m.weight for m in self.metrics)
+    def alpha_of(self, metric: Metric, alpha: float | None = None) -> float:
+        """This metric's part of an α; None: of the whole."""
+        whole = self.alpha if alpha is None else alpha
+        return whole * metric.weight / math.fsum(m.weight for m in self.metrics)
 
 
 @dataclass(frozen=True)
@@ -189,29 +191,42 @@ def difference(sums: Floats) -> tuple[Floats, Floats, Floats]:
         return effect, np.sqrt(np.maximum(apart, pooled) + between), ratio[..., 1]
 
 
-def sequence(sums: Floats, elapsed: Ints, *, metric: Metric, spec: RegressionSpec) -> Path:
+def sequence(
+    sums: Floats,
+    elapsed: Ints,
+    *,
+    metric: Metric,
+    spec: RegressionSpec,
+    alpha: float | None = None,
+    information: Floats | None = None,
+) -> Path:
     """The path of a metric of independent entities.
 
     Args:
         sums: As `difference` takes them, cumulated by look, shape (..., looks, 2, q, q).
         elapsed: Days since the start by look, the first day is 1.
+        alpha: What the comparison may spend on ROLLBACK; None: all that the spec says.
+        information: How much is known by look, up to a factor, shape (looks,); needed where ``sums`` holds several paths.
     """
     effect, error, level = difference(sums)
     n = sums[..., 0, 0]
-    both = n.sum(-1)
-    matters = np.maximum(both[..., :1] / elapsed[:1] * spec.horizon_days * TUNED_AT, 2.0)
-    alpha = spec.alpha_of(metric)
     with np.errstate(divide="ignore", invalid="ignore"):
         statistic = (metric.sign * effect - metric.margin * np.abs(level)) / error
-    bound, promote = (
-        sequential.sequence_bound(both, a, sequential.rho(1.0, a) / np.sqrt(matters)) for a in (alpha, spec.alpha)
-    )
+        known = n.prod(-1) / n.sum(-1) if information is None else information
     # a spread of rounding errors is none
-    spread = error * np.sqrt(both) > 1e-7 * np.abs(level)
+    spread = error * np.sqrt(n.sum(-1)) > 1e-7 * np.abs(level)
     judged = (n.min(-1) >= spec.min_entities) & np.isfinite(statistic) & spread
+    looked = judged if information is None else judged.any(tuple(range(judged.ndim - 1)))
+    spent_, promoting = (
+        sequential.spent(elapsed / spec.horizon_days, a, spec.spending)
+        for a in (spec.alpha_of(metric, alpha), spec.alpha)
+    )
+    bound, promote = (np.full(len(elapsed), np.inf) for _ in range(2))
+    for bounds, spending in ((bound, spent_), (promote, promoting)):
+        bounds[looked] = sequential.normal_bounds(tuple(known[looked].tolist()), tuple(spending[looked].tolist()))
     bound, promote = np.where(judged, bound, np.inf), np.where(judged, promote, np.inf)
     return Path(
-        effect, error, level, statistic, bound, promote, np.full(effect.shape, alpha),
+        effect, error, level, statistic, bound, promote, np.broadcast_to(spent_, effect.shape),
         judged & (statistic > bound), judged & (-statistic > promote), n[..., 0].astype(np.int64), n[..., 1].astype(np.int64),
     )  # fmt: skip
 
@@ -284,8 +299,10 @@ def _spread(share: Floats, arms: Floats, x: Floats, rest: Floats, along: Floats,
     return out
 
 
-def randomised(clusters: Clusters, elapsed: Ints, *, metric: Metric, spec: RegressionSpec, seed: Sequence[int]) -> Path:
-    """The path of a metric of clusters, with bounds from permuted arms.
+def randomised(
+    clusters: Clusters, elapsed: Ints, *, metric: Metric, spec: RegressionSpec, seed: Sequence[int], alpha: float | None = None
+) -> Path:
+    """The path of a metric of clusters, with bounds from permuted arms; ``alpha`` as `sequence` takes it.
 
     Outcomes are first freed of the harm that the null hypothesis allows (the margin). The statistic is the t of the treatment in
     an ANCOVA. Two null hypotheses: that there is no effect on any unit, under which nothing depends on the arms and the test is
@@ -295,7 +312,9 @@ def randomised(clusters: Clusters, elapsed: Ints, *, metric: Metric, spec: Regre
     """
     looks = len(clusters.numerator)
     width = max(looks, spec.horizon_days)
-    arms = _permuted(clusters, spec.permutations, seed)
+    # of what may be spent on all looks together 25 permuted paths at least, as long as that takes seconds
+    wanted = min(25 / spec.alpha_of(metric, alpha), MOST_PERMUTATIONS)
+    arms = _permuted(clusters, max(spec.permutations, math.ceil(wanted) if alpha is not None else 0), seed)
     treated = clusters.treated.astype(np.float64)
     present = np.searchsorted(clusters.entry, np.arange(looks), side="right")
     paths = np.full((len(arms), looks), np.nan)
@@ -337,7 +356,7 @@ def randomised(clusters: Clusters, elapsed: Ints, *, metric: Metric, spec: Regre
         judged[at] = (size >= spec.min_clusters) & (np.minimum(n_treated[at], n_control[at]) >= 2)
     paths[:, ~judged] = np.nan
     fraction = elapsed / spec.horizon_days
-    spending = sequential.spent(fraction, spec.alpha_of(metric), spec.spending)
+    spending = sequential.spent(fraction, spec.alpha_of(metric, alpha), spec.spending)
     bound, harmful = sequential.permuted_bounds(paths, spending)
     promote, harmless = sequential.permuted_bounds(-paths, sequential.spent(fraction, spec.alpha, spec.spending))
     return Path(

@@ -1,12 +1,13 @@
 """Boundaries for a comparison that is looked at every day, with a known chance of a false alarm over all looks together.
 
-Belongs here: the asymptotic confidence sequence, spending of α, the boundary of a randomisation test. Does not: outcomes,
+Belongs here: spending of α, over the looks and over the versions of a year; the boundary of a normal and of a randomisation test. Does not: outcomes,
 arms, verdicts (``data_checks/regression.py``).
 """
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -14,29 +15,6 @@ import numpy as np
 Spending = Literal["early", "late"]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
-
-
-def rho(n: float, alpha: float) -> float:
-    """The parameter ρ with which a one-sided confidence sequence at level ``alpha`` is narrowest after ``n`` observations.
-
-    The minimum over nρ² of the width solves -W₋₁(-(2α)²/e) - 1 (Waudby-Smith et al. 2024, appendix B.2; 2α for one side).
-    """
-    from scipy.special import lambertw
-
-    return math.sqrt((-lambertw(-((2 * alpha) ** 2) / math.e, -1).real - 1) / n)
-
-
-def sequence_bound(n: Any, alpha: float, rho: float) -> Floats:
-    """How many standard errors a one-sided asymptotic confidence sequence reaches after ``n`` observations.
-
-    The half-width is σ̂·√(2(nρ²+1)/(n²ρ²)·log(√(nρ²+1)/(2α))); divided by the standard error σ̂/√n. All looks together,
-    however many, miss on this side with probability at most ``alpha`` as n grows (Waudby-Smith, Arbour, Sinha, Kennedy,
-    Ramdas, Annals of Statistics 2024, theorem 2.2 and its one-sided form).
-    """
-    information = np.asarray(n, dtype=np.float64) * rho**2
-    with np.errstate(divide="ignore", invalid="ignore"):
-        bound: Floats = np.sqrt(2 * (1 + 1 / information) * np.log(np.sqrt(information + 1) / (2 * alpha)))
-    return np.where(information > 0, bound, np.inf)
 
 
 def spent(fraction: Any, alpha: float, shape: Spending = "late") -> Floats:
@@ -52,6 +30,43 @@ def spent(fraction: Any, alpha: float, shape: Spending = "late") -> Floats:
         return np.asarray(alpha * np.log1p((math.e - 1) * t))
     with np.errstate(divide="ignore"):
         return np.asarray(2 * ndtr(ndtri(alpha / 2) / np.sqrt(t)))
+
+
+@lru_cache(maxsize=64)
+def normal_bounds(information: tuple[float, ...], spending: tuple[float, ...]) -> tuple[float, ...]:
+    """Bounds for every look of a statistic that is normal, with independent increments.
+
+    Lan and DeMets (Biometrika 1983): at each look as much of the probability crosses as may be spent by then. The density of
+    the paths that have not crossed is carried from look to look at the nodes of a Gauss quadrature (Armitage, McPherson,
+    Rowe 1969). No bound depends on a later look.
+
+    Args:
+        information: One over the squared error by look, up to a factor, not decreasing, above 0.
+        spending: Cumulative α by look, not decreasing.
+    """
+    from scipy.optimize import brentq
+    from scipy.special import ndtr
+
+    nodes, weights = np.polynomial.legendre.leggauss(240)
+    bounds = []
+    at, crossed, grid, density = 0.0, 0.0, np.zeros(1), np.ones(1)
+    for total, may in zip(information, spending, strict=True):
+        if may <= crossed or total <= at:
+            bounds.append(math.inf)
+            continue
+        low, high, step = -6 * math.sqrt(total), 12 * math.sqrt(total), math.sqrt(total - at)
+        # a step below the distance of the nodes would be lost; a longer one is on the safe side
+        step = max(step, (grid[-1] - grid[0]) / 80)
+
+        def over(c: float) -> float:
+            return float(np.sum(density * ndtr((grid - c) / step)))  # noqa: B023 - called in this turn alone
+
+        top = float(brentq(lambda c: over(c) - (may - crossed), low, high, xtol=1e-9 * high))  # noqa: B023
+        bounds.append(top / math.sqrt(total))
+        there = low + (nodes + 1) * (top - low) / 2
+        kernel = np.exp(-(((there[:, None] - grid[None, :]) / step) ** 2) / 2) / (step * math.sqrt(2 * math.pi))
+        at, crossed, grid, density = total, may, there, (kernel @ density) * weights * (top - low) / 2
+    return tuple(bounds)
 
 
 def permuted_bounds(paths: Floats, spending: Floats) -> tuple[Floats, Bools]:

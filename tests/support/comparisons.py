@@ -225,7 +225,9 @@ def entities(
     first, promote, lift, naive = [], [], [], []
     sign = spec.metrics[0].sign
     for sums in entity_moments(world, runs=runs, days=DAYS, a_day=a_day, share=share, seed=seed, harm=-sign * harm):
-        path = effects.sequence(sums[:, LOOKS], LOOKS + 1, metric=spec.metrics[0], spec=spec)
+        path = effects.sequence(
+            sums[:, LOOKS], LOOKS + 1, metric=spec.metrics[0], spec=spec, information=LOOKS + 1.0
+        )
         first.append(np.where(path.harmful.any(1), LOOKS[path.harmful.argmax(1)] + 1, 0))
         promote.append(path.harmless.any(1))
         lift.append(-sign * path.effect[:, -1] / np.abs(path.level[:, -1]))
