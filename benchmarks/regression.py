@@ -36,12 +36,11 @@ class Table:
         print(f"{'world':<66} {'what':<26} {'count':>13} {'share':>7}   95% interval")
 
     def row(self, world: str, what: str, hits: np.ndarray) -> tuple[float, float]:
-        from scipy.stats import beta
-
         k, n = int(hits.sum()), len(hits)
-        low = float(beta.ppf(0.025, k, n - k + 1)) if k else 0.0
-        high = float(beta.ppf(0.975, k + 1, n - k)) if k < n else 1.0
-        print(f"{world:<66} {what:<26} {k:>6} of {n:>5} {k / n:>7.1%}   {low:.1%} to {high:.1%}", flush=True)
+        z = 1.96  # Wilson, Journal of the American Statistical Association 1927
+        middle, half = k / n + z * z / (2 * n), z * math.sqrt(k / n * (1 - k / n) / n + z * z / (4 * n * n))
+        low, high = ((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+        print(f"{world:<66} {what:<28} {k:>6} of {n:>5} {k / n:>7.1%}   {low:.1%} to {high:.1%}", flush=True)
         return low, high
 
     def at_most_alpha(self, world: str, what: str, hits: np.ndarray) -> None:
@@ -121,6 +120,61 @@ def _kept(table: Table, power: regression.Power, found: worlds.Runs) -> None:
     table.claim(low <= power.high and high >= power.low, f"{name}: found in {found.found:.1%}")
 
 
+def uneven(table: Table, runs: int) -> None:
+    """Effects that differ by unit and are none in the mean, and what the error that is robust to them costs in power."""
+    for share, who in ((0.8, "a canary of a fifth"), (0.2, "a fifth held out")):
+        found = worlds.cohorts("seasonal", runs=runs, units=60, share=share, seed=11, uneven=0.35)
+        name = f"cohort, {who} of 60, ±35% by unit"
+        low, _ = table.row(name, "false ROLLBACK", found.rollback > 0)
+        table.claim(low <= 0.06, f"{name}: false ROLLBACK above 6%")
+        found = worlds.cohorts("seasonal", runs=runs, units=60, share=share, seed=12, harm=0.08)
+        table.row(f"cohort, {who} of 60, harm 8%", "found within 30 days", found.rollback > 0)
+
+
+def joined(table: Table, runs: int) -> None:
+    """Units that are drawn on day 10."""
+    for as_zero, how in ((True, "zero before"), (False, "nothing before")):
+        name = f"cohort, a third of 60 drawn on day 10, {how}"
+        found = worlds.cohorts("seasonal", runs=runs, units=60, share=1 / 3, seed=13, joined=1 / 3, as_zero=as_zero)
+        table.row(name, "false ROLLBACK", found.rollback > 0)
+        found = worlds.cohorts(
+            "seasonal", runs=runs, units=60, share=1 / 3, seed=14, joined=1 / 3, as_zero=as_zero, harm=0.12
+        )
+        table.row(f"{name}, harm 12%", "found within 30 days", found.rollback > 0)
+
+
+def replaced(table: Table, runs: int) -> None:
+    """Four versions a month, each judged on its own week: how α is spent over the versions of a year."""
+    for rule in ("each", "number", "continued", "account"):
+        found = worlds.years(rule, runs=10 * runs, seed=15, harm=1.6)
+        name = f"48 versions a year, {rule}"
+        low, _ = table.row(name, "years with a false ROLLBACK", found.false)
+        for k in (0, 3, 11, 47):
+            table.row(f"  harm in version {k + 1} alone", "found in its week", found.found[:, k])
+        table.row("  harm in one version, the mean of all", "found in its week", found.found.ravel())
+        table.claim(rule != "account" or low <= 0.10, f"{name}: above 10% a year")
+
+
+def told_anew(table: Table, runs: int) -> None:
+    """Outcomes that mature by unit."""
+    for harm, what in ((0.0, "false ROLLBACK"), (0.08, "found within 30 days")):
+        for rule, found in worlds.restated(runs=runs, units=60, share=1 / 3, seed=16, harm=harm).items():
+            name = f"cohort, outcomes mature by unit, harm {harm:.0%}, {rule}"
+            low, _ = table.row(name, what, found.rollback > 0)
+            if (found.rollback > 0).any():
+                print(f"{'':<66} median day {np.median(found.rollback[found.rollback > 0]):.0f}")
+            table.claim(harm > 0 or rule == "every look" or low <= ALPHA, f"{name}: {what} above 5%")
+
+
+def shared_arms(table: Table, runs: int) -> None:
+    """What `signalbox validate` refuses: entities judged as if independent whose arm is that of their unit."""
+    found = worlds.entities("plain", runs=runs, share=0.5, seed=17, a_day=200, units=60)
+    table.row("entity, arms of 60 units (refused by validate)", "false ROLLBACK", found.rollback > 0)
+    for harm in (0.02, 0.04):
+        found = worlds.entities("plain", runs=runs, share=0.5, seed=18, harm=harm)
+        table.row(f"entity, plain, 300 an arm a day, harm {harm:.2f} sd", "found within 30 days", found.rollback > 0)
+
+
 def overstated(table: Table, runs: int) -> None:
     for pools in ("own", "shared"):
         found = worlds.cohorts("seasonal", runs=runs, units=60, share=0.5, seed=9, overstated=1.3, pools=pools)
@@ -165,6 +219,10 @@ def main() -> int:
     harmed(table, runs)
     promised(table, min(runs, 1_000))
     overstated(table, min(runs, 1_000))
+    hard = min(runs, 1_500)
+    for measure in (uneven, joined, replaced, shared_arms):
+        measure(table, hard)
+    told_anew(table, min(runs, 500))
     speed()
     print(f"{time.perf_counter() - begun:.0f} s")
     for text in table.missed:

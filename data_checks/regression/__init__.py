@@ -9,5 +9,17 @@ Belongs here: judging arms. Does not: reading tables, drawing arms, rolling back
 from data_checks.regression.effects import Metric, RegressionSpec
 from data_checks.regression.guard import LOOKS, Judgement, judge, sample_ratio
 from data_checks.regression.power import Power, power, sentence
+from data_checks.regression.sequential import left
 
-__all__ = ["LOOKS", "Judgement", "Metric", "Power", "RegressionSpec", "judge", "power", "sample_ratio", "sentence"]
+__all__ = [
+    "LOOKS",
+    "Judgement",
+    "Metric",
+    "Power",
+    "RegressionSpec",
+    "judge",
+    "left",
+    "power",
+    "sample_ratio",
+    "sentence",
+]

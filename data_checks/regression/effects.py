@@ -206,17 +206,21 @@ def sequence(
         sums: As `difference` takes them, cumulated by look, shape (..., looks, 2, q, q).
         elapsed: Days since the start by look, the first day is 1.
         alpha: What the comparison may spend on ROLLBACK; None: all that the spec says.
-        information: How much is known by look, up to a factor, shape (looks,); needed where ``sums`` holds several paths.
+        information: Variance of the sum behind the difference by look, up to a factor, shape (looks,); None: as estimated (of
+            several paths their mean).
     """
     effect, error, level = difference(sums)
     n = sums[..., 0, 0]
     with np.errstate(divide="ignore", invalid="ignore"):
         statistic = (metric.sign * effect - metric.margin * np.abs(level)) / error
-        known = n.prod(-1) / n.sum(-1) if information is None else information
+        # the sum, not the mean, has independent increments where some days are noisier than others
+        summed = (n.prod(-1) / n.sum(-1) * error) ** 2
     # a spread of rounding errors is none
     spread = error * np.sqrt(n.sum(-1)) > 1e-7 * np.abs(level)
     judged = (n.min(-1) >= spec.min_entities) & np.isfinite(statistic) & spread
-    looked = judged if information is None else judged.any(tuple(range(judged.ndim - 1)))
+    others = tuple(range(judged.ndim - 1))
+    looked = judged.any(others)
+    known = np.maximum.accumulate(np.nan_to_num(summed).mean(others)) if information is None else information
     spent_, promoting = (
         sequential.spent(elapsed / spec.horizon_days, a, spec.spending)
         for a in (spec.alpha_of(metric, alpha), spec.alpha)
@@ -300,7 +304,13 @@ def _spread(share: Floats, arms: Floats, x: Floats, rest: Floats, along: Floats,
 
 
 def randomised(
-    clusters: Clusters, elapsed: Ints, *, metric: Metric, spec: RegressionSpec, seed: Sequence[int], alpha: float | None = None
+    clusters: Clusters,
+    elapsed: Ints,
+    *,
+    metric: Metric,
+    spec: RegressionSpec,
+    seed: Sequence[int],
+    alpha: float | None = None,
 ) -> Path:
     """The path of a metric of clusters, with bounds from permuted arms; ``alpha`` as `sequence` takes it.
 
@@ -312,9 +322,9 @@ def randomised(
     """
     looks = len(clusters.numerator)
     width = max(looks, spec.horizon_days)
-    # of what may be spent on all looks together 25 permuted paths at least, as long as that takes seconds
-    wanted = min(25 / spec.alpha_of(metric, alpha), MOST_PERMUTATIONS)
-    arms = _permuted(clusters, max(spec.permutations, math.ceil(wanted) if alpha is not None else 0), seed)
+    # where little of α is left, as many more as it takes to have as many paths beyond the bound, while that takes seconds
+    wanted = spec.permutations * spec.alpha / (spec.alpha if alpha is None else max(alpha, 1e-9))
+    arms = _permuted(clusters, max(spec.permutations, math.ceil(min(wanted, MOST_PERMUTATIONS))), seed)
     treated = clusters.treated.astype(np.float64)
     present = np.searchsorted(clusters.entry, np.arange(looks), side="right")
     paths = np.full((len(arms), looks), np.nan)

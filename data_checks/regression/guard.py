@@ -192,6 +192,8 @@ def judge(  # noqa: PLR0913 - given by name
     start: date,
     day: date,
     seed: int,
+    alpha: float | None = None,
+    judged: date | None = None,
 ) -> Judgement:
     """The verdict on ``treated`` beside ``control`` as of ``day``, with every look up to it.
 
@@ -205,6 +207,9 @@ def judge(  # noqa: PLR0913 - given by name
             of ``observed``.
         start: First day of the comparison; ``day``: the last day that is read.
         seed: Of the permutations; a rerun with the same rows and seed gives the same looks.
+        alpha: What this comparison may spend on ROLLBACK (`sequential.left`); None: all that the spec says.
+        judged: The last day on which this comparison was judged before. ROLLBACK then takes a look after it, or the newest:
+            outcomes that are told anew move the looks before, and asking these again every day would spend α again.
 
     Raises:
         ValueError: a missing column, an unknown arm or design, a unit in two arms of one epoch, an entity twice.
@@ -259,7 +264,7 @@ def judge(  # noqa: PLR0913 - given by name
         missing = [d for d in missing if date.fromisoformat(d) not in set(pc.unique(washed["day"]).to_pylist())]
     figures: dict[str, Any] = {
         "design": design, "treated": treated, "control": control, "start": str(start), "day": str(day),
-        "looks": len(looks), "missing_days": missing, "metrics": {},
+        "looks": len(looks), "missing_days": missing, "alpha": spec.alpha if alpha is None else alpha, "metrics": {},
     }  # fmt: skip
     if empty:
         reason = f"the arm {' and the arm '.join(empty)} has no outcomes from {start} to {day}: no data is no verdict"
@@ -276,9 +281,9 @@ def judge(  # noqa: PLR0913 - given by name
     if len(bare) == len(paths):
         reason = f"no value of {', '.join(bare)} in both arms from {start} to {day}: no data is no verdict"
         return Judgement("NO_DATA", (reason,), LOOKS.empty_table(), figures, ratio)
-    return _concluded(
-        paths, looks, spec, design, start, day, figures, ratio, [bool(ratio_at(int(d))["ok"]) for d in looks]
-    )
+    fresh = [judged is None or d == looks[-1] or start + timedelta(days=int(d)) > judged for d in looks]
+    ratio_ok = [bool(ratio_at(int(d))["ok"]) for d in looks]
+    return _concluded(paths, looks, spec, design, start, day, figures, ratio, ratio_ok, np.array(fresh, dtype=bool))
 
 
 def _judged_entities(
@@ -309,7 +314,7 @@ def _judged_entities(
     days = int(since.max()) + 1
     group = since[good] * 2 + np.where(arm[good], 0, 1)
     sums = moments(x, group, days * 2).reshape(days, 2, x.shape[1], x.shape[1]).cumsum(0)[looks]
-    return sequence(sums, looks + 1, metric=metric, spec=spec)
+    return sequence(sums, looks + 1, metric=metric, spec=spec, alpha=figures["alpha"])
 
 
 def _note_missing(figures: dict[str, Any], metric: Metric, good: Bools, arm: Bools) -> None:
@@ -358,7 +363,7 @@ def _judged_clusters(
     clusters = assembled(
         cumulated(numerator), cumulated(denominator), expected, weight[of_unit], is_treated, stratum, sign=metric.sign
     )
-    return randomised(clusters, looks + 1, metric=metric, spec=spec, seed=seed)
+    return randomised(clusters, looks + 1, metric=metric, spec=spec, seed=seed, alpha=figures["alpha"])
 
 
 def _own_level(
@@ -384,11 +389,11 @@ def _own_level(
 
 def _concluded(
     paths: list[Path], looks: Ints, spec: RegressionSpec, design: Design, start: date, day: date, figures: dict[str, Any],
-    ratio: dict[str, Any], ratio_ok: list[bool],
+    ratio: dict[str, Any], ratio_ok: list[bool], fresh: Bools,
 ) -> Judgement:  # fmt: skip
     """From the looks of all metrics to a verdict with its reasons."""
     on = np.array(ratio_ok, dtype=bool)
-    rollback = np.array([p.harmful & on for p in paths]).reshape(len(paths), len(looks))
+    rollback = np.array([p.harmful & on & fresh for p in paths]).reshape(len(paths), len(looks))
     promote = np.array([p.harmless & on for p in paths]).reshape(len(paths), len(looks))
     rows: dict[str, list[Any]] = {name: [] for name in LOOKS.names}
     dates = [start + timedelta(days=int(d)) for d in looks]

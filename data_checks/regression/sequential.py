@@ -7,6 +7,8 @@ arms, verdicts (``data_checks/regression.py``).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from datetime import date
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -30,6 +32,29 @@ def spent(fraction: Any, alpha: float, shape: Spending = "late") -> Floats:
         return np.asarray(alpha * np.log1p((math.e - 1) * t))
     with np.errstate(divide="ignore"):
         return np.asarray(2 * ndtr(ndtri(alpha / 2) / np.sqrt(t)))
+
+
+YEAR = 365
+"""Days in which what was spent of α comes back."""
+
+
+def left(earlier: Iterable[tuple[date, date]], start: date, alpha: float, horizon_days: int, shape: Spending) -> float:
+    """What a comparison that begins on ``start`` may spend of ``alpha``, where each version opens a comparison.
+
+    An account: it holds at most α, each comparison takes from it what its days spend, and α comes back evenly over a year. So
+    all comparisons that begin within any 365 days spend at most 2α together, however many versions there are, and a version
+    that comes after a quiet year is judged at the whole of α. A schedule by number (α·6/(π²k²) for the k-th of a year) spends
+    less and finds nothing after the tenth version; see ``benchmarks.regression``.
+
+    Args:
+        earlier: First and last judged day of the comparisons before it.
+    """
+    held, at = alpha, None
+    for first, last in sorted(earlier):
+        held = held if at is None else min(alpha, held + alpha * (first - at).days / YEAR)
+        at = first
+        held -= float(spent(((last - first).days + 1) / horizon_days, held, shape))
+    return held if at is None else min(alpha, held + alpha * (start - at).days / YEAR)
 
 
 @lru_cache(maxsize=64)

@@ -195,15 +195,58 @@ def judge_day(workflow: Workflow, lake: Lake, ledger: Ledger, day: date) -> tupl
 
     Empty where nothing has acted yet. Raises StageSqlError as ``observations`` does.
     """
-    found = tuple(judge(workflow, lake, one, day) for one in comparisons(workflow, ledger, day))
+    found = tuple(
+        judge(
+            workflow,
+            lake,
+            one,
+            day,
+            alpha=_alpha_left(workflow, ledger, one),
+            judged=_judged(workflow, ledger, one, day),
+        )
+        for one in comparisons(workflow, ledger, day)
+    )
     for judged in found:
         _note(workflow, ledger, judged)
     return found
 
 
-def judge(workflow: Workflow, lake: Lake, comparison: Comparison, day: date) -> Judged:
+def _alpha_left(workflow: Workflow, ledger: Ledger, comparison: Comparison) -> float:
+    """What a comparison may spend of α, after those of the same arms that began before it."""
+    spec = regression_of(workflow)
+    earlier: dict[date, date] = {}
+    for event in ledger.events(VERDICT, workflow.name):
+        since, day = (date.fromisoformat(event.body[key]) for key in ("since", "day"))
+        if event.body["comparison"] == comparison.name and since < comparison.since:
+            earlier[since] = max(day, earlier.get(since, day))
+    begun = [(since + timedelta(days=1), max(last, since + timedelta(days=1))) for since, last in earlier.items()]
+    return regression.left(begun, comparison.start, spec.alpha, spec.horizon_days, spec.spending)
+
+
+def _judged(workflow: Workflow, ledger: Ledger, comparison: Comparison, day: date) -> date | None:
+    """The last day before ``day`` on which a comparison was judged; None where it was not, or was found to do harm."""
+    mine = {"comparison": comparison.name, "version": comparison.version, "since": comparison.since.isoformat()}
+    said = [
+        e.body
+        for e in ledger.events(VERDICT, workflow.name)
+        if mine.items() <= e.body.items() and e.body["day"] < day.isoformat()
+    ]
+    if not said or any(body["verdict"] == "ROLLBACK" for body in said):
+        return None
+    return date.fromisoformat(max(body["day"] for body in said))
+
+
+def judge(
+    workflow: Workflow,
+    lake: Lake,
+    comparison: Comparison,
+    day: date,
+    *,
+    alpha: float | None = None,
+    judged: date | None = None,
+) -> Judged:
     """One comparison at the cut-off of ``day``; its pre-period is the days before it began to act, and for the design
-    ``entity`` what had been decided on in them.
+    ``entity`` what had been decided on in them. ``alpha``, ``judged``: as ``regression.judge`` takes them.
     """
     spec, design = regression_of(workflow), workflow.arms.design
     start = comparison.start
@@ -223,7 +266,7 @@ def judge(workflow: Workflow, lake: Lake, comparison: Comparison, day: date) -> 
     judgement = regression.judge(
         observed.filter(pc.is_valid(observed["arm"])), before, spec=spec, design=design, treated=comparison.treated,
         control=comparison.control, shares=arms.normalised(workflow.arms.shares), drawn=drawn, start=start, day=day,
-        seed=comparison.seed(workflow.name),
+        seed=comparison.seed(workflow.name), alpha=alpha, judged=judged,
     )  # fmt: skip
     return Judged(comparison, day, judgement)
 

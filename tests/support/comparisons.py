@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data_checks.regression import effects
+from data_checks.regression import effects, sequential
 from data_checks.regression.effects import Metric, Path, RegressionSpec
 
 Array = np.ndarray[Any, Any]
@@ -44,11 +44,21 @@ def _outcomes(world: str, rng: np.random.Generator, shape: tuple[int, ...]) -> t
 
 
 def entity_moments(
-    world: str, *, runs: int, days: int, a_day: int, share: float, seed: int, harm: float = 0.0, chunk: int = 100
+    world: str,
+    *,
+    runs: int,
+    days: int,
+    a_day: int,
+    share: float,
+    seed: int,
+    harm: float = 0.0,
+    chunk: int = 100,
+    units: int | None = None,
 ) -> Iterator[Array]:
     """Moments of (1, covariate, weekday's level, outcome, 1) cumulated by day, shape (runs, days, 2, 5, 5); arm 0 is treated.
 
-    ``share``: of the control; ``harm``: taken from the outcome of the treated.
+    ``share``: of the control; ``harm``: taken from the outcome of the treated. ``units``: how many units the entities belong to,
+    which differ by 0.1 and are drawn as wholes; None: every entity is drawn by itself.
     """
     weekday = np.sin(np.arange(days) * 2 * np.pi / 7)
     rng = np.random.default_rng(seed)
@@ -56,6 +66,11 @@ def entity_moments(
         shape = (min(chunk, runs - first), days, a_day)
         x, y = _outcomes(world, rng, shape)
         treated = rng.random(shape) >= share
+        if units is not None:
+            who = rng.integers(units, size=shape).reshape(shape[0], -1)
+            drawn, level = rng.random((shape[0], units)) >= share, 0.1 * rng.standard_normal((shape[0], units))
+            treated = np.take_along_axis(drawn, who, 1).reshape(shape)
+            y = y + np.take_along_axis(level, who, 1).reshape(shape)
         y = y - harm * treated
         out = np.empty((shape[0], days, 2, 5, 5))
         for arm, here in enumerate((treated.astype(np.float64), 1.0 - treated)):
@@ -188,6 +203,8 @@ LESS = RegressionSpec(
     metrics=(Metric(name="missed", column="missed", per="due", better="lower"),), horizon_days=30, permutations=399
 )
 PRE, DAYS = 14, 30
+JOINED = 9
+"""Days before the tenth, on which units of a world are drawn late."""
 LOOKS = np.arange(MORE.burn_in_days, DAYS)
 START = date(2026, 3, 2)
 
@@ -218,16 +235,24 @@ def _runs(paths: list[Path], naive: list[Any], metric: Metric) -> Runs:
 
 
 def entities(
-    world: str, *, runs: int, share: float, seed: int, a_day: int = 600, harm: float = 0.0, better: str = "higher"
+    world: str,
+    *,
+    runs: int,
+    share: float,
+    seed: int,
+    a_day: int = 600,
+    harm: float = 0.0,
+    better: str = "higher",
+    units: int | None = None,
 ) -> Runs:
-    """Independent entities; harm in the outcome's unit, the share is the control's."""
+    """Independent entities; harm in the outcome's unit, the share is the control's, ``units`` as `entity_moments` takes it."""
     spec = MORE.model_copy(update={"metrics": (Metric(name="value", column="value", better=better),)})  # type: ignore[arg-type]
     first, promote, lift, naive = [], [], [], []
     sign = spec.metrics[0].sign
-    for sums in entity_moments(world, runs=runs, days=DAYS, a_day=a_day, share=share, seed=seed, harm=-sign * harm):
-        path = effects.sequence(
-            sums[:, LOOKS], LOOKS + 1, metric=spec.metrics[0], spec=spec, information=LOOKS + 1.0
-        )
+    for sums in entity_moments(
+        world, runs=runs, days=DAYS, a_day=a_day, share=share, seed=seed, harm=-sign * harm, units=units
+    ):
+        path = effects.sequence(sums[:, LOOKS], LOOKS + 1, metric=spec.metrics[0], spec=spec)
         first.append(np.where(path.harmful.any(1), LOOKS[path.harmful.argmax(1)] + 1, 0))
         promote.append(path.harmless.any(1))
         lift.append(-sign * path.effect[:, -1] / np.abs(path.level[:, -1]))
@@ -258,8 +283,14 @@ def cohorts(
     harm: float = 0.0,
     overstated: float = 1.0,
     pools: str = "own",
+    uneven: float = 0.0,
+    since: int = 0,
+    joined: float = 0.0,
+    as_zero: bool = False,
 ) -> Runs:
-    """Campaigns whose budgets persist, arms drawn once. ``harm``: share of the treated value that is lost.
+    """Campaigns whose budgets persist, arms drawn once. ``harm``: share of the treated value that is lost, from day ``since``.
+    ``uneven``: the share by which one half of the treated gains and the other half loses. ``joined``: the share of campaigns
+    that are drawn on day 10; ``as_zero``: whether the days before count as zero, which they must not.
 
     ``overstated``: both arms reallocate budgets with equally good models, the treated one's estimates multiplied by this;
     ``pools``: each arm its own money, or one pool that is ``shared``.
@@ -270,14 +301,105 @@ def cohorts(
         value = budgets(world, rng, days=PRE + DAYS, units=units)
         arm = arms_of(units, share, 1, rng)
         own, weight = effects.adjusting(value[:PRE].mean(0), np.ones(units), MORE.largest_unit)
-        after = value[PRE:] * np.where(arm[0] == 1, 1 - harm, 1.0)
+        late = np.arange(DAYS)[:, None] >= since
+        after = value[PRE:] * np.where((arm[0] == 1) & late, 1 - harm, 1.0)
+        if uneven:
+            after = after * np.where(arm[0] == 1, 1 + uneven * rng.choice([-1, 1], units), 1.0)
         if overstated != 1.0:
             after = after * reallocated(rng, value[:PRE].mean(0), arm[0], overstated, pools)
+        there = np.ones_like(after)
+        if joined:
+            new = rng.random(units) < joined
+            own, weight = np.where(new, 0.0, own), np.where(new, 1.0, weight)
+            there[:JOINED, new] = 0.0
+        counted = np.ones_like(after) if as_zero else there
         none = np.zeros(DAYS, dtype=np.int64)
-        clusters = effects.panel(after, np.ones_like(after), own, weight, arm, none, none == 0, LOOKS)
+        clusters = effects.panel(after * there, counted, own, weight, arm, none, none == 0, LOOKS)
         paths.append(effects.randomised(clusters, LOOKS + 1, metric=MORE.metrics[0], spec=MORE, seed=[seed, run]))
         naive.append(_rows_z(after, arm[0] == 1))
     return _runs(paths, naive, MORE.metrics[0])
+
+
+@dataclass(frozen=True)
+class Years:
+    """Years of versions that are each replaced after a week."""
+
+    false: Array
+    """Whether a year has a ROLLBACK of a version that does nothing, shape (runs,)."""
+    found: Array
+    """Whether a version is found out in its own week that does harm while those before it did not, shape (runs, versions)."""
+
+
+def years(rule: str, *, runs: int, seed: int, harm: float, count: int = 48, alpha: float = 0.05) -> Years:
+    """Versions whose weeks are normal walks of daily steps; the statistic alone, as `cohorts` and `entities` show it to be.
+
+    Args:
+        rule: ``each``: every version spends as one that stands alone; ``number``: the k-th α·6/(π²k²); ``account``: as
+            `sequential.left` says; ``continued``: four versions share one comparison of 28 days, with its data.
+        harm: In standard deviations of a day's step.
+    """
+    rng = np.random.default_rng(seed)
+    looks = np.arange(MORE.burn_in_days, 28 if rule == "continued" else 7)
+    horizon = MORE.horizon_days
+    alphas: list[float] = []
+    begun: list[tuple[date, date]] = []
+    for k in range(count):
+        first = START + timedelta(days=7 * k)
+        account = sequential.left(begun, first, alpha, horizon, "early")
+        begun.append((first, first + timedelta(days=6)))
+        alphas.append({"number": alpha * 6 / (np.pi**2 * (k + 1) ** 2), "account": account}.get(rule, alpha))
+    steps = rng.standard_normal((runs, count, 7))
+    weeks, new = (steps, 1) if rule != "continued" else (steps.reshape(runs, count // 4, 28), 4)
+    false, found = np.zeros(runs, dtype=bool), np.zeros((runs, count), dtype=bool)
+    days = looks + 1.0
+    for k in range(count):
+        spending = sequential.spent(days / horizon, alphas[k], "early")
+        bound = np.array(sequential.normal_bounds(tuple(days.tolist()), tuple(spending.tolist())))
+        at = k % new * 7
+        week = weeks[:, k // new]
+        late = np.where((np.arange(week.shape[1]) >= at) & (np.arange(week.shape[1]) < at + 7), harm, 0.0)
+        own = (looks >= at) & (looks < at + 7)
+        crossed = week.cumsum(1)[:, looks] / np.sqrt(days) > bound
+        false |= crossed[:, own].any(1)
+        hit = (week + late).cumsum(1)[:, looks] / np.sqrt(days) > bound
+        found[:, k] = hit[:, own].any(1)
+    return Years(false, found)
+
+
+def restated(*, runs: int, units: int, share: float, seed: int, harm: float = 0.0) -> dict[str, Runs]:
+    """Campaigns whose outcomes become known over days, at a pace of their own, judged every day with what is known by then.
+
+    By rule: ``every look``: a ROLLBACK from any look of any day's sequence; ``the newest``: from the newest of each day alone,
+    as the guard does.
+    """
+    rng = np.random.default_rng(seed)
+    first: dict[str, list[int]] = {"every look": [], "the newest": []}
+    metric = MORE.metrics[0]
+    for run in range(runs):
+        value = budgets("seasonal", rng, days=PRE + DAYS, units=units)
+        arm = arms_of(units, share, 1, rng)
+        value[PRE:] *= np.where(arm[0] == 1, 1 - harm, 1.0)
+        pace = 1.5 * np.exp(0.8 * rng.standard_normal(units))
+
+        def known(day: int, value: Array = value, pace: Array = pace) -> Array:
+            age = (day - np.arange(day + 1))[:, None]
+            return np.asarray(value[: day + 1] * (1 - np.exp(-(age + 1) / pace)))
+
+        own, weight = effects.adjusting(known(PRE - 1).mean(0), np.ones(units), MORE.largest_unit)
+        hits = dict.fromkeys(first, 0)
+        for day in range(MORE.burn_in_days, DAYS):
+            looks, none = LOOKS[day >= LOOKS], np.zeros(day + 1, dtype=np.int64)
+            after = known(PRE + day)[PRE:]
+            clusters = effects.panel(after, np.ones_like(after), own, weight, arm, none, none == 0, looks)
+            path = effects.randomised(clusters, looks + 1, metric=metric, spec=MORE, seed=[seed, run])
+            for rule, harmful in (("every look", path.harmful.any()), ("the newest", path.harmful[-1])):
+                hits[rule] = hits[rule] or (day + 1 if harmful else 0)
+            if all(hits.values()):
+                break
+        for rule in first:
+            first[rule].append(hits[rule])
+    nothing = np.zeros(runs)
+    return {rule: Runs(np.array(days), nothing > 0, nothing, nothing > 0) for rule, days in first.items()}
 
 
 def reallocated(rng: np.random.Generator, spend: Array, arm: Array, overstated: float, pools: str) -> Array:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from data_checks import regression
-from data_checks.regression import Judgement, Metric, RegressionSpec, sequential
+from data_checks.regression import Judgement, Metric, RegressionSpec, effects, sequential
 from tests.support.properties import examples
 
 START = date(2026, 3, 2)
@@ -136,6 +136,23 @@ def test_a_rollback_once_reached_stays_reached(design: str) -> None:
     assert judgement.verdict == "ROLLBACK"
     assert judgement.figures["since"] <= (START + timedelta(days=9)).isoformat()
     assert judgement.looks.to_pylist()[-1]["verdict"] != "ROLLBACK"
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_a_look_that_was_judged_before_is_not_asked_again(design: str) -> None:
+    """Outcomes told anew move it, and only looks since then, or the newest, may end in a rollback."""
+    observed, before = world(design, harm=0.25)
+    days = np.array([(d - START).days for d in observed["day"].to_pylist()])
+    treated = np.array(observed["arm"].to_pylist()) == "champion"
+    value = observed["value"].to_numpy() * np.where(treated & (days >= 9), 2.0, 1.0)
+    told = observed.set_column(observed.schema.get_field_index("value"), "value", pa.array(value))
+    last = START + timedelta(days=19)
+    assert judged(design, told, before, judged=last - timedelta(days=1)).verdict != "ROLLBACK"
+    since = judged(design, told, before, judged=START + timedelta(days=3))
+    assert since.verdict == "ROLLBACK" and since.figures["since"] > str(START + timedelta(days=3))
+    assert judged(design, observed, before, judged=last).verdict == "ROLLBACK", (
+        "the newest look counts whatever was judged"
+    )
 
 
 @settings(max_examples=examples(12), suppress_health_check=[HealthCheck.too_slow])
@@ -435,11 +452,43 @@ def test_spending_is_little_at_first_and_all_at_the_end() -> None:
     assert (np.diff(spent) >= 0).all()
 
 
-def test_the_sequence_is_narrowest_where_it_is_tuned_and_wider_on_both_sides() -> None:
-    for alpha in (0.05, 0.01):
-        tuned = sequential.rho(1_000, alpha)
-        there = sequential.sequence_bound(1_000, alpha, tuned)
-        assert all(there <= sequential.sequence_bound(1_000, alpha, tuned * f) for f in (0.8, 0.95, 1.05, 1.25))
-        assert sequential.sequence_bound(0, alpha, tuned) == np.inf
+def test_a_constant_of_an_unknown_form_is_refused() -> None:
     with pytest.raises(ValueError, match="allowed here: pocock"):
         sequential.constant(10, 0.05, "wald")
+
+
+def test_alpha_comes_back_within_a_year_and_the_first_version_has_the_whole() -> None:
+    day = date(2026, 3, 2)
+
+    def left(*earlier: tuple[int, int], start: int) -> float:
+        spans = [(day + timedelta(days=a), day + timedelta(days=b)) for a, b in earlier]
+        return sequential.left(spans, day + timedelta(days=start), 0.05, 28, "early")
+
+    assert left(start=0) == 0.05
+    whole = (0, 27)
+    assert left(whole, start=28) == pytest.approx(0.05 * 28 / 365)
+    assert left(whole, start=365) == pytest.approx(0.05) == left(whole, start=2_000)
+    week = left((0, 6), start=7)
+    assert 0.02 < week < 0.05, "a version that lived a week has spent its week's part"
+    assert left((7, 13), (0, 6), start=14) == left((0, 6), (7, 13), start=14) < week
+    assert left((0, 500), start=501) == pytest.approx(0.05), "one that lived long has spent no more than the whole"
+
+
+def test_the_robust_error_is_that_of_hc2() -> None:
+    rng = np.random.default_rng(7)
+    size, rows = 20, 3
+    arms = np.array([rng.permutation(np.arange(size) < 6) for _ in range(5)]).astype(np.float64)
+    y, x = (rng.standard_normal((rows, size)) for _ in range(2))
+    y, x = y - y.mean(1, keepdims=True), x - x.mean(1, keepdims=True)
+    sxx = (x * x).sum(1)
+    rest = y - ((x * y).sum(1) / sxx)[:, None] * x
+    share = np.full(size, 0.3)
+    along = arms @ x.T / sxx
+    tau = (arms @ rest.T) / ((arms - share) @ (arms - share).T).diagonal()[:, None]
+    found = effects._spread(share, arms, x, rest, along, tau)
+    for p, arm in enumerate(arms):
+        for k in range(rows):
+            treatment = arm - share - along[p, k] * x[k]
+            left = rest[k] - tau[p, k] * treatment
+            leverage = np.where(arm == 1, 1 / 6, 1 / 14)
+            assert found[p, k] == pytest.approx((treatment**2 * left**2 / (1 - leverage)).sum())

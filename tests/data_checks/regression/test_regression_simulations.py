@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from datetime import date, timedelta
 
 import numpy as np
 import pytest
@@ -183,16 +184,44 @@ def test_constants_of_a_group_sequential_test_are_computed(shape: str, near: flo
     assert abs(c - near) < 0.01 and abs(share - ALPHA) < 0.006
 
 
-@pytest.mark.parametrize("heavy", [False, True])
-def test_the_confidence_sequence_misses_at_most_alpha_at_every_n(heavy: bool) -> None:
-    """Looked at after each of 2,000 observations, not once a day: from the 100th on."""
-    rng = np.random.default_rng(101)
-    x = rng.standard_t(3, (2_000, 2_000)) if heavy else rng.standard_normal((2_000, 2_000))
-    n = np.arange(1, 2_001)
-    mean, square = x.cumsum(1) / n, (x**2).cumsum(1) / n
-    z = mean / np.sqrt((square - mean**2 + 1e-12) / n)
-    bound = sequential.sequence_bound(n, ALPHA, sequential.rho(500, ALPHA))
-    at_most_alpha(f"confidence sequence, {'t with 3 degrees' if heavy else 'normal'}", (z > bound)[:, 99:].any(1))
+@pytest.mark.parametrize("shape", ["early", "late"])
+@pytest.mark.parametrize("noisier", [1.0, 4.0])
+def test_bounds_of_a_normal_statistic_spend_what_they_may_by_each_look(
+    shape: sequential.Spending, noisier: float
+) -> None:
+    """Also where later days are noisier, and where a day adds next to nothing."""
+    step = np.linspace(1, noisier, 30)
+    step[10] = 1e-4
+    walks = (np.random.default_rng(101).standard_normal((40_000, 30)) * step).cumsum(1)
+    variance = np.cumsum(step**2)
+    spending = sequential.spent(np.arange(1, 31) / 30, ALPHA, shape)
+    bounds = np.array(sequential.normal_bounds(tuple(variance.tolist()), tuple(spending.tolist())))
+    crossed = np.logical_or.accumulate(walks / np.sqrt(variance) > bounds, axis=1).mean(0)
+    print(f"{shape}, {noisier}: crossed {crossed[-1]:.2%}, by the middle {crossed[14]:.2%} of {spending[14]:.2%}")
+    assert (crossed <= spending + 4 * np.sqrt(spending / 40_000) + 1e-4).all()
+    assert crossed[-1] > 0.9 * ALPHA
+    earlier = sequential.normal_bounds(tuple(variance[:12].tolist()), tuple(spending[:12].tolist()))
+    assert np.allclose(earlier, bounds[:12]), "a later look moves no earlier bound"
+
+
+def test_effects_that_differ_by_unit_and_are_none_in_the_mean_are_rarely_rolled_back() -> None:
+    """A canary of a fifth of 60 campaigns, half of them 35% up and half of them 35% down."""
+    found = comparisons.cohorts("seasonal", runs=RUNS, units=60, share=0.8, seed=111, uneven=0.35)
+    at_most_alpha("cohort, canary of a fifth, effects of ±35% by unit, seed 111: false ROLLBACK", found.rollback > 0)
+
+
+def test_four_versions_a_month_are_rolled_back_falsely_in_a_tenth_of_the_years_at_most() -> None:
+    """The account of α alone: each version spends what its week may, on paths without an effect."""
+    begun: list[tuple[date, date]] = []
+    spent = 0.0
+    for week in range(52):
+        first = comparisons.START + timedelta(days=7 * week)
+        held = sequential.left(begun, first, ALPHA, 30, "early")
+        begun.append((first, first + timedelta(days=6)))
+        spent += float(sequential.spent(7 / 30, held, "early"))
+        assert spent <= ALPHA * (1 + (7 * week) / 365) + 1e-12
+    print(f"52 versions, a week each: {spent:.1%} of a year's versions in all, the last at {held:.2%}")
+    assert spent <= 2 * ALPHA and held > 0.002, "and none goes unjudged"
 
 
 def test_a_permuted_boundary_spends_what_it_may_whatever_the_paths() -> None:

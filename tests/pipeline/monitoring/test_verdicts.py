@@ -407,6 +407,40 @@ def test_the_champion_is_judged_since_its_version_began_to_act(book: LedgerHarne
     assert book.compared(8) == [("champion vs holdout", 2, 5)]
 
 
+def test_a_version_spends_what_those_before_it_have_left_of_alpha(book: LedgerHarness) -> None:
+    """And neither its own days nor those of other arms count."""
+    spec = book.workflow.regression
+    assert spec is not None
+
+    def left(version: int, since: int, name: str = "champion vs holdout") -> float:
+        one = verdicts.Comparison(name, "champion", "holdout", version, at(since))
+        return verdicts._alpha_left(book.workflow, book.ledger, one)
+
+    for n in range(1, 29):
+        book.verdict(n, 1, 0, "CONTINUE")
+    assert left(1, 0) == spec.alpha == left(2, 28, "challenger vs champion")
+    assert left(2, 28) == pytest.approx(spec.alpha * 28 / 365)
+    book.verdict(29, 2, 28, "CONTINUE")
+    assert left(2, 28) == pytest.approx(spec.alpha * 28 / 365)
+    assert left(3, 400) == pytest.approx(spec.alpha)
+
+
+def test_a_comparison_knows_until_when_it_was_judged_without_harm(book: LedgerHarness) -> None:
+    one = verdicts.Comparison("champion vs holdout", "champion", "holdout", 1, at(0))
+
+    def until(day: int) -> int | None:
+        found = verdicts._judged(book.workflow, book.ledger, one, at(day))
+        return None if found is None else (found - START).days
+
+    assert until(5) is None
+    for n in (3, 4, 6):
+        book.verdict(n, 1, 0, "CONTINUE")
+    book.verdict(5, 1, 0, "CONTINUE", "challenger vs champion")
+    assert [until(n) for n in (3, 4, 6, 7)] == [None, 3, 4, 6], "the day itself may be judged again"
+    book.verdict(7, 1, 0)
+    assert until(9) is None, "a harm that was found is found again"
+
+
 def test_a_day_that_a_lower_step_decided_interrupts_nothing(book: LedgerHarness) -> None:
     book.moved(3, 1, "promoted")
     book.moved(3, 2, "promoted", hour=3)
