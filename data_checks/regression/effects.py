@@ -74,11 +74,12 @@ class RegressionSpec(BaseModel):
         default=0.05,
         gt=0,
         lt=0.5,
-        description="Chance of a false ROLLBACK over all looks and metrics together, at most",
+        description="Chance of a false ROLLBACK over all looks and metrics of a comparison together, at most; all versions of a "
+        "year together spend twice of it at most",
     )
     spending: sequential.Spending = Field(
         default="early",
-        description="How α is spent over the looks (cohort, switchback): early finds a large harm within days; late finds a small "
+        description="How α is spent over the looks: early finds a large harm within days; late finds a small "
         "one somewhat more surely by the end, and nothing in the first third",
     )
     horizon_days: int = Field(
@@ -294,12 +295,16 @@ def _spread(share: Floats, arms: Floats, x: Floats, rest: Floats, along: Floats,
     """
     n = max(float(arms[0].sum()), 2.0), max(float((1 - arms[0]).sum()), 2.0)
     out = np.zeros_like(tau)
-    for power, factor in ((2, 1.0), (3, -2.0), (4, 1.0)):
-        for j in range(power + 1):
-            held = [(k / (k - 1)) * (on - share) ** (power - j) for k, on in zip(n, (1.0, 0.0), strict=True)]
-            column = x**j * rest ** (4 - power)
-            summed = arms @ (column * (held[0] - held[1])).T + column @ held[1]
-            out += factor * math.comb(power, j) * tau ** (power - 2) * (-along) ** j * summed
+    for power, factor in ((4, 1.0), (3, -2.0), (2, 1.0)):
+        inner = np.zeros_like(tau)
+        for j in range(power, -1, -1):
+            treated, other = (k / (k - 1) * (on - share) ** (power - j) for k, on in zip(n, (1.0, 0.0), strict=True))
+            column = math.comb(power, j) * x**j * rest ** (4 - power)
+            inner *= -along
+            inner += arms @ (column * (treated - other)).T
+            inner += column @ other
+        out *= tau
+        out += factor * inner
     return out
 
 

@@ -192,7 +192,7 @@ def _entity_runs(  # noqa: PLR0913 - given by name
         rows[is_treated[kept], q - 2] *= 1 + metric.sign * harm
         group = day[kept] * 2 + is_control[kept]
         sums = moments(rows, group, horizon * 2).reshape(horizon, 2, q, q).cumsum(0)[looks]
-        return sequence(sums, looks + 1, metric=metric, spec=spec, information=looks + 1.0)
+        return sequence(sums, looks + 1, metric=metric, spec=spec, information=(looks + 1).astype(np.float64))
 
     return one, a_day, days
 
