@@ -481,6 +481,8 @@ def _concluded(
             reasons.append(
                 f"{metric.name}: rows without a value left out: {lost['treated']} treated, {lost['control']} control"
             )
+    if figures["alpha"] < spec.alpha:
+        reasons.append(f"judged at α {figures['alpha']:.2%}: the versions before it have spent of the {spec.alpha:.0%}")
     if figures["missing_days"]:
         reasons.append(f"days without outcomes: {', '.join(figures['missing_days'])}")
     return Judgement(verdict, tuple(reasons), table, figures, ratio)

@@ -58,7 +58,7 @@ def entity_moments(
     """Moments of (1, covariate, weekday's level, outcome, 1) cumulated by day, shape (runs, days, 2, 5, 5); arm 0 is treated.
 
     ``share``: of the control; ``harm``: taken from the outcome of the treated. ``units``: how many units the entities belong to,
-    which differ by 0.1 and are drawn as wholes; None: every entity is drawn by itself.
+    which differ by 0.2 and are drawn as wholes; None: every entity is drawn by itself.
     """
     weekday = np.sin(np.arange(days) * 2 * np.pi / 7)
     rng = np.random.default_rng(seed)
@@ -68,7 +68,7 @@ def entity_moments(
         treated = rng.random(shape) >= share
         if units is not None:
             who = rng.integers(units, size=shape).reshape(shape[0], -1)
-            drawn, level = rng.random((shape[0], units)) >= share, 0.1 * rng.standard_normal((shape[0], units))
+            drawn, level = rng.random((shape[0], units)) >= share, 0.2 * rng.standard_normal((shape[0], units))
             treated = np.take_along_axis(drawn, who, 1).reshape(shape)
             y = y + np.take_along_axis(level, who, 1).reshape(shape)
         y = y - harm * treated

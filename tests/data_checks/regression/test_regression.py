@@ -474,6 +474,19 @@ def test_alpha_comes_back_within_a_year_and_the_first_version_has_the_whole() ->
     assert left((0, 500), start=501) == pytest.approx(0.05), "one that lived long has spent no more than the whole"
 
 
+@pytest.mark.parametrize("design", DESIGNS)
+def test_less_of_alpha_finds_less_and_is_said(design: str) -> None:
+    observed, before = world(design, harm=0.04 if design == "entity" else 0.12)
+    whole, left = (judged(design, observed, before, alpha=a) for a in (0.05, 0.002))
+    bounds = zip(*(one.looks["bound"].to_pylist() for one in (whole, left)), strict=True)
+    told = [(a, b) for a, b in bounds if a is not None and b is not None]
+    assert len(told) > 5 and all(a < b for a, b in told)
+    assert left.looks["alpha_spent"].to_pylist()[-1] == pytest.approx(0.002)
+    assert any("α 0.20%" in reason for reason in left.reasons) and not any("α" in reason for reason in whole.reasons)
+    high = [one.looks["high"].to_pylist()[-1] for one in (whole, left)]
+    assert high[0] == pytest.approx(high[1], rel=0.1), "PROMOTE is judged as before"
+
+
 def test_the_robust_error_is_that_of_hc2() -> None:
     rng = np.random.default_rng(7)
     size, rows = 20, 3
