@@ -5,8 +5,10 @@ Belongs here: arithmetic on counts and quantiles, NumPy only. Does not: tables, 
 
 A column of the reference is a matrix of counts, one row a day and one column a cell (a stretch of values, or a category).
 Rows of one day are not independent of one another, so whole days are resampled, in blocks as long as the window that is
-judged (block bootstrap: Künsch, Annals of Statistics 17, 1989). A month has few blocks, so the far tail is taken from rows
-resampled at the batch's own size and stretched to the spread of the blocks; the larger of both chances counts.
+judged (block bootstrap: Künsch, Annals of Statistics 17, 1989), and the same days for every column: what moves all columns
+together moves them together in the draws. A month has few blocks, so the far tail is taken from rows resampled at the batch's
+own size and stretched to the spread of the blocks; the larger of both chances counts. What days add to the spread of rows is
+widened by how long it goes on, and by how little a month says of it (``data_checks.drift.course``; Student's t).
 """
 
 from __future__ import annotations
@@ -14,11 +16,14 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 
+from data_checks.drift.course import Course, carried_wider, freedom, wider
+
+NO_COURSE = Course()
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -137,10 +142,14 @@ class Tail:
 
 @dataclass(frozen=True)
 class Null:
-    """Distances of windows in which nothing changed: of resampled rows, and of resampled days where there are enough."""
+    """Distances of windows in which nothing changed: of resampled rows, and of resampled days where there are enough.
+
+    ``together``: the latter draw by draw, the same days drawn for every column.
+    """
 
     rows: Tail
     days: Tail | None
+    together: Floats | None = None
 
     def chance(self, distance: float) -> float:
         """How often chance alone goes as far."""
@@ -154,11 +163,12 @@ class Null:
 @dataclass(frozen=True)
 class Counted:
     """A reference column: ``counts`` (days × cells), and the steps between the cells' values in units of the norm
-    (numbers), or None (categories)."""
+    (numbers), or None (categories). ``course``: how its days hang together."""
 
     name: str
     counts: Counts
     steps: Floats | None
+    course: Course = NO_COURSE
 
     def gap(self, one: Floats, other: Floats) -> Floats:
         """Distances between shares (draws × cells)."""
@@ -174,7 +184,7 @@ class Counted:
         """What windows of ``block`` days with ``values`` values lie from the reference by chance; kept for the next call.
 
         ``values`` is rounded down by up to a tenth: days of nearly the same size share one calibration. The draws follow
-        from the column's name, the size and the block alone.
+        from the column's name, the size and the block alone, those of days from the numbers of days.
         """
         bucket = int(np.floor(np.log(max(values, 1)) / _BUCKET))
         key = (bucket, block)
@@ -196,11 +206,9 @@ class Counted:
         if days < LEAST_DAYS:
             return Null(Tail(by_rows), None)
         length = max(1, min(block, days // LEAST_DAYS))
+        drawn = _days_again(days, length, block)
         # not a matrix product: BLAS would start threads for it, and they slow it tenfold on a busy machine
-        sides = [
-            np.einsum("ij,jk->ik", _drawn_days(draw, days, length, -(-n // length)), held.astype(np.float64))
-            for n in (block, days)
-        ]
+        sides = [np.einsum("ij,jk->ik", one, held.astype(np.float64)) for one in drawn.sides]
         current = _shares(sides[0])
         # a batch smaller than the reference's days varies more than they do
         expected = total / days * block
@@ -211,8 +219,40 @@ class Counted:
         by_days = self.gap(current, _shares(sides[1])) * np.sqrt(blocks / (blocks - 1))
         # days spread wider than rows would where they differ from one another, and less where the same entities come every day
         usual = float(np.sqrt(np.mean(by_rows**2)))
-        wider = float(np.sqrt(np.mean(by_days**2))) / usual if usual else 1.0
-        return Null(Tail(by_rows * wider), Tail(by_days))
+        shown = float(np.sqrt(np.mean(by_days**2))) / usual if usual else 1.0
+        # a few blocks show too little of what goes on for longer than they do: single days and what they share say more
+        shared = self.course.shared(block)
+        spread = max(shown, float(np.sqrt(wider(block, days, shared))))
+        if not usual or not shown:
+            return Null(Tail(by_rows), Tail(by_days), by_days)
+        more = 1 - 1 / spread**2 if spread > 1 else 0.0  # what is more than rows vary is known from these days alone
+        scale = np.sqrt(1 - more + more * drawn.doubt(freedom(days, shared.rho)))
+        if self.course.trend is not None:
+            scale = scale * np.sqrt(carried_wider(block, days))
+        by_days = by_days * scale * (spread / shown)
+        return Null(Tail(by_rows * spread * scale[::-1]), Tail(by_days), by_days)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Days drawn again, the same for every column: ``sides`` (draws × days each) how often each day comes in the window and in
+    the reference, ``chances`` (draws) uniform in (0, 1)."""
+
+    sides: tuple[Floats, Floats]
+    chances: Floats
+
+    def doubt(self, freedom: float) -> Floats:
+        """How many times a variance may be what was found with so many degrees of freedom, a value for each draw."""
+        from scipy.special import chdtri
+
+        return np.asarray(freedom / chdtri(freedom, self.chances))
+
+
+@lru_cache(maxsize=32)
+def _days_again(days: int, length: int, block: int) -> _Drawn:
+    draw = np.random.default_rng([days, length, block])
+    window, reference = (_drawn_days(draw, days, length, -(-n // length)) for n in (block, days))
+    return _Drawn((window, reference), draw.permutation((np.arange(DRAWS) + 0.5) / DRAWS))
 
 
 def _shares(counts: np.ndarray) -> Floats:

@@ -28,6 +28,7 @@ from data_checks.drift.calibration import (
     means_of,
     standard_deviation,
 )
+from data_checks.drift.course import Course, Trend, of_categories, of_numbers
 from data_checks.drift.spec import (
     DRAWN_ROWS,
     FULL_ROWS,
@@ -73,6 +74,7 @@ class Side:
     def __init__(self, table: pa.Table) -> None:
         self.table, self.rows = table, table.num_rows
         self.starts = np.array([0, self.rows])
+        self.dates = np.zeros(1)
         self.dated = "day" in table.schema.names
         if self.dated:
             days = table["day"].cast(pa.date32()).cast(pa.int32()).to_numpy()
@@ -86,6 +88,7 @@ class Side:
                     self.table = table.take(pa.array(np.argsort(days, kind="stable")))
                 days = np.sort(days, kind="stable")
             self.starts = np.append(np.flatnonzero(np.diff(days, prepend=days[0] - 1)), self.rows)
+            self.dates = days[self.starts[:-1]].astype(np.float64)
 
     @property
     def days(self) -> int:
@@ -212,6 +215,7 @@ class Reference:
     bounds: tuple[float, float] = (-math.inf, math.inf)
     kept: int = 0
     unseen: Tail | None = None
+    trend: Trend | None = None
 
 
 def _numeric_reference(side: Side, name: str, winsorise: float | None) -> Reference:
@@ -220,12 +224,19 @@ def _numeric_reference(side: Side, name: str, winsorise: float | None) -> Refere
     for one in (ordered, *slices):
         winsorised(one, bounds)
     found = Numbers.of(side, ordered, nulls)
-    counted, norm = None, 1.0
+    counted, norm, trend = None, 1.0, None
     if found.count:
         norm = max(found.deviation, LEAST_DEVIATION)
+        filled = np.array([len(one) > 0 for one in slices])
+        slices = [one for one in slices if len(one)]
+        course = of_numbers(slices, side.dates[filled]) if side.dated else Course()
+        trend = course.trend
+        if trend is not None:  # what days vary by beside it
+            slices = trend.still(slices)
+            ordered = np.sort(np.concatenate(slices))
         inner = cells(ordered)
-        counted = Counted(name, counts_in(slices, inner), np.diff(means_of(ordered, inner)) / norm)
-    return Reference("numeric", found, counted, _null_counts(name, side, nulls), norm, bounds)
+        counted = Counted(name, counts_in(slices, inner), np.diff(means_of(ordered, inner)) / norm, course)
+    return Reference("numeric", found, counted, _null_counts(name, side, nulls), norm, bounds, trend=trend)
 
 
 def _null_counts(name: str, side: Side, nulls: Counts) -> Counted:
@@ -236,7 +247,9 @@ def _categorical_reference(side: Side, name: str, block: int) -> Reference:
     found = Texts.of(side, name)
     kept = min(len(found.names), MAX_CATEGORIES)
     cut = np.concatenate([found.counts[:, :kept], found.counts[:, kept:].sum(axis=1, keepdims=True)], axis=1)
-    counted = Counted(name, cut, None) if found.count else None
+    filled = cut.sum(axis=1) > 0
+    course = of_categories(cut[filled].astype(np.float64), side.dates[filled]) if side.dated else Course()
+    counted = Counted(name, cut, None, course) if found.count else None
     unseen = None
     if side.days >= LEAST_DAYS and found.count:
         # the share of rows in categories that no day outside the block has

@@ -35,6 +35,7 @@ from data_checks.drift.spec import (
     RARE,
     RARE_FACTOR,
     SHOWN,
+    TOGETHER_LEVEL,
     VOLUME_LEVEL,
     DriftImpossible,
     DriftSpec,
@@ -95,17 +96,21 @@ def _nulls(name: str, now: Counts, rows: int, before: Reference, block: int, spe
 
 
 def _numeric(
-    name: str, now: Numbers, before: Reference, block: int, spec: DriftSpec, entry: dict[str, Any]
+    name: str, now: Numbers, before: Reference, date: float, block: int, spec: DriftSpec, entry: dict[str, Any]
 ) -> list[_Signal]:
     assert before.counted is not None and isinstance(before.side, Numbers)
     distance, apart = wasserstein(now.values, before.side.values, before.norm)
     null = partial(before.counted.null, now.count, block)
     entry["distance"] = distance
+    # days that have grown by a hundredth each for a month are as far from its mean today as they will be tomorrow
+    carried = None if before.trend is None else before.trend.carried(date)
+    if carried is not None:
+        entry["beside_trend"], _ = wasserstein(now.values, carried, before.norm)
     return [
         _Signal(
             name,
             "distance",
-            distance,
+            distance if carried is None else min(distance, entry["beside_trend"]),
             spec.numeric_threshold,
             None,
             apart * now.count,
@@ -136,7 +141,7 @@ def aligned_counts(now: Texts, before: Texts, kept: int) -> tuple[Counts, Counts
 
 
 def _categorical(
-    name: str, now: Texts, before: Reference, dated: bool, block: int, spec: DriftSpec, entry: dict[str, Any]
+    name: str, now: Texts, before: Reference, block: int, spec: DriftSpec, entry: dict[str, Any]
 ) -> list[_Signal]:
     assert before.counted is not None and isinstance(before.side, Texts)
     there = before.side
@@ -202,6 +207,7 @@ def _rare(now: Texts, before: Texts, raw: Mapping[str, int], level: float) -> li
 
 def _beside(side: Side, baseline: Baseline, names: Mapping[str, str], block: int, spec: DriftSpec) -> _Judged:
     """Every column of one window beside the reference."""
+    date = float(side.dates.mean())
 
     def column(name: str) -> tuple[dict[str, Any], Numbers | Texts | None, list[_Signal]]:
         kind = names[name]
@@ -209,7 +215,7 @@ def _beside(side: Side, baseline: Baseline, names: Mapping[str, str], block: int
         entry: dict[str, Any] = {
             "distance": None, "method": METHODS[kind], "threshold": None, "chance": None, "drifted": False, "grave": False,
             "importance": None, "null_share_current": None, "null_share_reference": None, "new_categories": [],
-            "vanished_categories": [], "rare_moved": [], "judged": False, "reason": None, "winsorised": None,
+            "vanished_categories": [], "rare_moved": [], "beside_trend": None, "judged": False, "reason": None, "winsorised": None,
         }  # fmt: skip
         if not here and before is None:
             raise DriftImpossible(
@@ -240,9 +246,9 @@ def _beside(side: Side, baseline: Baseline, names: Mapping[str, str], block: int
             return entry, now, signals
         entry["judged"] = True
         if isinstance(now, Numbers):
-            signals += _numeric(name, now, before, block, spec, entry)
+            signals += _numeric(name, now, before, date, block, spec, entry)
         else:
-            signals += _categorical(name, now, before, baseline.dated, block, spec, entry)
+            signals += _categorical(name, now, before, block, spec, entry)
         return entry, now, signals
 
     judged = _Judged()
@@ -303,6 +309,34 @@ def _and(*texts: str | None) -> str | None:
     return "; ".join(t for t in texts if t) or None
 
 
+def _together(
+    entries: Mapping[str, Mapping[str, Any]],
+    moved: Mapping[str, Sequence[_Signal]],
+    weight: Mapping[str, float],
+    least: float,
+) -> float:
+    """How often days drawn again have columns of ``least`` weight as far off as they were found, all on the same days.
+
+    Columns that move together for a day are one finding and not many. What moved and was never drawn (a vanished category)
+    is no chance.
+    """
+    shares, drawn = 0.0, []
+    for name, entry in entries.items():
+        if not entry["drifted"]:
+            continue
+        found = [(s.effect, s.null().together) for s in moved.get(name, ()) if s.null is not None]
+        if not found or len(found) < len(moved[name]):
+            continue
+        far = [null >= effect for effect, null in found if null is not None]
+        if far:
+            drawn.append(weight[name] * np.logical_or.reduce(far))
+        else:  # too few days to know what they share: the columns speak for themselves
+            shares += weight[name]
+    if not drawn:
+        return 0.0
+    return float(np.mean(shares + np.sum(drawn, axis=0) >= least - 1e-12))
+
+
 def measure(
     current: pa.Table,
     baseline: Baseline,
@@ -327,6 +361,7 @@ def measure(
     entries = judged.entries
     chances = in_threads(lambda signal: signal.chance, judged.signals, side.rows)
     rejected, cut = benjamini_hochberg(chances, spec.false_alarms)
+    distant: dict[str, list[_Signal]] = {}
     for signal, is_rejected in zip(judged.signals, rejected, strict=True):
         entry = entries[signal.column]
         if signal.what == "distance" and signal.null is not None:
@@ -339,6 +374,7 @@ def measure(
                 else signal.text
             )
             entry |= {"drifted": True, "reason": _and(entry["reason"], far)}
+            distant.setdefault(signal.column, []).append(signal)
     scales = [("", judged)]
     if block > 1:
         scales.append(("the newest day alone: ", _beside(side.newest(), baseline, names, 1, spec)))
@@ -376,8 +412,12 @@ def measure(
     importance_share = float(sum(e["importance"] for e in entries.values() if e["drifted"]))
     grave = [f"{n} ({e['reason'] or 'moved far'})" for n, e in entries.items() if e["grave"]]
     grave += [f"volume {volume:.2f}×"] if volume_grave else []
-    spoke = share >= spec.share or bool(grave) or volume_drifted
-    spoke |= weighted and importance_share >= spec.importance_share
+    spoke = bool(grave) or volume_drifted
+    alike = dict.fromkeys(names, 1 / len(names))
+    spoke |= share >= spec.share and _together(entries, distant, alike, spec.share) <= TOGETHER_LEVEL
+    if weighted and importance_share >= spec.importance_share:
+        gains = {name: entry["importance"] for name, entry in entries.items()}
+        spoke |= _together(entries, distant, gains, spec.importance_share) <= TOGETHER_LEVEL
     known = {*names, "day", "entity_id", "moment"}
     new = tuple(c for c in current.schema.names if c not in baseline.names and c not in known)
     return Findings(

@@ -35,6 +35,8 @@ GRAVE_SHARE = 0.5
 GRAVE_VOLUME = 3.0
 # The same for a volume that is judged by itself, and must alert on k of m days.
 VOLUME_LEVEL = 0.01
+# Chance of so many columns as far off on the same day, with nothing changed, up to which the day may alert.
+TOGETHER_LEVEL = 0.01
 NAMESPACE = UUID("6f1c1f0e-6b8e-5a53-9f0e-2f5d1a0c7b11")
 METHODS = {"numeric": "wasserstein", "categorical": "jensenshannon"}
 SHOWN = 20
