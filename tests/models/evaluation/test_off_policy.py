@@ -70,7 +70,7 @@ def test_a_model_with_its_slopes_turned_round_is_worth_clearly_less() -> None:
 
 
 def test_a_plan_that_loses_does_so_whoever_it_is_compared_with() -> None:
-    rows, slope = world()
+    rows, slope = world(n=28)
     turned = compare(rows, Curves(1 - slope), Curves(1 - slope))
     assert isinstance(turned, Value) and turned.loss is not None
     assert turned.harm.point == 0.0 and turned.loss.proven and turned.loss.point == pytest.approx(-turned.mine)
