@@ -363,6 +363,12 @@ class _Judging:
             return None, ""
         return self._realised(metric, chosen.tolist()), "reference"
 
+    def _waiting(self, first: int, last: int) -> str:
+        """Rows of these days whose outcome is not known: what is known first (soon resolved, soon due) need not be like them."""
+        here = (self.code >= first) & (self.code <= last)
+        waiting = int((here & ~self.known).sum())
+        return f"{waiting} of {int(here.sum())} rows not yet due or not known, and not counted" if waiting else ""
+
     def _row(  # noqa: PLR0913 - given by name
         self,
         metric: Metric,
@@ -406,7 +412,8 @@ class _Judging:
                     f"{metric.name} {found.value:.4g} vs {base.value:.4g} of the rule "
                     f"[{ends[0]:.4g}, {ends[1]:.4g}] for {who} on the same rows of {days} days to {self.days[last]}"
                 )
-            text = f"{said}; {text}" if text else said
+            waits = "" if kind == "estimated" else self._waiting(first, last)
+            text = "; ".join(part for part in (said, waits, text) if part)
         share = float(np.average(self.share[first : last + 1], weights=self.n[first : last + 1]))
         self.rows.append(
             {

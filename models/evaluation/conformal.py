@@ -11,10 +11,15 @@ that had not seen these days, a row of a new exchangeable day is then covered wi
 day each this is split conformal prediction (Vovk et al. 2005; Angelopoulos and Bates 2023). The learners take both
 halves of the days in turn, each predicted by a twin taught on the other (``halves``; cross-conformal, Vovk 2015): what
 that gives up is its proof, so that coverage is measured on held-out days like any figure.
+
+What holds over all rows need not hold within a part of them that is harder: a declared part with rows enough is calibrated by
+itself (Mondrian conformal prediction: Vovk, Lindsay, Nouretdinov and Gammerman 2003; Vovk, Gammerman and Shafer, Algorithmic
+Learning in a Random World, 2005, section 4.5).
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +31,7 @@ Array = np.ndarray[Any, Any]
 SLACK = 1e-9  # what sums of 1 / (K + 1) may miss a level by
 LARGEST_STEP = 0.2
 LEAST_WEIGHT = 0.5  # a day with less of a row than this says nothing
+LEAST_OF_PART = 50.0  # rows with each outcome that a part needs to be calibrated by itself
 
 
 def fewest_days(level: float, tails: int = 1) -> int:
@@ -85,32 +91,47 @@ def coarser(rounds: int, learning_rate: float) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Sets:
-    """Which of two outcomes a probability leaves possible, by group.
+    """Which of two outcomes a probability leaves possible, by group and by part of it.
 
     Each outcome is held with the stated probability among the rows that end with it (label-conditional: Vovk 2012), so
-    that a rare outcome is not bought with the common one. limits: group → (p from which *yes* is possible, p up to which
-    *no* is). ``""`` holds for groups that had too few days of their own, or were never seen.
+    that a rare outcome is not bought with the common one. limits: group, or ``[group, part]`` as JSON → (p from which *yes*
+    is possible, p up to which *no* is). A part that had too few rows or days takes its group's; ``""`` holds for groups
+    that had too few days of their own, or were never seen.
     """
 
     confidence: float
     limits: dict[str, tuple[float, float]]
 
     @classmethod
-    def learn(cls, p: Array, share: Array, day: Array, group: Array, confidence: float) -> Sets:
+    def learn(
+        cls, p: Array, share: Array, day: Array, group: Array, confidence: float, part: Array | None = None
+    ) -> Sets:
         """From unseen probabilities ``p`` and labels ``share`` in [0, 1] (expected, where not known yet), shape (n,)."""
-        limits = {}
-        for name in ["", *np.unique(group).tolist()]:
-            mine = np.ones(len(p), bool) if name == "" else group == name
+        limits: dict[str, tuple[float, float]] = {}
+
+        def add(name: str, mine: Array) -> None:
             yes = quantile(-p[mine], day[mine], confidence, share[mine])
             no = quantile(p[mine], day[mine], confidence, 1.0 - share[mine])
             if math.isfinite(yes) and math.isfinite(no):
-                limits[str(name)] = (-yes, no)
+                limits[name] = (-yes, no)
+
+        for name in ["", *np.unique(group).tolist()]:
+            add(str(name), np.ones(len(p), bool) if name == "" else group == name)
+        if part is not None:
+            keys, code = _parts(group, part)
+            yes, no = np.bincount(code, share), np.bincount(code, 1.0 - share)
+            for at in np.flatnonzero(np.minimum(yes, no) >= LEAST_OF_PART).tolist():
+                add(json.dumps(list(keys[at]), ensure_ascii=False), code == at)
         return cls(confidence, limits)
 
-    def of(self, p: Array, group: Array) -> tuple[Array, Array, Array]:
+    def of(self, p: Array, group: Array, part: Array | None = None) -> tuple[Array, Array, Array]:
         """Whether *yes* and *no* are possible, and whether that is known at all: bool, shape (n,)."""
-        found = [self.limits.get(str(g), self.limits.get("", (math.nan, math.nan))) for g in np.unique(group)]
-        limit = np.array(found, np.float64).reshape(-1, 2)[np.unique(group, return_inverse=True)[1]]
+        keys, code = _parts(group, np.full(len(p), "") if part is None else part)
+        everybody = self.limits.get("", (math.nan, math.nan))
+        found = [
+            self.limits.get(json.dumps(list(key), ensure_ascii=False), self.limits.get(key[0], everybody)) for key in keys
+        ]
+        limit = np.array(found, np.float64).reshape(-1, 2)[code]
         return p >= limit[:, 0], p <= limit[:, 1], ~np.isnan(limit[:, 0])
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,6 +142,14 @@ class Sets:
     def from_dict(cls, raw: Mapping[str, Any]) -> Sets:
         """What ``to_dict`` gave."""
         return cls(raw["confidence"], {k: (v[0], v[1]) for k, v in raw["limits"].items()})
+
+
+def _parts(group: Array, part: Array) -> tuple[list[tuple[str, str]], Array]:
+    """The distinct (group, part), and each row's place among them."""
+    groups, mine = np.unique(group, return_inverse=True)
+    parts, its = np.unique(part, return_inverse=True)
+    code, place = np.unique(mine * max(len(parts), 1) + its, return_inverse=True)
+    return [(str(groups[c // len(parts)]), str(parts[c % len(parts)])) for c in code.tolist()], place
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from models.booster import (
     train,
     without,
 )
-from models.evaluation.conformal import Bands, Sets, coarser, coverage, halves
+from models.evaluation.conformal import LEAST_OF_PART, Bands, Sets, coarser, coverage, halves
 from models.learners.base import Comparison, Kind, ModelSettings, Range, Small, numbers, squares_apart
 from models.policies.priority import coverage_curve
 
@@ -73,6 +73,11 @@ class DurationModel(ModelSettings):
         ge=0.5,
         lt=1,
         description="What a prediction set and an interval of hours hold at least, on days exchangeable with those learned from",
+    )
+    calibrate_by: str | None = Field(
+        default=None,
+        description="Feature of which every value with rows enough has prediction sets of its own, so that they hold what they "
+        "state within each; null: one measure for all",
     )
     members: int = Field(default=1, ge=1, le=20, description="Boosters averaged for p_miss, each with its own seed")
     rounds: int = Field(default=150, gt=0, description="Trees of a Booster")
@@ -276,6 +281,7 @@ def _scored(
     delay: float,
     sets: Sets | None = None,
     hours: Bands | None = None,
+    calibrated_by: str | None = None,
 ) -> pa.Table:
     """The score table. A known due time is compared with the hands-on time (with the handling time where that is not
     recorded); an unknown one is the time by which handling as usual is over with probability 1 - p_miss."""
@@ -289,6 +295,7 @@ def _scored(
         now, later = effort_spread.late(level, to_due), effort_spread.late(level, to_due - delay)
     now = np.where(unknown, p_miss, now)
     later = np.where(unknown, np.maximum(spread.late(expected, implied - delay), p_miss), later)
+    part = None if calibrated_by is None else _texts(features, calibrated_by)
     return pa.table(
         {
             **_keys(features),
@@ -297,18 +304,20 @@ def _scored(
             "p_miss_later": np.maximum(later, now),
             "effort_hours": effort if effort_spread is None else effort_spread.mean(np.log1p(effort)),
             "uncertainty": 2.0 * np.minimum(p_miss, 1.0 - p_miss),
-            **_confident(_texts(features, "moment"), p_miss, expected, sets, hours),
+            **_confident(_texts(features, "moment"), part, p_miss, expected, sets, hours),
         }
     )
 
 
-def _confident(moment: Array, p_miss: Array, expected: Array, sets: Sets | None, hours: Bands | None) -> dict[str, Any]:
+def _confident(
+    moment: Array, part: Array | None, p_miss: Array, expected: Array, sets: Sets | None, hours: Bands | None
+) -> dict[str, Any]:
     """Score columns: which outcomes are possible, the remaining hours from and to, and how sure that is; else null."""
     n = len(p_miss)
     out: dict[str, Any] = {name: pa.nulls(n, pa.bool_()) for name in ("may_miss", "may_hit")}
     out |= {name: pa.nulls(n, pa.float64()) for name in ("hours_low", "hours_high", "confidence")}
     if sets is not None:
-        miss, hit, known = sets.of(p_miss, moment)
+        miss, hit, known = sets.of(p_miss, moment, part)
         out |= {"may_miss": pa.array(miss, mask=~known), "may_hit": pa.array(hit, mask=~known)}
         out["confidence"] = pa.array(np.full(n, sets.confidence), mask=~known)
     if hours is not None:
@@ -338,10 +347,13 @@ def figures(missed: Array, p_miss: Array) -> dict[str, float]:
     }
 
 
-def confidence_figures(rows: pa.Table, missed: Array, scores: pa.Table) -> dict[str, float]:
+def confidence_figures(
+    rows: pa.Table, missed: Array, scores: pa.Table, calibrated_by: str | None = None
+) -> dict[str, float]:
     """How often sets and intervals held on judged rows, each day counting alike, and how wide they were.
 
-    coverage: the set held the outcome; width: outcomes in a set, 0 to 2; unsure: share of sets with both;
+    coverage: the set held the outcome; coverage_least, coverage_most: the same in the part (a value of ``calibrated_by`` with
+    LEAST_OF_PART judged rows) where it held least and most; width: outcomes in a set, 0 to 2; unsure: share of sets with both;
     hours_coverage, hours_width: of resolved rows, the remaining hours lay within the interval, and its median width.
     Empty where nothing was calibrated.
     """
@@ -352,6 +364,11 @@ def confidence_figures(rows: pa.Table, missed: Array, scores: pa.Table) -> dict[
     if known.any():
         held = np.where(missed > 0, miss, hit)[known]
         out["coverage"] = coverage(held, day[known])
+        if calibrated_by is not None:
+            part = _texts(rows, calibrated_by)[known]
+            parts = [part == name for name in np.unique(part)]
+            by_part = [coverage(held[one], day[known][one]) for one in parts if one.sum() >= LEAST_OF_PART]
+            out |= {"coverage_least": min(by_part), "coverage_most": max(by_part)} if by_part else {}
         out["width"] = float((miss + hit)[known].mean())
         out["unsure"] = float((miss * hit)[known].mean())
     low, high = _floats(scores, "hours_low"), _floats(scores, "hours_high")
@@ -495,7 +512,8 @@ class DurationLearner:
                 )
             told = ~np.isnan(p)
             known = _calibrated(_logit(p[told]), moment[told], calibration)
-            sets = Sets.learn(known, labels.missed[told], day[told], moment[told], settings.confidence)
+            part = None if settings.calibrate_by is None else _texts(rows, settings.calibrate_by)[told]
+            sets = Sets.learn(known, labels.missed[told], day[told], moment[told], settings.confidence, part)
             settled = told & _mostly(~np.isnan(_floats(rows, "handling_hours")), day, RESOLVED)
             hours = Bands.learn(later[settled], (left - later)[settled], day[settled], settings.confidence)
         timed = ~np.isnan(effort)
@@ -542,6 +560,7 @@ class DurationLearner:
             settings.delay_hours,
             self.sets,
             self.hours,
+            settings.calibrate_by,
         )
         return without(scores, self.encoding.unread(features))
 
@@ -594,10 +613,12 @@ class DurationLearner:
         return Because(tuple(heads), parts, ("hours_to_due",) if due else (), says)
 
     def evaluate(self, rows: pa.Table) -> dict[str, float]:
-        """``figures`` of p_miss on the judged rows; ``confidence_figures`` where sets and intervals were calibrated."""
+        """``figures`` of p_miss on the judged rows; ``confidence_figures`` where sets and intervals were calibrated; and
+        not_judged, the rows whose outcome is not known yet, of which none of this speaks."""
         known, missed = _judged(rows)
         scores = self.score(known)
-        return {**figures(missed, _floats(scores, "p_miss")), **confidence_figures(known, missed, scores)}
+        confident = confidence_figures(known, missed, scores, _settings(self.spec).calibrate_by)
+        return {**figures(missed, _floats(scores, "p_miss")), **confident, "not_judged": float(len(rows) - len(known))}
 
     def plots(self, rows: pa.Table) -> dict[str, Figure]:
         """Calibration and the review line on the judged rows, and the features by their gain."""
@@ -632,8 +653,10 @@ class DurationLearner:
         return figure
 
     def reads(self) -> dict[str, bool]:
-        """The features of the Boosters, the moment (by which P(missed) is calibrated) and the hours left."""
-        return {"entity_id": False, **dict.fromkeys([*self.encoding.names, "moment", "hours_to_due"], True)}
+        """The features of the Boosters, the moment and the part by which P(missed) and sets are calibrated, the hours left."""
+        part = _settings(self.spec).calibrate_by
+        more = ["moment", "hours_to_due", *([] if part is None else [part])]
+        return {"entity_id": False, **dict.fromkeys([*self.encoding.names, *more], True)}
 
     def losses(self, rows: pa.Table) -> dict[str, dict[int, float]]:
         """log_loss: of P(missed) on the judged rows, before its calibration. hours_error, effort_error: mean absolute error of
@@ -885,7 +908,11 @@ KIND = Kind(
     metrics={
         "brier": "lower", "log_loss": "lower", "calibration_error": "lower", "roc_auc": "higher", "average_precision": "higher",
     },
-    columns=lambda spec: {"group": (spec.group,), "rule_by": spec.rule_by},
+    columns=lambda spec: {
+        "group": (spec.group,),
+        "rule_by": spec.rule_by,
+        **({} if spec.calibrate_by is None else {"calibrate_by": (spec.calibrate_by,)}),
+    },
     comparison=Comparison(
         "missed",
         _p_miss,
