@@ -140,11 +140,12 @@ def _shared(rest: Floats, by_rows: float, taken: int) -> Shared:
     n, total = len(rest), float((rest**2).sum())
     if not total > 0:
         return Shared()
-    more = max(total / (n - taken) / by_rows - 1, 0.0) if by_rows > 0 else _MOST_TIMES
+    # less than the standard error of a variance of so few days is none
+    more = max(total / (n - taken) / by_rows - 1 - np.sqrt(2 / (n - taken)), 0.0) if by_rows > 0 else _MOST_TIMES
     near = (n * float((rest[1:] * rest[:-1]).sum()) / total + taken) / (n - 4)
     own = min(near / max(more / (1 + more), _LEAST_SHARE), 1.0)
     rho = (n * own + _PRIOR_DAYS * _PRIOR_RHO) / (n + _PRIOR_DAYS)
-    return Shared(float(np.clip(rho, 0.0, _MOST_RHO)), min(more, _MOST_TIMES))
+    return Shared(float(np.clip(rho, 0.0, _MOST_RHO)), float(min(more, _MOST_TIMES)))
 
 
 @lru_cache(maxsize=4096)

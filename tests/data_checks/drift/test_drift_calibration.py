@@ -10,6 +10,7 @@ import pytest
 from benchmarks import drift as world
 from data_checks import drift as subject
 from data_checks.drift import Baseline, DriftSpec, measure, settled
+from data_checks.drift import course
 from data_checks.drift.calibration import (
     Counted,
     Tail,
@@ -237,3 +238,85 @@ def test_the_tail_of_draws_is_continued_and_inverted() -> None:
 def test_a_spec_that_cannot_be_meant_is_refused(said: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DriftSpec.model_validate(said)
+
+
+# --- days that are not independent ------------------------------------------------------------------------------------
+
+NAMES = tuple(f"x{n}" for n in range(6))
+
+
+def joined(effect: np.ndarray, seed: int, *, rows: int = 200, growth: float = 0.0, step: float = 0.0) -> pa.Table:
+    """Six columns of 35 days, moved by ``effect`` (days × 1 or 6): amounts that grow, and on the last seven days a step."""
+    draw, tables = np.random.default_rng(seed), []
+    for n, moved in enumerate(effect):
+        x = draw.normal(size=(rows, len(NAMES))) + moved + step * (n >= len(effect) - 7)
+        amounts = (3 + x) * (1 + growth) ** n
+        day = pa.array([date(2026, 1, 5) + timedelta(days=n)] * rows, pa.date32())
+        tables.append(pa.table({"day": day, **{name: amounts[:, at] for at, name in enumerate(NAMES)}}))
+    return pa.concat_tables(tables)
+
+
+def found(table: pa.Table, spec: DriftSpec) -> subject.Findings:
+    """The last window beside the days before it."""
+    days = len(set(table["day"].to_pylist()))
+    rows = table.num_rows // days
+    cut = (days - spec.window_days) * rows
+    baseline = Baseline(table.slice(0, cut), numeric=NAMES, categorical=(), block=spec.window_days)
+    return measure(table.slice(cut), baseline, numeric=NAMES, categorical=(), spec=spec)
+
+
+def lasting(seed: int, columns: int) -> np.ndarray:
+    """Effects of 35 days with a deviation of 0.15, each like the day before (0.7)."""
+    effect = np.random.default_rng(seed).normal(size=(35, columns)) * 0.15
+    for n in range(1, 35):
+        effect[n] = 0.7 * effect[n - 1] + np.sqrt(1 - 0.7**2) * effect[n]
+    return effect
+
+
+def test_days_on_which_all_columns_move_together_seldom_alert_and_a_shift_does() -> None:
+    spec, months = DriftSpec(), 20
+    alerts = sum(found(joined(lasting(n, 1), n), spec).spoke for n in range(months))
+    shifted = [found(joined(lasting(n, 1), n, step=1.0), spec).spoke for n in range(8)]
+    print(f"{alerts} of {months} weeks alert; of {len(shifted)} with a step of a deviation {sum(shifted)}")
+    assert alerts <= 1
+    assert sum(shifted) >= 7
+
+
+def test_growth_that_goes_on_is_no_drift_and_a_step_in_it_is() -> None:
+    spec = DriftSpec(window_days=2, numeric_threshold=0.05, share=0.14)
+    still = np.zeros((35, 1))
+    growing = [found(joined(still, n, growth=0.01), spec) for n in range(8)]
+    for one in growing:
+        far = [one.entries[name]["distance"] for name in NAMES]
+        left = [one.entries[name]["beside_trend"] for name in NAMES]
+        assert min(far) > 0.3 and max(left) < 0.3 and np.median(left) < 0.15
+    assert sum(one.spoke for one in growing) <= 1
+    assert all(found(joined(still, n, growth=0.01, step=0.5), spec).spoke for n in range(8))
+    alike = found(joined(still, 3), spec)
+    assert all(alike.entries[name]["beside_trend"] is None for name in NAMES)
+
+
+def test_a_trend_is_carried_no_further_than_it_was_seen() -> None:
+    slices = [np.sort(np.random.default_rng(n).lognormal(0.02 * n, 1, 500)) for n in range(28)]
+    found = course.of_numbers(slices, np.arange(28.0))
+    assert found.trend is not None and found.trend.amounts
+    assert found.trend.slope == pytest.approx(0.02, abs=0.004)
+    near = found.trend.carried(34.0)
+    assert near is not None and near.mean() == pytest.approx(np.exp(0.02 * 34 + 0.5), rel=0.08)
+    assert found.trend.carried(55.0) is None
+
+
+def test_what_days_share_is_told_from_what_their_rows_vary_by() -> None:
+    dates, draw = np.arange(28.0), np.random.default_rng(1)
+
+    def of(effect: np.ndarray) -> course.Shared:
+        return course.of_numbers([np.sort(draw.normal(e, 1, 400)) for e in effect], dates).any_days
+
+    calm = [of(np.zeros(28)) for _ in range(30)]
+    moved = [of(lasting(n, 1)[:28, 0]) for n in range(30)]
+    assert np.mean([s.times for s in calm]) < 0.1
+    assert np.mean([s.times for s in moved]) > 3, "a variance of 0.15² beside 1/400, less what a line takes of it"
+    assert 0.45 < np.mean([s.rho for s in moved]) < 0.75
+    weekend = 0.5 * (np.arange(28) % 7 >= 5)
+    found = course.of_numbers([np.sort(draw.normal(e, 1, 400)) for e in weekend], dates)
+    assert found.any_days.times > 10 > 10 * found.weeks.times, "whole weeks differ by no weekday"

@@ -239,3 +239,64 @@ def test_few_days_calibrate_nothing_and_say_so_by_nulls() -> None:
         spec = test_response.SPEC if rule is ResponseRule else test_duration.SPEC
         scores = rule.fit(rows, spec, seed=1, device="cpu", threads=1).score(rows)  # type: ignore[attr-defined]
         assert scores["confidence"].null_count == rows.num_rows
+
+
+def two_teams(rng: np.random.Generator, days: int) -> tuple[Array, Array, Array, Array]:
+    """(p, missed, day, team) of rows of which one team is told well and the other hardly, by probabilities of one shape."""
+    day = np.repeat(np.arange(days), 60)
+    team = np.where(rng.random(len(day)) < 0.5, "plain", "hard")
+    p = rng.uniform(0.02, 0.98, len(day))
+    truth = np.where(team == "plain", 1 / (1 + np.exp(-8 * (p - 0.5))), 0.35 + 0.3 * p)
+    return p, rng.random(len(day)) < truth, day, team
+
+
+def held_by_team(by_part: bool) -> dict[str, float]:
+    rng, shares = np.random.default_rng(12), {"plain": [], "hard": []}  # type: ignore[var-annotated]
+    for _ in range(60):
+        p, missed, day, team = two_teams(rng, 41)
+        past, group = day < 40, np.full(len(p), "open")
+        sets = Sets.learn(
+            p[past], missed[past].astype(float), day[past], group[past], 0.8, team[past] if by_part else None
+        )
+        miss, hit, known = sets.of(p[~past], group[~past], team[~past])
+        assert known.all()
+        inside = np.where(missed[~past], miss, hit)
+        for name, found in shares.items():
+            found.append(inside[team[~past] == name].mean())
+    return {name: float(np.mean(found)) for name, found in shares.items()}
+
+
+def test_within_a_declared_part_sets_hold_what_they_state_where_one_measure_for_all_does_not() -> None:
+    alike, apart = held_by_team(False), held_by_team(True)
+    print(f"stated 0.8; one measure for all {alike}, by team {apart}")
+    assert alike["hard"] < 0.74 and alike["plain"] > 0.86
+    assert all(0.78 <= share <= 0.84 for share in apart.values())
+
+
+def test_a_part_with_few_rows_takes_its_groups_limits_and_files_without_parts_say_what_they_said() -> None:
+    p, missed, day, team = two_teams(np.random.default_rng(3), 40)
+    team = np.where((np.arange(len(p)) % 60 == 7) & (team == "hard"), "small", team)
+    group = np.full(len(p), "open")
+    old = Sets.learn(p, missed.astype(float), day, group, 0.8)
+    new = Sets.learn(p, missed.astype(float), day, group, 0.8, team)
+    assert set(old.limits) == {"", "open"}
+    assert set(new.limits) == {"", "open", '["open", "hard"]', '["open", "plain"]'}
+    asked = (np.full(3, 0.42), np.array(["open", "open", "never"]), np.array(["small", "new", "hard"]))
+    for mine, before in zip(new.of(*asked), old.of(*asked[:2]), strict=True):
+        assert (mine == before).all()
+    again = Sets.from_dict(old.to_dict())
+    assert all((a == b).all() for a, b in zip(again.of(p, group, team), old.of(p, group), strict=True))
+
+
+def test_a_version_registered_before_parts_scores_as_it_did() -> None:
+    rows, _ = test_duration.tickets(n=3000)
+    new = test_duration.fit(rows, calibrate_by="category")
+    old = test_duration.fit(rows)
+    fresh = test_duration.tickets(seed=77, n=400)[0]
+    assert "calibrate_by" not in old.spec and old.reads().keys() == new.reads().keys()
+    assert set(old.sets.limits) < set(new.sets.limits)
+    assert type(old).from_files(old.files()).score(fresh).equals(old.score(fresh))
+    assert new.score(fresh).drop_columns(["may_miss", "may_hit"]).equals(old.score(fresh).drop_columns(["may_miss", "may_hit"]))
+    found = new.evaluate(test_duration.tickets(seed=78, n=2000)[0])
+    assert found["coverage_least"] <= found["coverage"] <= found["coverage_most"]
+    assert found["rows"] + found["not_judged"] == 2000

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.evaluation import paired
-from models.evaluation.bootstrap import Days
+from models.evaluation.bootstrap import Days, autocorrelation
 from models.evaluation.paired import discoveries, groups, harm, losses, slices
 from tests.support.properties import examples
 
@@ -93,6 +93,28 @@ def test_of_a_hundred_weeks_without_a_difference_few_prove_one() -> None:
     print(f"{rounds} weeks: {false / rounds:.1%} outside a 95% interval by day, {naive / rounds:.1%} by row")
     assert false / rounds <= 0.08, "plain percentiles of seven days are outside in 12%"
     assert naive / rounds > 0.5
+
+
+def test_of_weeks_whose_days_are_like_the_day_before_few_prove_a_difference_that_is_none() -> None:
+    """Differences of neighbouring days go together (0.4): taken for independent they lie outside in one week of six."""
+    rng, outside, rounds = np.random.default_rng(6), 0, 400
+    for _ in range(rounds):
+        luck = rng.standard_normal(7)
+        for n in range(1, 7):
+            luck[n] = 0.4 * luck[n - 1] + np.sqrt(1 - 0.4**2) * luck[n]
+        days_of = days(np.arange(7))
+        found = days_of.interval(lambda x: x / 7, days_of.sums(luck))
+        outside += bool(found.low is not None and found.high is not None and (found.low > 0 or found.high < 0))
+    print(f"{rounds} weeks, autocorrelation 0.4: {outside / rounds:.1%} outside a 95% interval")
+    assert outside / rounds <= 0.12, "17% without what their going together adds"
+
+
+def test_autocorrelation_is_drawn_to_what_is_usual_and_none_is_found_where_no_day_differs() -> None:
+    rising, turns = np.arange(28.0)[:, None], np.tile([1.0, -1.0], 14)[:, None]
+    assert autocorrelation(np.full((7, 1), 0.3)) == 0.0
+    assert autocorrelation(rising) == pytest.approx((28 + 14 * 0.3) / 42, abs=0.05) and autocorrelation(turns) == 0.0
+    few = np.random.default_rng(2).standard_normal((7, 2000))
+    assert abs(np.mean(autocorrelation(few)) - 0.2) < 0.1, "a week moves it little"
 
 
 def test_too_few_draws_are_refused() -> None:
