@@ -353,7 +353,9 @@ def lived(days: list[pa.Table], spec: drift.DriftSpec, first: int, watched: int)
     for n in range(first, first + watched):
         cut = n + 1 - spec.window_days
         before, now = (pa.concat_tables(days[a:b]) for a, b in ((cut - spec.reference_days, cut), (cut, n + 1)))
-        baseline = drift.Baseline(before, numeric=numeric, categorical=kinds, block=spec.window_days, winsorise=spec.winsorise)
+        baseline = drift.Baseline(
+            before, numeric=numeric, categorical=kinds, block=spec.window_days, winsorise=spec.winsorise
+        )
         one = drift.measure(now, baseline, numeric=numeric, categorical=kinds, spec=spec, importances=MONTH_GAINS)
         spoke.append(one.spoke)
         found.append(drift.settled(spoke, bool(one.grave), spec))
@@ -386,7 +388,10 @@ def months(count: int, seed: int, processes: int, worlds: list[str], shifted: li
     ok = True
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         for called, spec in month_settings().items():
-            print(f"{called}: window {spec.window_days} of {spec.reference_days} days, {DAY_ROWS} rows a day, {len(MONTH_GAINS)} columns", flush=True)
+            print(
+                f"{called}: window {spec.window_days} of {spec.reference_days} days, {DAY_ROWS} rows a day, {len(MONTH_GAINS)} columns",
+                flush=True,
+            )
             for world in worlds:
                 runs = pool.map(_lived, [(world, spec, seed + n, None) for n in range(count)])
                 counts = np.array([episodes(found, spec.m) for found in runs])
@@ -401,15 +406,25 @@ def months(count: int, seed: int, processes: int, worlds: list[str], shifted: li
                 for shift in MONTH_SHIFTS:
                     runs = pool.map(_lived, [(world, spec, seed + n, shift) for n in range(count)])
                     took = [found.index(True) + 1 for found in runs if any(found)]
-                    median = f"median day {np.median(took):g}, nine in ten by day {np.quantile(took, 0.9):.0f}" if took else "never"
-                    print(f"    {world}, {shift}: {_share(len(took), count)} found in {WATCHED} days, {median}", flush=True)
+                    median = (
+                        f"median day {np.median(took):g}, nine in ten by day {np.quantile(took, 0.9):.0f}"
+                        if took
+                        else "never"
+                    )
+                    print(
+                        f"    {world}, {shift}: {_share(len(took), count)} found in {WATCHED} days, {median}",
+                        flush=True,
+                    )
     return ok
 
 
 def _share(k: int, n: int) -> str:
     """A share with its 95% interval (Wilson)."""
     z, p = 1.96, k / n
-    middle, half = (p + z * z / 2 / n) / (1 + z * z / n), z * np.sqrt(p * (1 - p) / n + z * z / 4 / n / n) / (1 + z * z / n)
+    middle, half = (
+        (p + z * z / 2 / n) / (1 + z * z / n),
+        z * np.sqrt(p * (1 - p) / n + z * z / 4 / n / n) / (1 + z * z / n),
+    )
     return f"{p:.0%} ({max(middle - half, 0):.0%} to {min(middle + half, 1):.0%})"
 
 

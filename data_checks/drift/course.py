@@ -3,7 +3,7 @@
 Belongs here: autocorrelation, trend, and what both do to the spread between windows, from a column's days; NumPy only. Does not:
 distances and their chances (``data_checks.drift.calibration``).
 
-The days of a column of numbers are their means (of amounts, none below zero, the logarithms: they grow by shares), those of
+The days of a column of numbers are their means (of amounts, hardly any below zero, the logarithms: they grow by shares), those of
 categories their shares. They are taken as a straight line and an autoregression of the first order around it, with what the rows
 of a day vary by chance beside it. Least squares find a month's autocorrelation too small by about (2 + 4r) / n, a mean and a slope being taken
 out (Kendall, Biometrika 41, 1954; Marriott and Pope, ibid.), which is put back.
@@ -90,7 +90,8 @@ def of_numbers(slices: Sequence[Floats], dates: Floats) -> Course:
     if n < LEAST_DAYS:
         return Course()
     mean, square = (np.array([float(np.mean(x**power)) for x in slices]) for power in (1, 2))
-    amounts = min(float(one[0]) for one in slices) >= 0 and bool((mean > 0).all())
+    days = np.stack([_parts(one) for one in slices])
+    amounts = bool((days[:, 0] >= 0).all() and (mean > 0).all())
     seen = np.log(mean) if amounts else mean
     by_rows = (square - mean**2) / [len(one) for one in slices] / (mean**2 if amounts else 1.0)
     time = dates - dates.mean()
@@ -103,7 +104,7 @@ def of_numbers(slices: Sequence[Floats], dates: Floats) -> Course:
     if tilt**2 <= _TREND_LEVEL * doubt:
         return Course(any_days, weeks)
     sure = 1 - _TREND_LEVEL * doubt / tilt**2
-    return Course(any_days, weeks, Trend(np.stack([_parts(one) for one in slices]), dates, sure * tilt, amounts))
+    return Course(any_days, weeks, Trend(days, dates, sure * tilt, amounts))
 
 
 def of_categories(counts: Floats, dates: Floats) -> Course:

@@ -129,7 +129,8 @@ class Sets:
         keys, code = _parts(group, np.full(len(p), "") if part is None else part)
         everybody = self.limits.get("", (math.nan, math.nan))
         found = [
-            self.limits.get(json.dumps(list(key), ensure_ascii=False), self.limits.get(key[0], everybody)) for key in keys
+            self.limits.get(json.dumps(list(key), ensure_ascii=False), self.limits.get(key[0], everybody))
+            for key in keys
         ]
         limit = np.array(found, np.float64).reshape(-1, 2)[code]
         return p >= limit[:, 0], p <= limit[:, 1], ~np.isnan(limit[:, 0])

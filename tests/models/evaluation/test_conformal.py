@@ -296,7 +296,11 @@ def test_a_version_registered_before_parts_scores_as_it_did() -> None:
     assert "calibrate_by" not in old.spec and old.reads().keys() == new.reads().keys()
     assert set(old.sets.limits) < set(new.sets.limits)
     assert type(old).from_files(old.files()).score(fresh).equals(old.score(fresh))
-    assert new.score(fresh).drop_columns(["may_miss", "may_hit"]).equals(old.score(fresh).drop_columns(["may_miss", "may_hit"]))
+    assert (
+        new.score(fresh)
+        .drop_columns(["may_miss", "may_hit"])
+        .equals(old.score(fresh).drop_columns(["may_miss", "may_hit"]))
+    )
     found = new.evaluate(test_duration.tickets(seed=78, n=2000)[0])
     assert found["coverage_least"] <= found["coverage"] <= found["coverage_most"]
     assert found["rows"] + found["not_judged"] == 2000
