@@ -91,7 +91,7 @@ def of_numbers(slices: Sequence[Floats], dates: Floats) -> Course:
         return Course()
     mean, square = (np.array([float(np.mean(x**power)) for x in slices]) for power in (1, 2))
     days = np.stack([_parts(one) for one in slices])
-    amounts = bool((days[:, 0] >= 0).all() and (mean > 0).all())
+    amounts = bool(days[:, 0].mean() >= 0 and (mean > 0).all())
     seen = np.log(mean) if amounts else mean
     by_rows = (square - mean**2) / [len(one) for one in slices] / (mean**2 if amounts else 1.0)
     time = dates - dates.mean()
@@ -124,8 +124,8 @@ def _both(rest: Floats, dates: Floats, by_rows: float) -> tuple[Shared, Shared]:
     if len(rest) < 3 * WEEK:
         return every, every
     of_weekday = np.stack([np.bincount(weekday, one, minlength=WEEK) for one in rest.T], axis=1)
-    of_weekday /= np.maximum(np.bincount(weekday, minlength=WEEK), 1)[:, None]
-    return every, _shared(rest - of_weekday[weekday], by_rows, 1 + len(np.unique(weekday)))
+    usual = of_weekday / np.maximum(np.bincount(weekday, minlength=WEEK), 1)[:, None]
+    return every, _shared(rest - usual[weekday], by_rows, 1 + len(np.unique(weekday)))
 
 
 def _parts(ordered: Floats) -> Floats:

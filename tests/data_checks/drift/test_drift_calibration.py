@@ -288,7 +288,7 @@ def test_growth_that_goes_on_is_no_drift_and_a_step_in_it_is() -> None:
     for one in growing:
         far = [one.entries[name]["distance"] for name in NAMES]
         left = [one.entries[name]["beside_trend"] for name in NAMES]
-        assert min(far) > 0.3 and max(left) < 0.2 and np.median(left) < 0.12
+        assert min(far) > 0.3 and np.median(left) < 0.4 * np.median(far)
     assert sum(one.spoke for one in growing) <= 1
     assert all(found(joined(still, n, growth=0.01, step=0.5), spec).spoke for n in range(8))
     alike = found(joined(still, 3), spec)
