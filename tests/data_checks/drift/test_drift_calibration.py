@@ -244,11 +244,13 @@ def test_a_spec_that_cannot_be_meant_is_refused(said: dict[str, object], message
 NAMES = tuple(f"x{n}" for n in range(6))
 
 
-def joined(effect: np.ndarray, seed: int, *, rows: int = 200, growth: float = 0.0, step: float = 0.0) -> pa.Table:
-    """Six columns of 35 days, moved by ``effect`` (days × 1 or 6): amounts that grow, and on the last seven days a step."""
+def joined(
+    effect: np.ndarray, seed: int, *, rows: int = 200, growth: float = 0.0, step: float = 0.0, late: int = 7
+) -> pa.Table:
+    """Six columns of 35 days, moved by ``effect`` (days × 1 or 6): amounts that grow, and on the ``late`` last days a step."""
     draw, tables = np.random.default_rng(seed), []
     for n, moved in enumerate(effect):
-        x = draw.normal(size=(rows, len(NAMES))) + moved + step * (n >= len(effect) - 7)
+        x = draw.normal(size=(rows, len(NAMES))) + moved + step * (n >= len(effect) - late)
         amounts = (3 + x) * (1 + growth) ** n
         day = pa.array([date(2026, 1, 5) + timedelta(days=n)] * rows, pa.date32())
         tables.append(pa.table({"day": day, **{name: amounts[:, at] for at, name in enumerate(NAMES)}}))
@@ -282,7 +284,7 @@ def test_days_on_which_all_columns_move_together_seldom_alert_and_a_shift_does()
 
 
 def test_growth_that_goes_on_is_no_drift_and_a_step_in_it_is() -> None:
-    spec = DriftSpec(window_days=2, numeric_threshold=0.05, share=0.14)
+    spec = DriftSpec(window_days=2, numeric_threshold=0.05, share=0.3)
     still = np.zeros((35, 1))
     growing = [found(joined(still, n, growth=0.01), spec) for n in range(8)]
     for one in growing:
@@ -290,7 +292,7 @@ def test_growth_that_goes_on_is_no_drift_and_a_step_in_it_is() -> None:
         left = [one.entries[name]["beside_trend"] for name in NAMES]
         assert min(far) > 0.3 and np.median(left) < 0.4 * np.median(far)
     assert sum(one.spoke for one in growing) <= 1
-    assert all(found(joined(still, n, growth=0.01, step=0.5), spec).spoke for n in range(8))
+    assert all(found(joined(still, n, growth=0.01, step=0.5, late=2), spec).spoke for n in range(8))
     alike = found(joined(still, 3), spec)
     assert all(alike.entries[name]["beside_trend"] is None for name in NAMES)
 
