@@ -96,7 +96,7 @@ def test_of_a_hundred_weeks_without_a_difference_few_prove_one() -> None:
 
 
 def test_of_weeks_whose_days_are_like_the_day_before_few_prove_a_difference_that_is_none() -> None:
-    """Differences of neighbouring days go together (0.4): taken for independent they lie outside in one week of six."""
+    """Differences of neighbouring days go together (0.4): taken for independent they lie outside in one week of five."""
     rng, outside, rounds = np.random.default_rng(6), 0, 400
     for _ in range(rounds):
         luck = rng.standard_normal(7)
@@ -106,7 +106,7 @@ def test_of_weeks_whose_days_are_like_the_day_before_few_prove_a_difference_that
         found = days_of.interval(lambda x: x / 7, days_of.sums(luck))
         outside += bool(found.low is not None and found.high is not None and (found.low > 0 or found.high < 0))
     print(f"{rounds} weeks, autocorrelation 0.4: {outside / rounds:.1%} outside a 95% interval")
-    assert outside / rounds <= 0.12, "17% without what their going together adds"
+    assert outside / rounds <= 0.12, "15% of these weeks without what their going together adds"
 
 
 def test_autocorrelation_is_drawn_to_what_is_usual_and_none_is_found_where_no_day_differs() -> None:
