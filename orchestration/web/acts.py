@@ -1,4 +1,4 @@
-"""What forms ask for: approve a held batch, stop and resume a workflow, take a batch back.
+"""What forms ask for: approve a held batch, stop and resume a workflow, let a version go on, take a batch back.
 
 Belongs here: who asks, proven by an approver's secret, and what is said of the outcome. Does not: doing it (``delivery``,
 ``pipeline.dispatch``), or whether the form is one of ours (``orchestration.web.app``).
@@ -16,6 +16,7 @@ from delivery import approvals
 from delivery.ledger import Ledger
 from orchestration.web.site import Site
 from pipeline import dispatch
+from pipeline.lifecycle import promotion
 
 Page = tuple[str, list[Part]]
 
@@ -52,14 +53,30 @@ def resume(site: Site, form: Mapping[str, str]) -> Page:
 
 
 def _switch(site: Site, form: Mapping[str, str], *, stopped: bool) -> Page:
-    workflow = site.workflow(_given(form, "workflow"))
-    if workflow is None:
-        raise NotAsked(f"{form['workflow']} is no workflow")
+    workflow = _workflow_named(site, form)
     with site.ledger() as book:
         name, reason = _proven(book, form)
-        book.switch(workflow.name, stopped, name, reason)
-    said = f"{workflow.name} is {'stopped' if stopped else 'running again'} ({name}: {reason})"
-    return "Stopped" if stopped else "Running again", [Text([said, Link("its days", f"/{workflow.name}/")])]
+        book.switch(workflow, stopped, name, reason)
+    said = f"{workflow} is {'stopped' if stopped else 'running again'} ({name}: {reason})"
+    return "Stopped" if stopped else "Running again", [Text([said, Link("its days", f"/{workflow}/")])]
+
+
+def lift(site: Site, form: Mapping[str, str]) -> Page:
+    """Let a version that is on hold, or was rolled back and is blocked, go on; it is not promoted by this alone."""
+    name, number = _workflow_named(site, form), _given(form, "version")
+    if not number.isdecimal():
+        raise NotAsked(f"{number!r} is no version of a model")
+    with site.ledger() as book:
+        who, reason = _proven(book, form)
+        behind = promotion.lift(name, site.registry(), book, int(number), actor=who, reason=reason)
+    late = (
+        [f"MLflow does not know of it yet ({behind}); the ledger counts, and the next reconcile tells it."]
+        if behind
+        else []
+    )
+    return "Lifted", [
+        Text([f"{name} version {number} may go on ({who}: {reason})", *late, Link("its days", f"/{name}/")])
+    ]
 
 
 def rollback(site: Site, form: Mapping[str, str]) -> Page:
@@ -73,6 +90,13 @@ def rollback(site: Site, form: Mapping[str, str]) -> Page:
         )  # fmt: skip
     title = "Taken back" if report.complete else "NOT complete: ask for it again"
     return title, [Text(dispatch.lines(report), bullets=True), Text([Link("the batch", f"/batch/{form['batch']}")])]
+
+
+def _workflow_named(site: Site, form: Mapping[str, str]) -> str:
+    workflow = site.workflow(_given(form, "workflow"))
+    if workflow is None:
+        raise NotAsked(f"{form['workflow']} is no workflow")
+    return workflow.name
 
 
 def _given(form: Mapping[str, str], name: str) -> str:
@@ -94,5 +118,6 @@ ACTS: dict[str, Callable[[Site, Mapping[str, str]], Page]] = {
     "approve": approve,
     "stop": stop,
     "resume": resume,
+    "lift": lift,
     "rollback": rollback,
 }

@@ -62,6 +62,7 @@ def _where_it_stands(book: Ledger, workflow: Workflow, now: Mapping[str, Any]) -
     if now["stopped"]:
         waits.append(f"stopped by {now['stopped']['by']}")
     waits += [f"{one['approvals_missing']} approval(s) for {one['day']}" for one in now["held"]]
+    waits += [f"version {one['version']} is on hold" for one in now["on_hold"]]
     waits += [f"{one['batch'] or 'a version'} is to be taken back" for one in now["condemned"]]
     waits += [f"a push of {one['day']} is not complete" for one in now["open_pushes"]]
     state: State = "bad" if now["stopped"] or now["condemned"] else "warn" if waits else "good"
@@ -117,18 +118,24 @@ def days(site: Site, given: Mapping[str, str], token: str) -> Page:
             None if batch is None else _sent(batch, back), one["overrides"], "yes" if spoke else "no", ", ".join(said),
         ]))  # fmt: skip
     head = ["day", "decided by", "deadline", "changed", "sent", "people's changes", "drift alert", "guard"]
-    stop: list[Part] = list(_switch_form(book_stopped=bool(health.now["stopped"]), workflow=workflow.name, token=token))
-    return f"{workflow.name}: its days", [Table(head, rows), *stop]
+    return f"{workflow.name}: its days", [Table(head, rows), *_version_forms(workflow.name, health.now, token)]
 
 
-def _switch_form(*, book_stopped: bool, workflow: str, token: str) -> list[Form]:
-    act, button = ("resume", "Let it send again") if book_stopped else ("stop", "Stop sending")
+def _version_forms(name: str, now: Mapping[str, Any], token: str) -> list[Part]:
+    """The kill switch, and a form for every version on hold or blocked."""
+    act, button = ("resume", "Let it send again") if now["stopped"] else ("stop", "Stop sending")
     note = (
         "Stopped: nothing is sent."
-        if book_stopped
-        else "The kill switch: a push under way ends after its wave. Rollbacks still run."
+        if now["stopped"]
+        else "The kill switch: a push under way ends after its wave. A guard's rollback waits until it is let go on."
     )
-    return [_form(act, button, token, {"workflow": workflow}, note)]
+    forms: list[Part] = [_form(act, button, token, {"workflow": name}, note)]
+    says = {one["version"]: one["says"] for one in now["on_hold"]}
+    says |= {number: f"version {number} was rolled back and is blocked" for number in now["blocked"]}
+    for number, said in sorted(says.items()):
+        hidden = {"workflow": name, "version": str(number)}
+        forms.append(_form("lift", f"Let version {number} go on", token, hidden, f"{said}."))
+    return forms
 
 
 def day(site: Site, given: Mapping[str, str], token: str) -> Page:

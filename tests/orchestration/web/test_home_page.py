@@ -188,6 +188,19 @@ def test_a_workflow_is_stopped_and_let_go_on(morning: Morning, browser: Browser,
         assert book.stopped(NAME) is None
 
 
+def test_a_blocked_version_is_let_go_on(morning: Morning, browser: Browser, held: BatchRow) -> None:
+    with morning.ledger() as book:
+        book.promotion(NAME, 1, "rolled back", "guard", {"reason": "it did harm", "trigger": "guard"})
+    form = browser.form(f"/{NAME}/", "lift")
+    assert form["version"] == "1"
+    assert "no version of a model" in browser.post("lift", {**form, "version": "1; 2"}, 400)
+    assert "the secret is wrong" in browser.post("lift", form, 400, secret="not the secret at all")
+    assert "version 1 may go on (ann: looked at it)" in browser.post("lift", form)
+    with morning.ledger() as book:
+        assert [(p.action, p.actor) for p in book.promotions(NAME)][-1] == ("lifted", "ann")
+    assert "/act/lift" not in browser.get(f"/{NAME}/")
+
+
 def test_a_batch_is_taken_back_after_its_difference_was_seen_and_a_persons_value_stays(
     morning: Morning, browser: Browser
 ) -> None:
