@@ -115,7 +115,7 @@ def _decide(
     workflow: Workflow, lake: Lake, book: Ledger, found: recomputation.Today, now: datetime, run_id: str
 ) -> decide.Batch:
     """Decide a day and record it: in the ledger first, and in the lake under the id that the ledger gave it."""
-    batch = decide.decide_day(workflow, lake, found.day)
+    batch = decide.decide_day(workflow, lake, found.day, ledger=book)
     if found.state == "backfill":
         batch = replace(batch, record={**batch.record, "backfill": True})
     row = dispatch.record(workflow, book, found.day, batch, decided_at=now, run_id=run_id, unless_sent=not found.asked)

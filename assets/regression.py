@@ -17,13 +17,19 @@ import pyarrow.compute as pc
 
 from assets.common import days, folded, stage
 from assets.resources import ClockResource, LakeResource, LedgerResource, ReportsResource, preview
-from common.page import Picture, Table, Text, page
+from common.page import Part, Picture, Table, Text, page
 from common.progress import each
 from data_checks.regression import guard
 from pipeline.monitoring import verdicts as guarding
 from pipeline.monitoring.power import power_sentences
 from pipeline.workflow import Workflow
 
+BAD = frozenset({"ROLLBACK", "HOLD"})
+HOW_TO_READ = (
+    "Of 100 tickets that came due in treated units: how many more should be late in the order that was asked for than in the one that "
+    "people gave (asked), and how many more were late (came). Both serve the same tickets with the hands that were seen at work. The "
+    "replay alone promotes nothing; HOLD is an alert and no finding."
+)
 NOTHING = "nothing is judged: no batch has acted yet, or the arms that would be compared have no share"
 LOOKS = pa.schema(
     {
@@ -52,7 +58,7 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
         description=f"What acts beside the arm that it is compared with, looked at every day (design {workflow.arms.design}): "
         f"a harm beyond the margin is taken back, falsely with a probability of at most {spec.alpha:.0%}.",
         kinds={"duckdb"},
-        checks={"no_regression": (False, "No verdict is ROLLBACK")},
+        checks={"no_regression": (False, "No verdict is ROLLBACK, or the alert HOLD")},
     )
     def regression(
         context: dg.AssetExecutionContext,
@@ -81,10 +87,12 @@ def build(workflow: Workflow) -> dg.AssetsDefinition:
                     partition_key=day.isoformat(),
                 )
         said = {
-            day: (all(j.verdict != "ROLLBACK" for j in found), " | ".join(j.text for j in found) or NOTHING)
+            day: (not any(j.verdict in BAD for j in found), " | ".join(j.text for j in found) or NOTHING)
             for day, found in judged.items()
         }
-        return dg.MaterializeResult(metadata=shown, check_results=[folded("no_regression", said)])
+        # an alert is no finding, and holds nothing up but what it names
+        alert = not any(j.verdict == "ROLLBACK" for found in judged.values() for j in found)
+        return dg.MaterializeResult(metadata=shown, check_results=[folded("no_regression", said, warn=alert)])
 
     return regression
 
@@ -174,6 +182,57 @@ def plot(found: Sequence[guarding.Judged]) -> bytes:
     return out.getvalue()
 
 
+def replay_parts(judged: guarding.Judged) -> list[Part]:
+    """What serving the queue anew says of a comparison, as parts of a page: the plot of both differences, or why there is none.
+
+    None where the workflow declares no replay.
+    """
+    told = judged.replay
+    if told is None:
+        return []
+    title = f"The queue served anew: {judged.comparison.who}, {judged.comparison.name}"
+    if not told.looks:
+        return [Text(["There is no verdict by replay.", *told.reasons], title=title)]
+    picture = Picture("What the order asked for should cost, and what came", replay_plot(judged))
+    return [Text([*told.reasons, HOW_TO_READ], title=title), picture]
+
+
+def replay_plot(judged: guarding.Judged) -> bytes:
+    """By day both differences with their errors, in shares of the tickets, and the statistic of the matched test beside its bound."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    looks_ = judged.replay.looks if judged.replay is not None else ()
+    at = np.array([look.day for look in looks_])
+    figure = Figure(figsize=(9, 3), dpi=80, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, colour in (("d", "tab:blue"), ("o", "tab:orange")):
+        value, error = (100 * np.array([getattr(look.effect, f) for look in looks_]) for f in (name, f"se_{name}"))
+        times = 3 if name == "d" else 2
+        left.fill_between(at, value - times * error, value + times * error, alpha=0.2, linewidth=0, color=colour)
+        left.plot(at, value, marker=".", color=colour, label="asked, ± 3 errors" if name == "d" else "came, ± 2 errors")
+    left.axhline(0, color="grey", linewidth=0.8)
+    left.set_title("more late, of 100 tickets that came due", fontsize=8)
+    right.plot(at, [look.statistic for look in looks_], marker=".", label="statistic")
+    bound = np.array([look.bound for look in looks_])
+    right.plot(at, np.where(np.isfinite(bound), bound, np.nan), linestyle="--", color="firebrick", label="bound")
+    right.set_title(f"matched exact test and its bound ({judged.replay.verdict if judged.replay else ''})", fontsize=8)
+    for look in looks_:
+        if look.alert in BAD:
+            left.axvline(
+                look.day, color="firebrick" if look.alert == "ROLLBACK" else "goldenrod", linewidth=0.6, linestyle=":"
+            )
+    for panel in (left, right):
+        panel.tick_params(labelsize=7)
+        panel.set_xlabel("day of the comparison", fontsize=7)
+        panel.legend(fontsize=7)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
 def _page(
     workflow: Workflow,
     day: date,
@@ -187,6 +246,7 @@ def _page(
         f"{workflow.name}: regression guard, {day}",
         Text([one.text for one in found], bullets=True),
         Picture("The sequence of looks", picture),
+        *(part for one in found for part in replay_parts(one)),
         Text(power),
         Table(
             names,

@@ -21,7 +21,7 @@ from orchestration.landing_sensor import SETTLE, Landed, Manifest, Memory, close
 from pipeline import dispatch
 from pipeline.decisions import in_effect
 from pipeline.lake import Lake, TableMissing
-from pipeline.lifecycle import promotion, retraining
+from pipeline.lifecycle import hold, promotion, retraining
 from pipeline.monitoring import verdicts
 from pipeline.workflow import Workflow
 
@@ -220,7 +220,7 @@ def open_rollbacks(workflow: Workflow, book: Ledger) -> dict[str, list[Rollback]
 
 def delivery_requests(workflow: Workflow, book: Ledger, now: datetime) -> list[dg.RunRequest]:
     """Pushes of batches that may go now and are not at their end; a held one once its approvals stand; none beside an open
-    rollback, which blocks them."""
+    rollback, which blocks them, and none of a version on hold."""
     if open_rollbacks(workflow, book):
         return []
     requests = []
@@ -229,6 +229,8 @@ def delivery_requests(workflow: Workflow, book: Ledger, now: datetime) -> list[d
     for batch in dispatch.open_batches(book, workflow, now):
         if batch.batch_id in condemned:
             continue  # a guard wants it back
+        if hold.of_batch(book, batch) is not None:
+            continue  # an alert over its version stands, and nobody has answered it
         attempt = dispatch.pushes(book, batch)
         requests.append(
             dg.RunRequest(

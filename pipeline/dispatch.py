@@ -29,7 +29,7 @@ from delivery.limits import RECORDED, Limits
 from models.registry import Registry
 from pipeline.decisions import decide, in_effect
 from pipeline.lake import Lake
-from pipeline.lifecycle import promotion
+from pipeline.lifecycle import hold, promotion
 from pipeline.workflow import FOLDER, Workflow, load
 
 
@@ -185,7 +185,7 @@ def deliver(
 ) -> Delivered:
     """Push a batch on the workflow's terms.
 
-    A batch that is refused, or held without its approvals, is not sent: ``said`` says so. Raises TooLate where the day
+    A batch that is refused, held without its approvals, or of a version on hold is not sent: ``said`` says so. Raises TooLate where the day
     it was decided for is over (``stale`` sends it all the same), and what ``push`` raises.
     """
     assert workflow.delivery is not None, "asked for workflows that deliver"
@@ -195,6 +195,8 @@ def deliver(
         return Delivered(
             batch, None, f"a backfill: batch {batch.batch_id} was decided when its day was over, and is never sent"
         )
+    if batch.delivery != "COMPLETE" and (held := hold.of_batch(ledger, batch)) is not None:
+        return Delivered(batch, None, f"batch {batch.batch_id} waits: {held.text}")
     if not stale and clock() >= in_effect.over(batch.day) and batch.delivery != "COMPLETE":
         raise TooLate(
             f"batch {batch.batch_id} was decided for {batch.day + timedelta(days=1)}, which is over; decide a newer day, "

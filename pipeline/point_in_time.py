@@ -147,6 +147,17 @@ def outcomes(
         yield day, _stamped(fresh.sort_by([("entity_id", "ascending"), ("for_day", "ascending")]), day)
 
 
+def selected(workflow: Workflow, lake: Lake, paths: Sequence[str], day: date, lookback_days: int) -> list[pa.Table]:
+    """What SQL files of the folder yield over the events of ``lookback_days`` that were known at a day's cut-off, in their order.
+
+    Raises StageSqlError where one fails.
+    """
+    found: list[pa.Table] = []
+    for _, connection in _as_of(workflow, lake, [day], lookback_days, None):
+        found = [_run(workflow, path, connection, day, Path(path).stem) for path in paths]
+    return found
+
+
 def newest(*keys: str, day: str = "day") -> str:
     """The end of a SELECT over outcomes that keeps, of the rows of a key, what became known last (on one instant, of the later day)."""
     return f"QUALIFY row_number() OVER (PARTITION BY {', '.join(keys)} ORDER BY known_at DESC, {day} DESC) = 1"

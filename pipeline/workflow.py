@@ -367,6 +367,27 @@ class Promotion(Strict):
     )
 
 
+class Replay(Strict):
+    """The same arrivals served anew, in the order of the status quo and in the one that was asked for."""
+
+    kind: Literal["queue"] = Field(
+        description="queue: tickets that share the hands of their unit (arms of design switchback)"
+    )
+    tickets: str = Field(
+        description="A SELECT over `events`, a path below the workflow's folder: one row a ticket with entity_id, unit, arrived_at, "
+        "due_at, resolved_at, effort_hours, category, priority and moved"
+    )
+    work: str | None = Field(
+        default=None,
+        description="The same, one row a stretch of work with entity_id, unit, worker, begun_at and laid_at: the hands seen at "
+        "work. Without it there is no verdict by replay",
+    )
+    margin: float = Field(
+        default=0.02, ge=0, lt=1, description="Harm up to this share of the tickets that come due is tolerated"
+    )
+    weight: float = Field(default=1.0, gt=0, description="This test's share of α, among the weights of all metrics")
+
+
 class Regression(RegressionSpec):
     """What counts as harm done by what acts, and how it is found."""
 
@@ -375,6 +396,14 @@ class Regression(RegressionSpec):
         description="TIMESTAMP column of the outcomes, for the join entity: by then it is settled how it went (a due time), and "
         "it counts on that day, whatever became of it; null, or null in a row: on the day when it became known",
     )
+    replay: Replay | None = Field(default=None, description="Left out: no queue is served anew, and no verdict is HOLD")
+
+    def of_outcomes(self, control: str) -> Regression:
+        """The terms on which outcomes are compared with those of an arm: beside the holdout a replay takes its part of α."""
+        if self.replay is None or control != "holdout":
+            return self
+        others = sum(metric.weight for metric in self.metrics)
+        return self.model_copy(update={"alpha": self.alpha * others / (others + self.replay.weight)})
 
 
 class Approval(Strict):
@@ -583,6 +612,8 @@ def load(folder: Path) -> Workflow:
             f"{folder / 'workflow.yaml'}: name: {workflow.name!r} is not the folder's name {folder.name!r}"
         )
     wanted = [workflow.features.sql, workflow.outcomes.sql, *(s.sql for s in workflow.sources.values())]
+    if workflow.regression is not None and workflow.regression.replay is not None:
+        wanted += [path for path in (workflow.regression.replay.tickets, workflow.regression.replay.work) if path]
     for path in wanted:
         if not (folder / path).resolve().is_relative_to(folder.resolve()):
             raise WorkflowInvalid(f"{folder / 'workflow.yaml'}: {path}: lies outside the workflow's folder")

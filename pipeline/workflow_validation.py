@@ -27,6 +27,7 @@ from delivery.connectors.base import Misconfigured
 from models.booster import is_number
 from models.catalog import KINDS, POLICIES
 from pipeline.ingest.row_rules import event_columns, name_sql, open_engine
+from pipeline.monitoring import queue_replay
 from pipeline.workflow import ENGINE_COLUMNS, Column, Source, Workflow, engines_own, twice
 
 _ARROW = {
@@ -64,6 +65,7 @@ def problems(workflow: Workflow, *, today: date | None = None, thorough: bool = 
         wrong += _predicate(workflow, "training.evaluate_on", _with_day(features))
     if outcomes is not None:
         wrong += _outcomes(workflow, outcomes)
+    wrong += _replay(workflow, events)
     if features is not None and outcomes is not None:
         joined, clashes = _training_set(workflow, features, outcomes)
         wrong += [*clashes, *_predicate(workflow, "training.train_on", joined)]
@@ -473,6 +475,49 @@ def _outcomes(workflow: Workflow, schema: pa.Schema) -> list[str]:
                 )
     if workflow.delivery is not None and workflow.delivery.spend is not None:
         wrong += _absent(workflow, "delivery.spend", [workflow.delivery.spend], schema, path)
+    return wrong
+
+
+def _replay(workflow: Workflow, events: pa.Schema) -> list[str]:
+    """What the replay of a queue wants of the arms, the policy, and its SQL."""
+    spec = workflow.regression.replay if workflow.regression is not None else None
+    if spec is None:
+        return []
+    wrong = []
+    if workflow.arms.design != "switchback":
+        wrong.append(
+            _yaml(
+                workflow,
+                "regression.replay",
+                f"a queue is compared by units that share its hands, in turns: arms.design is {workflow.arms.design}, it must be "
+                "switchback; change it, or leave the replay out",
+            )
+        )
+    if not workflow.arms.shares.get("holdout"):
+        wrong.append(
+            _yaml(
+                workflow,
+                "regression.replay",
+                "compares with the status quo, and no arm keeps it: give arms.shares a holdout",
+            )
+        )
+    if POLICIES[workflow.policy.kind].money:
+        wrong.append(
+            _yaml(
+                workflow,
+                "regression.replay.kind",
+                f"a policy of kind {workflow.policy.kind} decides on money, and a queue has an order; leave the replay out",
+            )
+        )
+    for path, schema in ((spec.tickets, queue_replay.TICKETS), (spec.work, queue_replay.WORK)):
+        found = None if path is None else _yields(workflow, path, events, wrong)
+        if path is None or found is None:
+            continue
+        at = workflow.folder / path
+        for name, kind in zip(schema.names, schema.types, strict=True):
+            if name in found.names and (is_number(kind) and is_number(found.field(name).type)):
+                continue
+            wrong += _keys(at, found, {name: kind})
     return wrong
 
 

@@ -44,6 +44,7 @@ SLOW = (
     "pipeline/lifecycle/test_rule_override.py",
     "pipeline/lifecycle/test_candidate_evaluation.py",
     "pipeline/monitoring/test_verdicts.py",
+    "pipeline/monitoring/test_queue_replay.py",
     "pipeline/monitoring/test_loop_health.py",
     "assets/test_ingest.py",
     "pipeline/test_lake.py",

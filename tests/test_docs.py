@@ -196,7 +196,7 @@ def test_every_section_of_a_workflow_has_its_fields_in_the_docs() -> None:
     }
     wanted = {
         "Workflow", "Source", "Features", "Outcomes", "Training", "DurationModel", "ResponseModel", "PriorityPolicy", "BudgetPolicy",
-        "Arms", "Explore", "GateSpec", "Search", "EarlyStopping", "Distill", "Retraining", "Promotion", "Regression", "Metric",
+        "Arms", "Explore", "GateSpec", "Search", "EarlyStopping", "Distill", "Retraining", "Promotion", "Regression", "Replay", "Metric",
         "Guardrails", "DriftSpec", "EventsContract", "Column", "RowRule", "FeaturesContract", "ExpectationSpec",
         "Delivery", "Approval", "PushSettings", "Guards", "GoogleAdsSettings", "HelpdeskSettings", "RestSettings",
         "SqlTableSettings", "Version", "Closed", "FileDropSettings",

@@ -43,7 +43,8 @@ from data_checks.regression.effects import (
     weekday_level,
 )
 
-Verdict = Literal["ROLLBACK", "PROMOTE", "CONTINUE", "INCONCLUSIVE", "NO_DATA"]
+Verdict = Literal["ROLLBACK", "HOLD", "PROMOTE", "CONTINUE", "INCONCLUSIVE", "NO_DATA"]
+"""HOLD comes of a replay alone (``data_checks.regression.matched_test``): an alert and no finding."""
 
 
 LOOKS = pa.schema(

@@ -28,6 +28,7 @@ from pipeline import point_in_time, provenance
 from pipeline.decisions import scoring, tables
 from pipeline.ingest import without_secrets
 from pipeline.lake import Lake, Moved, TableMissing, content_digest
+from pipeline.lifecycle import hold
 from pipeline.workflow import Workflow
 
 
@@ -104,8 +105,13 @@ def of_policy(workflow: Workflow, features: pa.Table) -> pa.Table:
     )
 
 
-def draw_arms(workflow: Workflow, day: date, units: list[str], keep: pa.Table | None) -> pa.Table:
-    """Arms of the units for the epoch of ``day``: those drawn earlier in the epoch keep theirs."""
+def draw_arms(
+    workflow: Workflow, day: date, units: list[str], keep: pa.Table | None, ledger: Ledger | None = None
+) -> pa.Table:
+    """Arms of the units for the epoch of ``day``: those drawn earlier in the epoch keep theirs.
+
+    ``ledger``: says whether a version is on hold, so that half are held out (``pipeline.lifecycle.hold``); None: nobody is.
+    """
     spec = workflow.arms
     epoch, in_washout = arms.epoch_of(day, workflow.start, spec.epoch, spec.washout)
     earlier = keep.filter(pc.equal(keep["epoch"], epoch)) if keep is not None else None
@@ -114,7 +120,7 @@ def draw_arms(workflow: Workflow, day: date, units: list[str], keep: pa.Table | 
         workflow=workflow.name,
         design=spec.design,
         epoch=epoch,
-        shares=spec.shares,
+        shares=hold.shares(ledger, workflow.name, spec.shares, epoch),
         strata=None if spec.design == "entity" else [""] * len(units),
         keep=earlier,
     )
@@ -177,8 +183,8 @@ def record_spec(workflow: Workflow, lake: Lake) -> str:
     return digest
 
 
-def decide_day(workflow: Workflow, lake: Lake, day: date) -> Batch:
-    """Decide a day from its recorded scoring; writes the arms that are drawn and nothing else.
+def decide_day(workflow: Workflow, lake: Lake, day: date, *, ledger: Ledger | None = None) -> Batch:
+    """Decide a day from its recorded scoring; writes the arms that are drawn and nothing else. ``ledger``: as ``draw_arms`` takes it.
 
     Raises TableMissing where the day was never scored.
     """
@@ -196,7 +202,7 @@ def decide_day(workflow: Workflow, lake: Lake, day: date) -> Batch:
         features,
         tables.scores_of(workflow, lake, day, made),
         lambda: tables.challenger_scores(workflow, lake, day, made),
-        _arms(workflow, lake, day, features),
+        _arms(workflow, lake, day, features, ledger),
         record_spec(workflow, lake),
     )
 
@@ -219,7 +225,7 @@ def recompute_day(
         workflow, features_of(workflow, lake, day, made["features_version"]), scored.standing
     )
     theirs = scored.beside.table if scored.beside else None
-    drawn = _arms(workflow, lake, day, features, write=False)
+    drawn = _arms(workflow, lake, day, features, ledger, write=False)
     return _decided(workflow, day, made, features, scored.table, lambda: theirs, drawn, said_by(workflow)[1])
 
 
@@ -297,7 +303,13 @@ def features_of(
 
 
 def _arms(
-    workflow: Workflow, lake: Lake, day: date, features: pa.Table, *, write: bool = True
+    workflow: Workflow,
+    lake: Lake,
+    day: date,
+    features: pa.Table,
+    ledger: Ledger | None = None,
+    *,
+    write: bool = True,
 ) -> tuple[int | None, pa.Table]:
     """The arms of a day's units, drawn where the epoch has not drawn them yet, and the version of the table that holds them.
 
@@ -317,7 +329,7 @@ def _arms(
     while True:
         version = lake.version(table)
         keep = lake.read(table, version=version) if version is not None else None
-        drawn = draw_arms(workflow, day, units, keep)
+        drawn = draw_arms(workflow, day, units, keep, ledger)
         earlier = keep.filter(pc.equal(keep["epoch"], epoch)) if keep is not None else None
         fresh = (
             drawn

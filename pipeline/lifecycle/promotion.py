@@ -38,7 +38,7 @@ from models.registry import (
 )
 from pipeline.decisions import in_effect
 from pipeline.lake import Lake
-from pipeline.lifecycle import rule_override
+from pipeline.lifecycle import hold, rule_override
 from pipeline.lifecycle import state as lifecycle
 from pipeline.workflow import Workflow
 
@@ -400,7 +400,8 @@ class NotBlocked(SignalboxError, LookupError):
 
 def lift(name: str, registry: Registry, ledger: Ledger, number: int, *, actor: str, reason: str) -> str:
     """Take the block off a version that was rolled back: it may be promoted again, and is not by this alone. A version that
-    left its days to the rule (``pipeline.lifecycle.rule_override``) decides again.
+    left its days to the rule (``pipeline.lifecycle.rule_override``) decides again, and one on hold
+    (``pipeline.lifecycle.hold``) is sent again.
 
     Rerunnable; what is lifted already is recorded once. A registry that is down holds nothing up, as in ``step_back``:
     returns what its server said (empty where it was told), and the next reconcile takes the block off there.
@@ -413,11 +414,14 @@ def lift(name: str, registry: Registry, ledger: Ledger, number: int, *, actor: s
             raise ModelMissing(f"model {name!r} has no version {number}")
         tagged = stands is not None and stands.versions[number].blocked
         blocked = number in state["blocked"] or (tagged and number not in state["lifted"])
-        if blocked or rule_override.in_force(ledger, name, number, ledger.clock()):
+        held = number in hold.standing(ledger, name)
+        if blocked or held or rule_override.in_force(ledger, name, number, ledger.clock()):
             ledger.promotion(name, number, "lifted", actor, {"reason": reason})
         elif number not in state["lifted"]:
             where = f" as far as the ledger knows, and MLflow does not answer: {error}" if error else ""
-            raise NotBlocked(f"model {name!r} version {number} is not blocked{where}; there is nothing to lift")
+            raise NotBlocked(
+                f"model {name!r} version {number} is not blocked, nor on hold{where}; there is nothing to lift"
+            )
         if stands is not None:
             try:
                 _follow(registry, name, lifecycle.live(ledger, name), stands)

@@ -28,7 +28,7 @@ from delivery.ledger import BatchRow, Event, Ledger, Promotion
 from pipeline import dispatch
 from pipeline.decisions import in_effect
 from pipeline.decisions.tables import STEPS
-from pipeline.lifecycle import state
+from pipeline.lifecycle import hold, state
 from pipeline.monitoring import verdicts
 from pipeline.workflow import Workflow
 
@@ -346,6 +346,7 @@ def _now(
             for b in every if b.delivery == "OPEN"
         ],
         "condemned": condemned,
+        "on_hold": [{"version": one.version, "says": one.text} for one in hold.standing(ledger, name).values()],
         "champion": live["champion"],
         "champion_since": _said(live["since"].get("champion")),
         "behind_the_rule": None if behind is None else {"since": _said(behind.at), "says": str(behind.body["text"])},
@@ -384,6 +385,7 @@ def lines(health: Health) -> list[str]:
         told.append(
             f"  STOPPED by {now['stopped']['by']} since {now['stopped']['since'][:16]}: {now['stopped']['reason']}"
         )
+    told += [f"  ON HOLD: {one['says']}" for one in now["on_hold"]]
     told += [f"  held: {one['says']}" for one in now["held"]]
     told += [f"  open push: {one['batch']} {one['states']}" for one in now["open_pushes"]]
     told += [

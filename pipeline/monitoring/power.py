@@ -45,7 +45,7 @@ def power(
     try:
         return [
             regression.power(
-                history, spec=spec, design=workflow.arms.design, treated=treated, control=control, shares=shares,
+                history, spec=spec.of_outcomes(control), design=workflow.arms.design, treated=treated, control=control, shares=shares,
                 harm=harm, epoch_days=workflow.arms.epoch, washout_days=workflow.arms.washout, metric=metric.name,
                 wanted=wanted, runs=runs, seed=Comparison("power", treated, control, None, workflow.start).seed(workflow.name),
             )

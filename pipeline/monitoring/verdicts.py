@@ -7,6 +7,7 @@ what starts it (``orchestration.automation``).
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -24,15 +25,15 @@ from delivery.ledger import BatchRow, Ledger
 from models.policies import arms
 from pipeline.decisions import in_effect
 from pipeline.lake import Lake
-from pipeline.lifecycle import promotion, rule_override, state
+from pipeline.lifecycle import hold, promotion, rule_override, state
+from pipeline.monitoring import queue_replay
 from pipeline.monitoring.observations import drawn_units, entities, observations, regression_of
 from pipeline.workflow import Workflow
 
 if TYPE_CHECKING:
     from delivery.ledger import Event
 
-VERDICT = "verdict"
-"""Kind of the ledger event in which the regression guard has spoken of a version."""
+VERDICT = hold.VERDICT
 AGAINST_HOLDOUT, AGAINST_CHAMPION = "champion vs holdout", "challenger vs champion"
 _PLACES = frozenset({"promoted", "canary", "shadow", "rolled back", "dropped", "refused"})
 """Actions that give a version its place; the others leave it where it is: an alias that was put back, and a lift. What was
@@ -54,6 +55,8 @@ class Comparison:
     """None: the rule, where no model acts."""
     since: date
     """The first day that it decided; it acts from the day after on."""
+    answered: bool = False
+    """Whether a person has let the version go on: what was answered is not alerted again."""
 
     @property
     def start(self) -> date:
@@ -78,10 +81,12 @@ class Judged:
     comparison: Comparison
     day: date
     judgement: regression.Judgement
+    replay: queue_replay.Told | None = None
+    """What serving the queue anew says; None where the workflow declares none."""
 
     @property
     def verdict(self) -> str:
-        """ROLLBACK, PROMOTE, CONTINUE, INCONCLUSIVE or NO_DATA."""
+        """ROLLBACK, HOLD, PROMOTE, CONTINUE, INCONCLUSIVE or NO_DATA."""
         return str(self.judgement.verdict)
 
     @property
@@ -119,7 +124,9 @@ def comparisons(workflow: Workflow, ledger: Ledger, day: date) -> tuple[Comparis
     if {"champion", "holdout"} <= shares.keys():
         begun = _champion(acted, moved, last, _left_to_the_rule(ledger, workflow, acted))
         if begun is not None:
-            found.append(Comparison(AGAINST_HOLDOUT, "champion", "holdout", *begun))
+            mine = [p.action for p in moved if p.version == begun[0] and p.action in ("promoted", "lifted")]
+            answered = mine[-1:] == ["lifted"]
+            found.append(Comparison(AGAINST_HOLDOUT, "champion", "holdout", *begun, answered))
     if {"challenger", "champion"} <= shares.keys() and acted:
         version = _number(acted[-1], "challenger_version")
         if version is not None and last.get(version) == "canary":
@@ -201,6 +208,7 @@ def judge_day(workflow: Workflow, lake: Lake, ledger: Ledger, day: date) -> tupl
             lake,
             one,
             day,
+            ledger=ledger,
             alpha=_alpha_left(workflow, ledger, one),
             judged=_judged(workflow, ledger, one, day),
         )
@@ -242,13 +250,17 @@ def judge(
     comparison: Comparison,
     day: date,
     *,
+    ledger: Ledger | None = None,
     alpha: float | None = None,
     judged: date | None = None,
 ) -> Judged:
     """One comparison at the cut-off of ``day``; its pre-period is the days before it began to act, and for the design
-    ``entity`` what had been decided on in them. ``alpha``, ``judged``: as ``regression.judge`` takes them.
+    ``entity`` what had been decided on in them. ``ledger``: for a replay, where the workflow declares one. ``alpha``, ``judged``: as
+    ``regression.judge`` takes them; a replay has its part of ``alpha``.
     """
-    spec, design = regression_of(workflow), workflow.arms.design
+    whole = regression_of(workflow)
+    spec, design = whole.of_outcomes(comparison.control), workflow.arms.design
+    left, share = whole.alpha if alpha is None else alpha, spec.alpha / whole.alpha
     start = comparison.start
     before: pa.Table | None = None
     if design == "entity":
@@ -266,9 +278,38 @@ def judge(
     judgement = regression.judge(
         observed.filter(pc.is_valid(observed["arm"])), before, spec=spec, design=design, treated=comparison.treated,
         control=comparison.control, shares=arms.normalised(workflow.arms.shares), drawn=drawn, start=start, day=day,
-        seed=comparison.seed(workflow.name), alpha=alpha, judged=judged,
+        seed=comparison.seed(workflow.name), alpha=left * share, judged=judged,
     )  # fmt: skip
-    return Judged(comparison, day, judgement)
+    if spec.replay is None or ledger is None:
+        return Judged(comparison, day, judgement)
+    told = queue_replay.judge(
+        workflow, lake, ledger, treated=comparison.treated, control=comparison.control, since=comparison.since, day=day,
+        alpha=left * (1 - share), seed=comparison.seed(workflow.name), answered=comparison.answered,
+    )  # fmt: skip
+    return Judged(comparison, day, _with_replay(judgement, told, comparison), told)
+
+
+def _with_replay(
+    judgement: regression.Judgement, told: queue_replay.Told, comparison: Comparison
+) -> regression.Judgement:
+    """A judgement with what the replay adds to it: a harm that its exact test found, or an alert where nothing else is concluded.
+
+    Arms that are not as drawn, and no outcomes, conclude nothing, whatever a replay says; nor does it promote. The rule is put on no
+    hold: nobody could lift it, and ``signalbox stop`` stops it.
+    """
+    figures, verdict, reasons = {**judgement.figures, "replay": told.figures()}, judgement.verdict, judgement.reasons
+    speaks = judgement.sample_ratio["ok"] and verdict != "NO_DATA"
+    if speaks and told.verdict == "ROLLBACK" and verdict != "ROLLBACK":
+        assert told.found is not None, "a ROLLBACK has its look"
+        verdict, reasons = "ROLLBACK", told.reasons
+        figures["since"] = str(comparison.start + timedelta(days=int(told.found.day) - 1))
+    elif (
+        speaks and told.verdict == "HOLD" and verdict in ("CONTINUE", "INCONCLUSIVE") and comparison.version is not None
+    ):
+        verdict, reasons = "HOLD", (*told.reasons, *reasons)
+    elif told.reasons:
+        reasons = (*reasons, *(f"replay of the queue: {text}" for text in told.reasons))
+    return dataclasses.replace(judgement, verdict=verdict, reasons=reasons, figures=figures)
 
 
 def _note(workflow: Workflow, ledger: Ledger, judged: Judged) -> None:

@@ -21,7 +21,7 @@ from models.registry import CHAMPION, Registry
 from orchestration import assembly, runner
 from orchestration.automation import RETRY_MINUTES, delivery_requests, guard_requests
 from orchestration.cli import command
-from pipeline.lifecycle import promotion
+from pipeline.lifecycle import hold, promotion
 from pipeline.monitoring import power
 from pipeline.monitoring import verdicts as guarding
 from pipeline.workflow import FOLDER, Workflow, load
@@ -152,6 +152,40 @@ def test_nothing_that_stands_under_a_rollback_is_pushed(workflow: Workflow, desk
     assert delivery_requests(workflow, desk.ledger, desk.clock())
     verdict(desk, 1)
     assert delivery_requests(workflow, desk.ledger, desk.clock()) == []
+
+
+def test_a_version_on_hold_is_not_pushed_and_not_taken_back_until_somebody_answers(
+    workflow: Workflow, desk: PushHarness
+) -> None:
+    promoted(desk, 1)
+    desk.sent("b1", HIGHER)
+    desk.batch("b2", dict.fromkeys(ENTITIES, 130))
+    now = desk.clock()
+    assert [r.run_key.split(":")[0] for r in delivery_requests(workflow, desk.ledger, now) if r.run_key] == ["b2"]
+    verdict(desk, 1, "HOLD")
+    verdict(desk, 1, "HOLD", n=4)  # the alert goes on
+    assert asked(workflow, desk) == {}, "an alert takes nothing back"
+    assert delivery_requests(workflow, desk.ledger, now) == []
+    (held,) = hold.standing(desk.ledger, NAME).values()
+    assert held.version == 1 and "it earns 12% less" in held.text and "signalbox lift" in held.text
+    promoted(desk, 1, "lifted")
+    assert hold.standing(desk.ledger, NAME) == {} and delivery_requests(workflow, desk.ledger, now)
+
+
+def test_half_are_held_out_from_the_next_epoch_on_while_the_version_with_the_alert_decides(desk: PushHarness) -> None:
+    given = {"holdout": 1, "champion": 3}
+    before, after = (DAY + timedelta(days=3)).isoformat(), (DAY + timedelta(days=4)).isoformat()
+    promoted(desk, 1)
+    assert hold.shares(desk.ledger, NAME, given, after) == given
+    verdict(desk, 1, "HOLD")
+    assert hold.shares(desk.ledger, NAME, given, before) == given, "an epoch that had begun keeps its draw"
+    assert hold.shares(desk.ledger, NAME, given, after) == {"holdout": 0.5, "champion": 0.5}
+    assert hold.shares(desk.ledger, NAME, {"holdout": 3, "champion": 1}, after) == {"holdout": 3, "champion": 1}
+    assert hold.shares(desk.ledger, NAME, {"champion": 1}, after) == {"champion": 1}
+    promoted(desk, 1, "lifted")
+    assert hold.shares(desk.ledger, NAME, given, after)["holdout"] == 0.5, "it goes on, beside half"
+    promoted(desk, 2)
+    assert hold.shares(desk.ledger, NAME, given, after) == given, "another version decides"
 
 
 def test_the_sensor_ticks_on_a_verdict_and_its_request_fits_the_job(

@@ -28,7 +28,7 @@ from pipeline.decisions import decide as deciding
 from pipeline.decisions import in_effect, replay, scoring, tables
 from pipeline.explain import trace
 from pipeline.lake import content_digest
-from pipeline.lifecycle import candidate_evaluation
+from pipeline.lifecycle import candidate_evaluation, hold
 from pipeline.lifecycle import promotion as promoting
 from pipeline.lifecycle import shadow as shadowing
 from pipeline.lifecycle.promotion import NotBlocked, admit, advance, lift, reconcile, step_back
@@ -331,6 +331,15 @@ def test_what_is_not_blocked_is_not_lifted(firm: Firm) -> None:
     firm.registry.block(NAME, 4, "by hand")
     lift(NAME, firm.registry, firm.ledger, 4, actor="ann", reason="x")
     assert not firm.version(4).blocked and firm.actions()[-1] == (4, "lifted")
+
+
+def test_a_version_on_hold_is_let_go_on_by_a_lift_and_stays_where_it_is(firm: Firm) -> None:
+    verdict = {"workflow": NAME, "comparison": "champion vs holdout", "version": 2, "day": str(firm.day), "verdict": "HOLD", "reasons": ["late"]}  # fmt: skip
+    firm.ledger.note("verdict", verdict)
+    live = firm.live()
+    lift(NAME, firm.registry, firm.ledger, 2, actor="ann", reason="we look on")
+    assert firm.actions()[-1] == (2, "lifted") and firm.live() == live and firm.in_line()
+    assert hold.standing(firm.ledger, NAME) == {}
 
 
 @pytest.mark.parametrize("how", ["killed", "down"])
