@@ -196,6 +196,23 @@ def test_the_drawing_of_the_rooms_shows_the_imports_that_there_are() -> None:
     assert shown == drawing.listed(drawing.edges()), ".venv/bin/python docs/draw_architecture.py draws it anew"
 
 
+OPENS = ("connect", "sql", "query", "execute", "default_connection")
+
+
+def opens_duckdb(node: ast.AST) -> bool:
+    """Whether it is, or fetches under any name, what opens a DuckDB."""
+    if isinstance(node, ast.ImportFrom):
+        return node.module == "duckdb" and any(alias.name in OPENS for alias in node.names)
+    if isinstance(node, ast.Import):
+        return any(alias.name == "duckdb" and alias.asname for alias in node.names)
+    return (
+        isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "duckdb"
+        and node.attr in OPENS
+    )
+
+
 def test_duckdb_is_opened_in_one_place() -> None:
     wrong = [
         f"{file.relative_to(ROOT)}:{node.lineno}"
@@ -203,11 +220,9 @@ def test_duckdb_is_opened_in_one_place() -> None:
         for file in modules(room)
         if file != ROOT / "common" / "duckdb_session.py"
         for node in ast.walk(ast.parse(file.read_text()))
-        if isinstance(node, ast.Attribute)
-        and isinstance(node.value, ast.Name)
-        and node.value.id == "duckdb"
-        and node.attr in ("connect", "sql", "query", "execute", "default_connection")
+        if opens_duckdb(node)
     ]
+    assert opens_duckdb(ast.parse("from duckdb import connect as c").body[0]), "by whatever name"
     assert not wrong, f"common.duckdb_session.engine() opens it, locked: {wrong}"
 
 

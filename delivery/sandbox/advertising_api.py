@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 from zoneinfo import ZoneInfo
 
+from common.clock import utc_now
 from delivery.connectors.discovery import Document
 from delivery.sandbox.advertising_account import UNIT, Account, Budget, micros
 from delivery.sandbox.advertising_errors import BAD_REQUEST, FAILURE, STATUS, ApiError, Refused
@@ -88,7 +89,7 @@ class AdvertisingSandbox(Account):
         customer_id: str = "1234567890",
         user_email: str = "signalbox@example.com",
         time_zone: str = "Europe/Berlin",
-        clock: Callable[[], datetime] = lambda: datetime.now(UTC).replace(tzinfo=None),
+        clock: Callable[[], datetime] = utc_now,
         history_delay_s: float = 0.0,
     ) -> None:
         self.token = token

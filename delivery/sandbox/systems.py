@@ -11,12 +11,13 @@ import os
 import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 
 import pyarrow as pa
 
+from common.clock import utc_now
 from delivery.sandbox import advertising_api, advertising_server, private
 from delivery.sandbox.helpdesk import HelpdeskSandbox
 from delivery.sandbox.worlds import advertising, tickets
@@ -88,7 +89,7 @@ class Systems:
         *,
         ports: tuple[int, int] = PORTS,
         tickets_world: tickets.World | None = None,
-        clock: Callable[[], datetime] = lambda: datetime.now(UTC).replace(tzinfo=None),
+        clock: Callable[[], datetime] = utc_now,
     ) -> None:
         self.setup = setup
         private.folder(folder)
