@@ -88,7 +88,7 @@ def test_harm_as_the_replay_expects_it_is_found_and_no_harm_is_not() -> None:
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_permuted_arms_keep_each_weeks_draw_whole(seed: int) -> None:
     found = replayed(np.random.default_rng(seed))
     arms = m.permuted_arms(found.unit, found.epoch, found.treated.astype(float), 50, [seed])

@@ -111,7 +111,7 @@ def test_means_alone_leave_the_logged_effort_aside() -> None:
 
 
 @given(st.integers(0, 10_000), st.floats(1, 60))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_an_order_equal_to_the_status_quo_differs_in_nothing(seed: int, now: float) -> None:
     weeks = [random_week(seed + t, team=t, same=True) for t in range(3)]
     found = QueueReplay(weeks, [], np.array([1.5])).at(now)
@@ -120,7 +120,7 @@ def test_an_order_equal_to_the_status_quo_differs_in_nothing(seed: int, now: flo
 
 
 @given(st.integers(0, 10_000), st.floats(1, 49))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_what_happens_later_changes_nothing(seed: int, now: float) -> None:
     one = random_week(seed)
     later, open_ = one.opened > now, one.resolved > now
@@ -136,7 +136,7 @@ def test_what_happens_later_changes_nothing(seed: int, now: float) -> None:
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_arm_enters_no_figure(seed: int) -> None:
     weeks = [random_week(seed + t, team=t, treated=t == 0) for t in range(3)]
     turned = [dataclasses.replace(w, treated=not w.treated) for w in weeks]
